@@ -1,0 +1,271 @@
+"""torch operators over the kernels: dispatch, autocast, autograd, shapes for tracing, FLOP counts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from . import reference
+
+try:
+    from . import gemm
+except ImportError:
+    gemm = None
+
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_library = torch.library.Library("m2pt_kernels", "DEF")
+_library.define(
+    "cross_modal_linear(Tensor x, Tensor weight, Tensor aux_weight, Tensor scale, Tensor? bias=None) -> Tensor"
+)
+_library.define("grad_input(Tensor grad_output, Tensor weight, Tensor aux_weight, Tensor scale) -> Tensor")
+_library.define(
+    "grad_parameters(Tensor grad_output, Tensor x, Tensor? aux_weight, Tensor? scale,"
+    " ScalarType? weight_dtype, ScalarType? aux_dtype) -> (Tensor, Tensor, Tensor)"
+)
+_cross_modal_linear = torch.ops.m2pt_kernels.cross_modal_linear.default
+_grad_input = torch.ops.m2pt_kernels.grad_input.default
+_grad_parameters = torch.ops.m2pt_kernels.grad_parameters.default
+
+
+def cross_modal_linear(
+    x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`x (W + s * W_aux)^T + b` (M2PT, CVPR 2024, eq. 2) without `W + s * W_aux` ever being stored on a GPU.
+
+    Args:
+        x: (..., in_features); its dtype, or autocast's, is the dtype of the multiplication and of the result.
+        weight: (out_features, in_features), of x's dtype, or float32 with a half-precision x.
+        aux_weight: (out_features, in_features), any floating dtype.
+        scale: (1,), any floating dtype; read on the device, so changing it costs neither a sync nor a recompilation.
+        bias: (out_features,), any floating dtype, or None.
+
+    Returns:
+        (..., out_features), contiguous. Differentiable once, with respect to every tensor that requires a gradient.
+        Nothing of size out_features x in_features is saved for backward except `weight` and `aux_weight` themselves.
+
+    Raises:
+        TypeError: a dtype that is not floating, or a weight whose dtype does not go with x's.
+        ValueError: a shape or a device that does not fit the others.
+    """
+    _check(x, weight, aux_weight, scale, bias)
+    return _cross_modal_linear(x, weight, aux_weight, scale, bias)
+
+
+def _check(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}")
+    out_features, in_features = weight.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x: expected shape (..., {in_features}) to fit weight, got {tuple(x.shape)}")
+    if aux_weight.shape != weight.shape:
+        raise ValueError(f"aux_weight: expected weight's shape {tuple(weight.shape)}, got {tuple(aux_weight.shape)}")
+    if scale.shape != (1,):
+        raise ValueError(f"scale: expected shape (1,), got {tuple(scale.shape)}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
+    for name, tensor in (("x", x), ("weight", weight), ("aux_weight", aux_weight), ("scale", scale), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+    dtype = _gemm_dtype(x)
+    if weight.dtype != dtype and not (weight.dtype == torch.float32 and dtype.itemsize == 2):
+        raise TypeError(f"weight: expected {dtype}, or float32 with a half-precision x, got {weight.dtype}")
+
+
+def _gemm_dtype(x: Tensor) -> torch.dtype:
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
+_forced = "auto"
+
+
+@contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Choose how every operator called inside the block is computed, in all threads of this process.
+
+    A backward pass is covered if it runs inside the block too.
+
+    Args:
+        name: "auto" (Triton on GPU tensors, plain torch elsewhere), "triton" (Triton on whatever its active driver
+            accepts, its interpreter included) or "eager" (plain torch, which stores the combined weight while it runs).
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: "triton" where Triton is not installed or has no active driver.
+    """
+    global _forced
+    if name not in ("auto", "triton", "eager"):
+        raise ValueError(f'name: expected "auto", "triton" or "eager", got {name!r}')
+    if name == "triton":
+        if gemm is None:
+            raise RuntimeError('implementation("triton"): Triton is not installed')
+        gemm.require_driver()
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def _path(*tensors: Tensor | None) -> ModuleType:
+    """The module that computes on these tensors."""
+    if _forced == "eager" or (_forced == "auto" and (gemm is None or not tensors[0].is_cuda)):
+        return reference
+    unsupported = {t.dtype for t in tensors if t is not None and t.dtype not in TRITON_DTYPES}
+    if not unsupported:
+        return gemm
+    if _forced == "triton":
+        raise TypeError(f'implementation("triton"): expected dtypes among {TRITON_DTYPES}, got {unsupported}')
+    return reference
+
+
+@contextmanager
+def _autocast_disabled(device_type: str) -> Iterator[None]:
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            yield
+    else:
+        yield
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _run_cross_modal_linear(x, weight, aux_weight, scale, bias=None):
+    y = _path(x, weight, aux_weight, scale, bias).forward(_flat(x), weight, aux_weight, scale, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _run_grad_input(grad_output, weight, aux_weight, scale):
+    with _autocast_disabled(grad_output.device.type):
+        path = _path(grad_output, weight, aux_weight, scale)
+        grad = path.grad_input(_flat(grad_output), weight, aux_weight, scale)
+    return grad.view(*grad_output.shape[:-1], weight.shape[1])
+
+
+def _run_grad_parameters(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype):
+    with _autocast_disabled(x.device.type):
+        grads = _path(grad_output, x, aux_weight, scale).grad_parameters(
+            _flat(grad_output), _flat(x), aux_weight, scale, weight_dtype, aux_dtype
+        )
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+for _name, _run in (
+    ("cross_modal_linear", _run_cross_modal_linear),
+    ("grad_input", _run_grad_input),
+    ("grad_parameters", _run_grad_parameters),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("m2pt_kernels::cross_modal_linear", lib=_library)
+def _(x, weight, aux_weight, scale, bias=None):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("m2pt_kernels::grad_input", lib=_library)
+def _(grad_output, weight, aux_weight, scale):
+    return grad_output.new_empty(*grad_output.shape[:-1], weight.shape[1])
+
+
+@torch.library.register_fake("m2pt_kernels::grad_parameters", lib=_library)
+def _(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype):
+    shape = (grad_output.shape[-1], x.shape[-1])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty(0) if weight_dtype is None else x.new_empty(shape, dtype=weight_dtype),
+        x.new_empty(0) if scale is None else x.new_empty(shape, dtype=aux_dtype),
+        x.new_empty(0) if aux_weight is None else x.new_empty(1, dtype=wide),
+    )
+
+
+class _CrossModalLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, aux_weight, scale, bias):
+        need_x, need_weight, need_aux, need_scale, _ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need_weight or need_aux or need_scale else None,
+            weight if need_x else None,
+            aux_weight if need_x or need_scale else None,
+            scale if need_x or need_aux else None,
+        )
+        ctx.weight_dtype = weight.dtype if need_weight else None
+        ctx.aux_dtype = aux_weight.dtype if need_aux else None
+        ctx.scale_dtype = scale.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with torch._C._AutoDispatchBelowAutograd():
+            return _cross_modal_linear(x, weight, aux_weight, scale, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, weight, aux_weight, scale = ctx.saved_tensors
+        need_x, need_weight, need_aux, need_scale, need_bias = ctx.needs_input_grad
+        grads = [None] * 5
+        if need_x:
+            grads[0] = _grad_input(grad_output, weight, aux_weight, scale)
+        if need_weight or need_aux or need_scale:
+            found = _grad_parameters(
+                grad_output,
+                x,
+                aux_weight if need_scale else None,
+                scale if need_aux else None,
+                ctx.weight_dtype,
+                ctx.aux_dtype,
+            )
+            for position, (needed, grad) in enumerate(zip((need_weight, need_aux, need_scale), found, strict=True), 1):
+                if needed:
+                    grads[position] = grad
+            if need_scale:
+                grads[3] = grads[3].to(ctx.scale_dtype)
+        if need_bias:
+            grads[4] = _flat(grad_output).sum(0, dtype=ctx.bias_dtype)
+        return tuple(grads)
+
+
+def _autograd(x, weight, aux_weight, scale, bias=None):
+    return _CrossModalLinear.apply(x, weight, aux_weight, scale, bias)
+
+
+_library.impl("cross_modal_linear", _autograd, "Autograd")
+
+
+def _autocast(device_type):
+    def cast_input(x, weight, aux_weight, scale, bias=None):
+        dtype = _gemm_dtype(x)
+        with torch.autocast(device_type, enabled=False):
+            return _cross_modal_linear(x.to(dtype), weight, aux_weight, scale, bias)
+
+    return cast_input
+
+
+_library.impl("cross_modal_linear", _autocast("cpu"), "AutocastCPU")
+_library.impl("cross_modal_linear", _autocast("cuda"), "AutocastCUDA")
+
+
+@register_flop_formula(_cross_modal_linear.overloadpacket)
+def _(x_shape, weight_shape, *_, **__):
+    return 2 * x_shape.numel() * weight_shape[0]
+
+
+@register_flop_formula(_grad_input.overloadpacket)
+def _(grad_output_shape, weight_shape, *_, **__):
+    return 2 * grad_output_shape.numel() * weight_shape[1]
+
+
+@register_flop_formula(_grad_parameters.overloadpacket)
+def _(grad_output_shape, x_shape, *_, **__):
+    return 2 * grad_output_shape.numel() * x_shape[-1]

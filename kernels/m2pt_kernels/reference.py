@@ -1,0 +1,64 @@
+"""The mathematics in plain torch: the path of devices without Triton, and the oracle of every test.
+
+Shapes: `x` (M, K), `weight` and `aux_weight` (N, K), `scale` (1,), `bias` (N,), `grad_output` (M, N).
+Everything is accumulated in float32, or in float64 where the inputs are float64.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def combined_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`W + s * W_aux` (M2PT eq. 2), computed in float32 at least and rounded once, to `dtype`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.addcmul(weight.to(wide), aux_weight.to(wide), scale.to(wide)).to(dtype)
+
+
+def forward(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`x (W + s * W_aux)^T + b`, shape (M, N), in the dtype of `x`."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.linear(x, combined_weight(weight, aux_weight, scale, x.dtype), bias)
+
+
+def grad_input(grad_output: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor) -> Tensor:
+    """`dY (W + s * W_aux)`, shape (M, K), in the dtype of `grad_output`."""
+    return grad_output @ combined_weight(weight, aux_weight, scale, grad_output.dtype)
+
+
+def grad_weight(grad_output: Tensor, x: Tensor) -> Tensor:
+    """`G = dY^T x`, shape (N, K): the unrounded accumulator, in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.is_cuda and x.dtype != wide:
+        return torch.mm(grad_output.t(), x, out_dtype=wide)
+    return grad_output.to(wide).t() @ x.to(wide)
+
+
+def grad_scale(accumulator: Tensor, aux_weight: Tensor) -> Tensor:
+    """`<G, W_aux>`, shape (1,), in the dtype of the accumulator `G`."""
+    return torch.dot(accumulator.flatten(), aux_weight.to(accumulator.dtype).flatten()).reshape(1)
+
+
+def grad_aux(accumulator: Tensor, scale: Tensor) -> Tensor:
+    """`s * G`, shape (N, K), in the dtype of the accumulator `G`."""
+    return accumulator * scale.to(accumulator.dtype)
+
+
+def grad_parameters(
+    grad_output: Tensor,
+    x: Tensor,
+    aux_weight: Tensor | None,
+    scale: Tensor | None,
+    weight_dtype: torch.dtype | None,
+    aux_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of weight, aux weight and scale that were asked for; None for the others.
+
+    `weight_dtype` asks for the weight's, `scale` with `aux_dtype` for the aux weight's, `aux_weight` for the scale's.
+    """
+    accumulator = grad_weight(grad_output, x)
+    return (
+        None if weight_dtype is None else accumulator.to(weight_dtype),
+        None if scale is None else grad_aux(accumulator, scale).to(aux_dtype),
+        None if aux_weight is None else grad_scale(accumulator, aux_weight),
+    )

@@ -1,0 +1,19 @@
+"""Multimodal Pathway: improve a transformer of one modality with the frozen weights of another's (CVPR 2024)."""
+
+from .linear import FusedCrossModalLinear
+from .pathway import (
+    cross_modal_scales,
+    freeze_for_linear_probe,
+    merge_pathways,
+    reparameterize_aux_into_target_model,
+    scale_table,
+)
+
+__all__ = [
+    "FusedCrossModalLinear",
+    "cross_modal_scales",
+    "freeze_for_linear_probe",
+    "merge_pathways",
+    "reparameterize_aux_into_target_model",
+    "scale_table",
+]

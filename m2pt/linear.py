@@ -1,0 +1,85 @@
+"""The layer: an `nn.Linear` that multiplies with `weight + cross_modal_scale * aux_weight`."""
+
+import torch
+from m2pt_kernels import combined_weight, cross_modal_linear
+from torch import Tensor, nn
+
+
+def merged_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor) -> Tensor:
+    """`weight + scale * aux_weight`, summed in float32 and rounded once to weight's dtype.
+
+    Raises:
+        ValueError: the sum is not finite.
+    """
+    merged = combined_weight(weight, aux_weight, scale, weight.dtype)
+    if not merged.isfinite().all():
+        raise ValueError("weight + cross_modal_scale * aux_weight has NaN or infinite entries")
+    return merged
+
+
+class FusedCrossModalLinear(nn.Linear):
+    """`y = x (weight + cross_modal_scale * aux_weight)^T + bias` (cross-modal re-parameterization, M2PT eq. 2).
+
+    Args:
+        in_features: size of each input sample.
+        out_features: size of each output sample.
+        bias: whether the layer has a bias; ignored if `origin_layer` is given.
+        origin_layer: the target model's layer. Its weight and bias parameters are adopted, not copied, with their dtype,
+            device and `requires_grad`, and so is its training flag. None initialises new ones as `nn.Linear` does.
+        aux_weight: (out_features, in_features), the auxiliary model's weight, any floating dtype. Its storage is shared
+            where it already lies on the layer's device.
+        is_aux_trainable: whether `aux_weight` gets a gradient. The auxiliary model's own flag is left alone.
+
+    `cross_modal_scale` has shape (1,), starts at zero and is always trainable. State-dict names: `weight`, `bias`,
+    `aux_weight`, `cross_modal_scale`.
+
+    Raises:
+        TypeError: `aux_weight` missing or not a floating tensor, or `origin_layer` not an `nn.Linear`.
+        ValueError: `aux_weight` or `origin_layer` of another shape.
+    """
+
+    aux_weight: nn.Parameter
+    cross_modal_scale: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        origin_layer: nn.Linear | None = None,
+        aux_weight: Tensor | None = None,
+        is_aux_trainable: bool = False,
+    ) -> None:
+        shape = (out_features, in_features)
+        if not isinstance(aux_weight, Tensor) or not aux_weight.is_floating_point():
+            got = aux_weight.dtype if isinstance(aux_weight, Tensor) else type(aux_weight).__name__
+            raise TypeError(f"aux_weight: expected a floating tensor of shape {shape}, got {got}")
+        if aux_weight.shape != shape:
+            raise ValueError(f"aux_weight: expected shape {shape}, got {tuple(aux_weight.shape)}")
+        if origin_layer is not None:
+            if not isinstance(origin_layer, nn.Linear):
+                raise TypeError(f"origin_layer: expected an nn.Linear, got {type(origin_layer).__name__}")
+            if origin_layer.weight.shape != shape:
+                raise ValueError(f"origin_layer: expected weight shape {shape}, got {tuple(origin_layer.weight.shape)}")
+        super().__init__(in_features, out_features, bias, device=None if origin_layer is None else "meta")
+        if origin_layer is not None:
+            self.weight, self.bias = origin_layer.weight, origin_layer.bias
+            self.train(origin_layer.training)
+        self.aux_weight = nn.Parameter(aux_weight.detach().to(self.weight.device), requires_grad=is_aux_trainable)
+        self.cross_modal_scale = nn.Parameter(self.weight.new_zeros(1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cross_modal_linear(input, self.weight, self.aux_weight, self.cross_modal_scale, self.bias)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """A plain `nn.Linear` with the merged weight; the bias parameter is shared with this layer.
+
+        Raises:
+            ValueError: the merged weight is not finite.
+        """
+        merged = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        weight = merged_weight(self.weight, self.aux_weight, self.cross_modal_scale)
+        merged.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        merged.bias = self.bias
+        return merged.train(self.training)

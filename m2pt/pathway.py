@@ -1,0 +1,166 @@
+"""Surgery: connect an auxiliary model to a target model, train what should be trained, fold the connection away."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from .linear import FusedCrossModalLinear
+
+LAYER_NAMES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def reparameterize_aux_into_target_model(
+    target_model: nn.Module,
+    aux_model: nn.Module,
+    layer_names: Sequence[str] = LAYER_NAMES,
+    main_body_name: str = "blocks",
+    is_aux_trainable: bool = False,
+) -> nn.Module:
+    """Replace linear layers of every block of the target by `FusedCrossModalLinear`, in place (M2PT, section 3.2).
+
+    Args:
+        target_model: the model to improve; any module with a sequence of blocks, such as a timm VisionTransformer.
+        aux_model: a model of another modality, with as many blocks and linear layers of the same shapes. It is left as
+            it is; its weights' storage is shared.
+        layer_names: the linear layers of a block, as dotted names.
+        main_body_name: the dotted name of the sequence of blocks, in both models.
+        is_aux_trainable: whether the auxiliary weights are trained too.
+
+    Returns:
+        `target_model`.
+
+    Raises:
+        ValueError: the models do not fit (missing body or layer, other depth or shape, not linear, already connected);
+            the message names the block and layer, and the target is as it was.
+    """
+    target_blocks = _blocks(target_model, "target_model", main_body_name)
+    aux_blocks = _blocks(aux_model, "aux_model", main_body_name)
+    if len(target_blocks) != len(aux_blocks):
+        raise ValueError(
+            f"aux_model: expected {len(target_blocks)} blocks in {main_body_name!r} as in target_model,"
+            f" got {len(aux_blocks)}"
+        )
+    if isinstance(layer_names, str) or not layer_names or len(set(layer_names)) != len(layer_names):
+        raise ValueError(f"layer_names: expected a sequence of different names, got {layer_names!r}")
+    replacements = []
+    for index, (target_block, aux_block) in enumerate(zip(target_blocks, aux_blocks, strict=True)):
+        for layer_name in layer_names:
+            place = f"{main_body_name}.{index}.{layer_name}"
+            origin_layer = _linear(target_block, "target_model", layer_name, place)
+            aux_layer = _linear(aux_block, "aux_model", layer_name, place)
+            if aux_layer.weight.shape != origin_layer.weight.shape:
+                raise ValueError(
+                    f"aux_model: {place} has weight shape {tuple(aux_layer.weight.shape)},"
+                    f" expected {tuple(origin_layer.weight.shape)} as in target_model"
+                )
+            fused = FusedCrossModalLinear(
+                origin_layer.in_features,
+                origin_layer.out_features,
+                origin_layer=origin_layer,
+                aux_weight=aux_layer.weight,
+                is_aux_trainable=is_aux_trainable,
+            )
+            replacements.append((target_block, layer_name, fused))
+    for block, layer_name, fused in replacements:
+        block.set_submodule(layer_name, fused)
+    return target_model
+
+
+def _blocks(model: nn.Module, argument: str, main_body_name: str) -> nn.Sequential | nn.ModuleList:
+    try:
+        blocks = model.get_submodule(main_body_name)
+    except AttributeError:
+        raise ValueError(f"{argument}: {type(model).__name__} has no module {main_body_name!r}") from None
+    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
+        raise ValueError(f"{argument}: expected {main_body_name!r} to be a non-empty sequence of blocks, got {blocks!r}")
+    return blocks
+
+
+def _linear(block: nn.Module, argument: str, layer_name: str, place: str) -> nn.Linear:
+    try:
+        layer = block.get_submodule(layer_name)
+    except AttributeError:
+        raise ValueError(f"{argument}: there is no layer {place}") from None
+    if isinstance(layer, FusedCrossModalLinear):
+        raise ValueError(f"{argument}: {place} is connected to an auxiliary model already")
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"{argument}: {place} is a {type(layer).__name__}, expected an nn.Linear")
+    return layer
+
+
+def merge_pathways(model: nn.Module) -> nn.Module:
+    """Turn every fused layer into a plain `nn.Linear` holding `W + s * W_aux`, in place and one layer at a time.
+
+    The result computes what the connected model computed, at the cost of a plain model (M2PT, section 3.2).
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: no fused layer below `model`, or a merged weight that is not finite (the message names its layer;
+            the model is as it was).
+    """
+    layers = dict(_fused_layers(model))
+    if not layers:
+        raise ValueError(f"model: there is no FusedCrossModalLinear in this {type(model).__name__}")
+    for name, layer in layers.items():
+        try:
+            layer.merge()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.merge())
+    return model
+
+
+def _fused_layers(model: nn.Module) -> Iterator[tuple[str, FusedCrossModalLinear]]:
+    for name, module in model.named_modules():
+        if name and isinstance(module, FusedCrossModalLinear):
+            yield name, module
+
+
+def cross_modal_scales(model: nn.Module) -> dict[str, float]:
+    """The learned scale of every fused layer, by the layer's dotted name."""
+    return {name: layer.cross_modal_scale.item() for name, layer in _fused_layers(model)}
+
+
+def scale_table(model: nn.Module) -> str:
+    """The learned scales as a Markdown table, a row per block and a column per layer of a block."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, scale in cross_modal_scales(model).items():
+        parts = name.split(".")
+        split = next((i for i, part in enumerate(parts, 1) if part.isdigit()), 0)
+        rows.setdefault(".".join(parts[:split]), {})[".".join(parts[split:])] = scale
+    columns = list(dict.fromkeys(layer for row in rows.values() for layer in row))
+    lines = ["| block | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for block, row in rows.items():
+        cells = [f"{row[layer]:+.4f}" if layer in row else "" for layer in columns]
+        lines.append(f"| {block} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def freeze_for_linear_probe(model: nn.Module, head_name: str = "head") -> nn.Module:
+    """Freeze everything but the head and the cross-modal scales (M2PT's linear probing).
+
+    Args:
+        model: a connected model.
+        head_name: the dotted name of the head.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: the model has no such head, or no fused layer.
+    """
+    layers = dict(_fused_layers(model))
+    if not layers:
+        raise ValueError(f"model: there is no FusedCrossModalLinear in this {type(model).__name__}")
+    try:
+        head = model.get_submodule(head_name)
+    except AttributeError:
+        raise ValueError(f"head_name: {type(model).__name__} has no module {head_name!r}") from None
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+    for layer in layers.values():
+        layer.cross_modal_scale.requires_grad_(True)
+    return model
