@@ -6,7 +6,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
@@ -16,7 +15,7 @@ try:
 except ImportError:
     gemm = None
 
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
 
 _library = torch.library.Library("m2pt_kernels", "DEF")
 _library.define(
@@ -81,10 +80,13 @@ def _check(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: T
 
 
 def _gemm_dtype(x: Tensor) -> torch.dtype:
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
+    if _autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    return device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
 
 
 _forced = "auto"
@@ -110,7 +112,10 @@ def implementation(name: str) -> Iterator[None]:
     if name == "triton":
         if gemm is None:
             raise RuntimeError('implementation("triton"): Triton is not installed')
-        gemm.require_driver()
+        try:
+            gemm.active_target()
+        except RuntimeError as error:
+            raise RuntimeError('implementation("triton"): Triton has no active driver') from error
     previous, _forced = _forced, name
     try:
         yield
@@ -122,17 +127,15 @@ def _path(*tensors: Tensor | None) -> ModuleType:
     """The module that computes on these tensors."""
     if _forced == "eager" or (_forced == "auto" and (gemm is None or not tensors[0].is_cuda)):
         return reference
-    unsupported = {t.dtype for t in tensors if t is not None and t.dtype not in TRITON_DTYPES}
-    if not unsupported:
-        return gemm
-    if _forced == "triton":
-        raise TypeError(f'implementation("triton"): expected dtypes among {TRITON_DTYPES}, got {unsupported}')
-    return reference
+    unsupported = {tensor.dtype for tensor in tensors if tensor is not None}.difference(gemm.DTYPES)
+    if unsupported and _forced == "triton":
+        raise TypeError(f'implementation("triton"): expected dtypes among {gemm.DTYPES}, got {unsupported}')
+    return reference if unsupported else gemm
 
 
 @contextmanager
 def _autocast_disabled(device_type: str) -> Iterator[None]:
-    if torch.is_autocast_enabled(device_type):
+    if _autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             yield
     else:
@@ -140,11 +143,12 @@ def _autocast_disabled(device_type: str) -> Iterator[None]:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
 
 
 def _run_cross_modal_linear(x, weight, aux_weight, scale, bias=None):
-    y = _path(x, weight, aux_weight, scale, bias).forward(_flat(x), weight, aux_weight, scale, bias)
+    with _autocast_disabled(x.device.type):
+        y = _path(x, weight, aux_weight, scale, bias).forward(_flat(x), weight, aux_weight, scale, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -210,8 +214,9 @@ class _CrossModalLinear(torch.autograd.Function):
             return _cross_modal_linear(x, weight, aux_weight, scale, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
+        if torch.is_grad_enabled():
+            raise RuntimeError("cross_modal_linear is differentiable once: create_graph=True is not supported")
         x, weight, aux_weight, scale = ctx.saved_tensors
         need_x, need_weight, need_aux, need_scale, need_bias = ctx.needs_input_grad
         grads = [None] * 5
@@ -252,8 +257,8 @@ def _autocast(device_type):
     return cast_input
 
 
-_library.impl("cross_modal_linear", _autocast("cpu"), "AutocastCPU")
-_library.impl("cross_modal_linear", _autocast("cuda"), "AutocastCUDA")
+for _device_type, _key in _AUTOCAST_KEYS.items():
+    _library.impl("cross_modal_linear", _autocast(_device_type), _key)
 
 
 @register_flop_formula(_cross_modal_linear.overloadpacket)

@@ -1,0 +1,240 @@
+"""The Triton GEMMs, by pointers: any shape, any stride, float32, float16 and bfloat16.
+
+Two kernels make the three products. Forward and input gradient are one GEMM that differs in strides only,
+`left (W + s * W_aux)` with the combined weight formed tile by tile; the parameter gradients are the other.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import GROUP, INTERPRETED, TILES, active_target, architecture, input_precision, operand_kind
+
+# Triton's interpreter multiplies the bits of bfloat16 as integers.
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _tile_of_program(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """The tile of this program, in bands of GROUP rows of tiles so that neighbours in time share operands in L2."""
+    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
+    per_band = GROUP * tl.cdiv(columns, BLOCK_COLUMNS)
+    program = tl.program_id(0)
+    first_row = program // per_band * GROUP
+    band_rows = min(row_tiles - first_row, GROUP)
+    return first_row + program % per_band % band_rows, program % per_band // band_rows
+
+
+@triton.jit
+def combined_matmul_kernel(
+    left_ptr,
+    weight_ptr,
+    aux_ptr,
+    scale_ptr,
+    bias_ptr,
+    output_ptr,
+    rows,
+    columns,
+    depth,
+    stride_left_row,
+    stride_left_depth,
+    stride_weight_depth,
+    stride_weight_column,
+    stride_aux_depth,
+    stride_aux_column,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """output = left (weight + scale * aux) + bias, with left (rows, depth), weight and aux (depth, columns)."""
+    tile_row, tile_column = _tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    column = tile_column * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    row_mask = row[:, None] < rows
+    column_mask = column[None, :] < columns
+    left_ptrs = left_ptr + row[:, None] * stride_left_row + k[None, :] * stride_left_depth
+    weight_ptrs = weight_ptr + k[:, None] * stride_weight_depth + column[None, :] * stride_weight_column
+    aux_ptrs = aux_ptr + k[:, None] * stride_aux_depth + column[None, :] * stride_aux_column
+    step = tl.full((), BLOCK_K, tl.int64)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(0, depth, BLOCK_K):
+        if EVEN_K:
+            left_mask, weight_mask = row_mask, column_mask
+        else:
+            left_mask = row_mask & (k[None, :] < depth - start)
+            weight_mask = column_mask & (k[:, None] < depth - start)
+        left = tl.load(left_ptrs, mask=left_mask, other=0.0)
+        weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0).to(tl.float32)
+        aux = tl.load(aux_ptrs, mask=weight_mask, other=0.0).to(tl.float32)
+        combined = (weight + scale * aux).to(left.dtype)
+        accumulator = tl.dot(left, combined, accumulator, input_precision=INPUT_PRECISION)
+        left_ptrs += step * stride_left_depth
+        weight_ptrs += step * stride_weight_depth
+        aux_ptrs += step * stride_aux_depth
+    if bias_ptr is not None:
+        accumulator += tl.load(bias_ptr + column[None, :], mask=column_mask, other=0.0).to(tl.float32)
+    tl.store(
+        output_ptr + row[:, None] * columns + column[None, :],
+        accumulator.to(output_ptr.dtype.element_ty),
+        mask=row_mask & column_mask,
+    )
+
+
+@triton.jit
+def grad_parameters_kernel(
+    grad_ptr,
+    x_ptr,
+    aux_ptr,
+    scale_ptr,
+    grad_weight_ptr,
+    grad_aux_ptr,
+    partial_ptr,
+    rows,
+    columns,
+    depth,
+    stride_grad_depth,
+    stride_grad_row,
+    stride_x_depth,
+    stride_x_column,
+    stride_aux_row,
+    stride_aux_column,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """G = grad^T x, with grad (depth, rows) and x (depth, columns), in float32.
+
+    Writes of it what has a pointer: G to grad_weight, scale * G to grad_aux, this tile's <G, aux> to partial.
+    """
+    tile_row, tile_column = _tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    column = tile_column * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    row_mask = row[:, None] < rows
+    column_mask = column[None, :] < columns
+    grad_ptrs = grad_ptr + row[:, None] * stride_grad_row + k[None, :] * stride_grad_depth
+    x_ptrs = x_ptr + k[:, None] * stride_x_depth + column[None, :] * stride_x_column
+    step = tl.full((), BLOCK_K, tl.int64)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(0, depth, BLOCK_K):
+        if EVEN_K:
+            grad_mask, x_mask = row_mask, column_mask
+        else:
+            grad_mask = row_mask & (k[None, :] < depth - start)
+            x_mask = column_mask & (k[:, None] < depth - start)
+        grad = tl.load(grad_ptrs, mask=grad_mask, other=0.0)
+        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+        accumulator = tl.dot(grad, x, accumulator, input_precision=INPUT_PRECISION)
+        grad_ptrs += step * stride_grad_depth
+        x_ptrs += step * stride_x_depth
+    mask = row_mask & column_mask
+    offsets = row[:, None] * columns + column[None, :]
+    if partial_ptr is not None:
+        aux_ptrs = aux_ptr + row[:, None] * stride_aux_row + column[None, :] * stride_aux_column
+        aux = tl.load(aux_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(accumulator * aux, 1), 0))
+    if grad_aux_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float32)
+        tl.store(grad_aux_ptr + offsets, (scale * accumulator).to(grad_aux_ptr.dtype.element_ty), mask=mask)
+    if grad_weight_ptr is not None:
+        tl.store(grad_weight_ptr + offsets, accumulator.to(grad_weight_ptr.dtype.element_ty), mask=mask)
+
+
+def forward(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`x (W + s * W_aux)^T + b`: x (M, K), weights (N, K) -> (M, N) in x's dtype."""
+    return _combined_matmul(x, weight.t(), aux_weight.t(), scale, bias)
+
+
+def grad_input(grad_output: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor) -> Tensor:
+    """`dY (W + s * W_aux)`: grad_output (M, N), weights (N, K) -> (M, K) in grad_output's dtype."""
+    return _combined_matmul(grad_output, weight, aux_weight, scale, None)
+
+
+def _combined_matmul(left: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    rows, depth = left.shape
+    columns = weight.shape[1]
+    output = left.new_empty(rows, columns)
+    target = active_target()
+    precision = input_precision(left.dtype, target)
+    tile = TILES[architecture(target)]["combined_matmul"][operand_kind(left.dtype, weight.dtype, precision)]
+    with _device_of(left):
+        combined_matmul_kernel[(triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N),)](
+            left,
+            weight,
+            aux_weight,
+            scale,
+            bias,
+            output,
+            rows,
+            columns,
+            depth,
+            *left.stride(),
+            *weight.stride(),
+            *aux_weight.stride(),
+            **tile._asdict(),
+            GROUP=GROUP,
+            EVEN_K=depth % tile.BLOCK_K == 0,
+            INPUT_PRECISION=precision,
+        )
+    return output
+
+
+def grad_parameters(
+    grad_output: Tensor,
+    x: Tensor,
+    aux_weight: Tensor | None,
+    scale: Tensor | None,
+    weight_dtype: torch.dtype | None,
+    aux_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of weight, aux weight and scale that were asked for, as `reference.grad_parameters`.
+
+    The scale's is reduced in two stages of fixed order, a partial sum per tile and the sum of those, without atomics:
+    repeated runs give the same bits.
+    """
+    depth, rows = grad_output.shape
+    columns = x.shape[1]
+    target = active_target()
+    precision = input_precision(x.dtype, target)
+    tile = TILES[architecture(target)]["grad_parameters"][operand_kind(x.dtype, x.dtype, precision)]
+    tiles = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N)
+    grad_weight = None if weight_dtype is None else x.new_empty(rows, columns, dtype=weight_dtype)
+    grad_aux = None if scale is None else x.new_empty(rows, columns, dtype=aux_dtype)
+    partial = None if aux_weight is None else x.new_empty(tiles, dtype=torch.float32)
+    with _device_of(x):
+        grad_parameters_kernel[(tiles,)](
+            grad_output,
+            x,
+            aux_weight,
+            scale,
+            grad_weight,
+            grad_aux,
+            partial,
+            rows,
+            columns,
+            depth,
+            *grad_output.stride(),
+            *x.stride(),
+            *((0, 0) if aux_weight is None else aux_weight.stride()),
+            **tile._asdict(),
+            GROUP=GROUP,
+            EVEN_K=depth % tile.BLOCK_K == 0,
+            INPUT_PRECISION=precision,
+        )
+    return grad_weight, grad_aux, None if partial is None else partial.sum(0, keepdim=True)
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

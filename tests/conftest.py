@@ -1,0 +1,27 @@
+"""The paths one test body runs on: plain torch on the CPU; on a GPU the kernels too; the kernels alone in a process
+where Triton's interpreter is on (TRITON_INTERPRET=1), which `test_interpreter.py` starts."""
+
+import pytest
+import torch
+from m2pt_kernels import implementation
+from m2pt_kernels.configs import INTERPRETED
+
+if INTERPRETED:
+    PATHS = [("triton", "cpu")]
+elif torch.cuda.is_available():
+    PATHS = [("eager", "cpu"), ("eager", "cuda"), ("triton", "cuda")]
+else:
+    PATHS = [("eager", "cpu")]
+
+
+@pytest.fixture(params=PATHS, ids="-".join)
+def device(request):
+    """The device to put tensors on, with the path under test forced."""
+    name, device = request.param
+    with implementation(name):
+        yield device
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

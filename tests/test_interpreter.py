@@ -1,0 +1,18 @@
+"""The same tests of the operators on the Triton kernels, executed by Triton's interpreter in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_operators_in_the_interpreter():
+    tests = Path(__file__).with_name("test_ops.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-5000:]
+    assert " passed" in run.stdout and "skipped" not in run.stdout

@@ -1,0 +1,305 @@
+"""Every operator and gradient against float64, with plain torch's own error at the same dtypes as the measure."""
+
+import itertools
+
+import pytest
+import torch
+from m2pt_kernels import cross_modal_linear, implementation
+from m2pt_kernels.configs import INTERPRETED
+from torch.nn import functional as F
+
+HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
+DTYPES = [(torch.float32, torch.float32), *((half, half) for half in HALF), *((half, torch.float32) for half in HALF)]
+SHAPES = [(1, 1, 1), (3, 5, 7), (64, 64, 64), (37, 70, 33), (130, 45, 129), (0, 8, 8)]
+NAMES = ("x", "weight", "aux_weight", "scale", "bias")
+
+
+def operands(m, n, k, dtype=torch.float32, weight_dtype=torch.float32, device="cpu", needs_grad=NAMES):
+    """x, weight, aux_weight, scale, bias and a gradient for the output, of the sizes a network has."""
+    tensors = {
+        "x": torch.randn(m, k, dtype=dtype, device=device),
+        "weight": torch.randn(n, k, dtype=weight_dtype, device=device) / max(k, 1) ** 0.5,
+        "aux_weight": torch.randn(n, k, dtype=weight_dtype, device=device) / max(k, 1) ** 0.5,
+        "scale": torch.full((1,), 0.3, device=device),
+        "bias": torch.randn(n, dtype=weight_dtype, device=device),
+    }
+    for name in needs_grad:
+        tensors[name].requires_grad_()
+    return tensors, torch.randn(m, n, dtype=dtype, device=device)
+
+
+def published(x, weight, aux_weight, scale, bias=None):
+    """The published formulation: the combined weight is materialised, in the dtypes torch gives it."""
+    return F.linear(x, weight + scale.to(weight.dtype) * aux_weight, bias)
+
+
+def outputs(function, tensors, grad_output):
+    """The output and the gradient of every tensor that asks for one."""
+    leaves = {
+        name: tensor if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
+        for name, tensor in tensors.items()
+    }
+    y = function(**leaves)
+    y.backward(grad_output)
+    return {"y": y.detach()} | {
+        name: leaf.grad for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad
+    }
+
+
+def exact(tensors, grad_output):
+    """The same in float64."""
+    wide = {
+        name: tensor if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
+        for name, tensor in tensors.items()
+    }
+    return outputs(published, wide, grad_output.double())
+
+
+def in_torch(tensors, grad_output):
+    """What plain torch makes of the same tensors; float32 weights with a half-precision x need its autocast."""
+    dtype = tensors["x"].dtype
+    if tensors["weight"].dtype == dtype:
+        return outputs(published, tensors, grad_output)
+
+    def autocast(**leaves):
+        with torch.autocast(leaves["x"].device.type, dtype):
+            return published(**leaves)
+
+    return outputs(autocast, tensors, grad_output)
+
+
+def assert_as_good_as_torch(got, tensors, grad_output, torch_got=None):
+    """No error is larger than 1.5 times plain torch's, plus one rounding of the largest entry.
+
+    The scale's gradient is one number, a sum that may cancel: there the largest entry is its Cauchy-Schwarz bound.
+    """
+    want = exact(tensors, grad_output)
+    torch_got = in_torch(tensors, grad_output) if torch_got is None else torch_got
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        assert got[name].dtype == torch_got[name].dtype and got[name].shape == expected.shape, name
+        if expected.numel() == 0:
+            continue
+        error = (got[name].double() - expected).abs().max()
+        torch_error = (torch_got[name].double() - expected).abs().max()
+        largest = expected.abs().max()
+        if name == "scale":
+            x, n = tensors["x"].detach(), grad_output.shape[-1]
+            accumulator = grad_output.double().reshape(-1, n).t() @ x.double().reshape(-1, x.shape[-1])
+            largest = accumulator.norm() * tensors["aux_weight"].double().norm()
+        floor = torch.finfo(got[name].dtype).eps * largest
+        assert error <= 1.5 * torch_error + floor, f"{name}: {error:.2e}, torch {torch_error:.2e}, floor {floor:.2e}"
+
+
+@pytest.mark.parametrize("dtype,weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_output_and_gradients(device, shape, dtype, weight_dtype):
+    tensors, grad_output = operands(*shape, dtype, weight_dtype, device)
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+
+
+@pytest.mark.parametrize("needs_grad", [s for n in range(6) for s in itertools.combinations(NAMES, n)], ids="+".join)
+def test_every_subset_of_gradients(device, needs_grad):
+    tensors, grad_output = operands(17, 12, 9, device=device, needs_grad=needs_grad)
+    if not needs_grad:
+        y = cross_modal_linear(**tensors)
+        assert y.grad_fn is None
+        torch.testing.assert_close(y, published(**tensors))
+        return
+    got = outputs(cross_modal_linear, tensors, grad_output)
+    assert set(got) == {"y", *needs_grad}
+    assert_as_good_as_torch(got, tensors, grad_output)
+
+
+@pytest.mark.parametrize("needs_grad", [s for n in range(6) for s in itertools.combinations(NAMES, n)], ids="+".join)
+def test_saves_what_the_gradients_need_and_nothing_else(device, needs_grad):
+    tensors, _ = operands(17, 12, 9, device=device, needs_grad=needs_grad)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()), lambda _: None):
+        cross_modal_linear(**tensors)
+    wanted = set()
+    if "x" in needs_grad:
+        wanted |= {"weight", "aux_weight", "scale"}
+    if "weight" in needs_grad:
+        wanted |= {"x"}
+    if "aux_weight" in needs_grad:
+        wanted |= {"x", "scale"}
+    if "scale" in needs_grad:
+        wanted |= {"x", "aux_weight"}
+    assert sorted(saved) == sorted(tensors[name].data_ptr() for name in wanted)
+
+
+def transposed(tensor):
+    return tensor.t().contiguous().t()
+
+
+def padded(tensor):
+    return F.pad(tensor, (3, 2))[:, 3:-2]
+
+
+def every_other(tensor):
+    return tensor.repeat_interleave(2, -1)[:, ::2]
+
+
+def expanded(tensor):
+    return tensor[:1].expand_as(tensor)
+
+
+@pytest.mark.parametrize("layout", [transposed, padded, every_other, expanded])
+@pytest.mark.parametrize("name", ["x", "weight", "aux_weight", "grad_output"])
+def test_strides(device, name, layout):
+    tensors, grad_output = operands(37, 24, 33, device=device, needs_grad=())
+    tensors["grad_output"] = grad_output
+    tensors[name] = layout(tensors[name])
+    assert tensors[name].stride() != (tensors[name].shape[1], 1)
+    grad_output = tensors.pop("grad_output")
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+
+
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 3, 5), (0, 3)], ids=str)
+def test_leading_dimensions(device, leading):
+    tensors, _ = operands(1, 6, 8, device=device)
+    tensors["x"] = torch.randn(*leading, 8, device=device, requires_grad=True)
+    grad_output = torch.randn(*leading, 6, device=device)
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+
+
+def test_transposed_batch(device):
+    tensors, _ = operands(1, 6, 8, device=device)
+    tensors["x"] = torch.randn(5, 3, 8, device=device).transpose(0, 1).requires_grad_()
+    grad_output = torch.randn(6, 3, 5, device=device).permute(1, 2, 0)
+    got = outputs(cross_modal_linear, tensors, grad_output)
+    assert got["y"].is_contiguous()
+    assert_as_good_as_torch(got, tensors, grad_output)
+
+
+def test_no_bias(device):
+    tensors, grad_output = operands(37, 24, 33, device=device)
+    tensors["bias"] = None
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+
+
+@pytest.mark.parametrize("aux_dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("scale_dtype", [torch.float32, *HALF], ids=str)
+def test_aux_weight_and_scale_of_another_dtype(device, aux_dtype, scale_dtype):
+    tensors, grad_output = operands(37, 24, 33, device=device, needs_grad=())
+    tensors["aux_weight"] = tensors["aux_weight"].to(aux_dtype)
+    tensors["scale"] = tensors["scale"].to(scale_dtype)
+    got = outputs(cross_modal_linear, {n: t.detach().requires_grad_() for n, t in tensors.items()}, grad_output)
+    want = exact({n: t.detach().requires_grad_() for n, t in tensors.items()}, grad_output)
+    for name, expected in want.items():
+        dtype = grad_output.dtype if name == "y" else tensors[name].dtype
+        assert got[name].dtype == dtype
+        tolerance = 8 * torch.finfo(dtype).eps * expected.abs().max()
+        assert (got[name].double() - expected).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_autocast(device, dtype):
+    tensors, grad_output = operands(37, 24, 33, device=device)
+    tensors["x"] = tensors["x"].detach().to(dtype).float().requires_grad_()
+    grad_output = grad_output.to(dtype)
+
+    def under_autocast(function):
+        def call(**leaves):
+            with torch.autocast(device, dtype):
+                return function(**leaves)
+
+        return outputs(call, tensors, grad_output)
+
+    assert_as_good_as_torch(
+        under_autocast(cross_modal_linear), tensors, grad_output, torch_got=under_autocast(published)
+    )
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_backward_inside_autocast_is_not_rounded(device, dtype):
+    tensors, grad_output = operands(37, 24, 33, dtype, device=device)
+    outside = outputs(cross_modal_linear, tensors, grad_output)
+    with torch.autocast(device, dtype):
+        inside = outputs(cross_modal_linear, tensors, grad_output)
+    assert all(torch.equal(inside[name], outside[name]) for name in outside)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_scale_gradient_is_exact_and_reproducible(device, dtype, seed):
+    torch.manual_seed(seed)
+    sizes = (70, 96, 80) if INTERPRETED else (394, 768, 768)
+    tensors, grad_output = operands(*sizes, dtype, dtype, device, needs_grad=("scale",))
+    want = exact(tensors, grad_output)["scale"]
+    runs = [outputs(cross_modal_linear, tensors, grad_output)["scale"] for _ in range(3)]
+    assert (runs[0].double() - want).abs() <= 1e-5 * want.abs()
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+def test_long_reduction(device):
+    tensors, grad_output = operands(5000, 3, 2, device=device)
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+
+
+def test_empty_features(device):
+    tensors, grad_output = operands(5, 3, 0, device=device)
+    got = outputs(cross_modal_linear, tensors, grad_output)
+    assert torch.equal(got["y"], tensors["bias"].detach().expand(5, 3))
+    assert got["weight"].shape == (3, 0) and got["scale"].item() == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_and_inf_spread_as_in_torch(device, name, value):
+    tensors, grad_output = operands(17, 12, 9, device=device, needs_grad=())
+    tensors[name].view(-1)[0] = value
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    got, torch_got = (outputs(f, tensors, grad_output) for f in (cross_modal_linear, published))
+    for key in got:
+        torch.testing.assert_close(got[key], torch_got[key], equal_nan=True, rtol=1e-4, atol=1e-4, msg=key)
+
+
+def test_second_order_gradients_are_refused(device):
+    tensors, _ = operands(3, 4, 5, device=device)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(cross_modal_linear(**tensors).sum(), tensors["x"], create_graph=True)
+
+
+BAD_INPUTS = {
+    "x of another width": (ValueError, "x", {"x": torch.ones(2, 4)}),
+    "x without dimensions": (ValueError, "x", {"x": torch.ones(())}),
+    "integer x": (TypeError, "x", {"x": torch.ones(2, 3, dtype=torch.int64)}),
+    "flat weight": (ValueError, "weight", {"weight": torch.ones(3)}),
+    "weight of another dtype": (TypeError, "weight", {"weight": torch.ones(4, 3, dtype=torch.bfloat16)}),
+    "aux_weight of another shape": (ValueError, "aux_weight", {"aux_weight": torch.ones(3, 4)}),
+    "integer aux_weight": (TypeError, "aux_weight", {"aux_weight": torch.ones(4, 3, dtype=torch.int8)}),
+    "aux_weight elsewhere": (ValueError, "aux_weight", {"aux_weight": torch.ones(4, 3, device="meta")}),
+    "scale without dimensions": (ValueError, "scale", {"scale": torch.tensor(0.5)}),
+    "two scales": (ValueError, "scale", {"scale": torch.ones(2)}),
+    "bias of another length": (ValueError, "bias", {"bias": torch.ones(3)}),
+}
+
+
+@pytest.mark.parametrize("error,name,changed", BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
+def test_bad_inputs(error, name, changed):
+    good = {
+        "x": torch.ones(2, 3),
+        "weight": torch.ones(4, 3),
+        "aux_weight": torch.ones(4, 3),
+        "scale": torch.ones(1),
+        "bias": torch.ones(4),
+    }
+    with pytest.raises(error, match=f"^{name}: "):
+        cross_modal_linear(**(good | changed))
+
+
+def test_unknown_implementation():
+    with pytest.raises(ValueError, match="'fast'"), implementation("fast"):
+        pass
+
+
+def test_implementation_is_restored_after_an_error():
+    tensors, _ = operands(2, 3, 4, torch.float64, torch.float64)
+    with pytest.raises(KeyError), implementation("eager"):
+        raise KeyError
+    assert cross_modal_linear(**tensors).dtype == torch.float64
