@@ -3,6 +3,7 @@ where Triton's interpreter is on (TRITON_INTERPRET=1), which `test_interpreter.p
 
 import pytest
 import torch
+
 from m2pt_kernels import implementation
 from m2pt_kernels.configs import INTERPRETED
 

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from m2pt_kernels import cross_modal_linear, implementation
 from m2pt_kernels.configs import INTERPRETED
-from torch.nn import functional as F
 
 HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 DTYPES = [(torch.float32, torch.float32), *((half, half) for half in HALF), *((half, torch.float32) for half in HALF)]

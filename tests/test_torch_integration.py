@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from m2pt_kernels import cross_modal_linear, implementation
-from m2pt_kernels.configs import INTERPRETED
 from test_ops import operands, outputs
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+
+from m2pt_kernels import cross_modal_linear, implementation
+from m2pt_kernels.configs import INTERPRETED
 
 OPS = torch.ops.m2pt_kernels
 

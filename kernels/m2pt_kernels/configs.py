@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 GROUP = 8
@@ -64,7 +65,7 @@ TILES = {
             "ieee": TileConfig(128, 128, 32, 8, 2),
         },
     },
-    "portable": {  # anything else, and the interpreter
+    "portable": {  # anything else, the interpreter, and matrices that are not aligned
         "combined_matmul": {
             "half": TileConfig(64, 64, 32, 4, 2),
             "mixed": TileConfig(64, 64, 32, 4, 2),
@@ -105,8 +106,22 @@ def input_precision(dtype: torch.dtype, target: GPUTarget | None) -> str:
     return "tf32" if target.backend == "cuda" or target.arch == "gfx942" else "ieee"
 
 
-def operand_kind(dtype: torch.dtype, weight_dtype: torch.dtype, precision: str) -> str:
-    """The column of TILES for activations of `dtype` and weights of `weight_dtype`."""
+def is_aligned(features: tuple[int, int], *matrices: Tensor) -> bool:
+    """Whether rows can be read 16 elements at a time, which the larger tiles need to keep within the registers."""
+    strides = (stride for matrix in matrices for stride in matrix.stride() if stride != 1)
+    return all(n % 16 == 0 for n in (*features, *strides)) and all(m.data_ptr() % 16 == 0 for m in matrices)
+
+
+def tile_config(
+    product: str,
+    target: GPUTarget | None,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    precision: str,
+    aligned: bool,
+) -> TileConfig:
+    """The entry of TILES for activations of `dtype` and weights of `weight_dtype`."""
+    row = TILES[architecture(target) if aligned else "portable"]
     if dtype == torch.float32:
-        return precision
-    return "half" if weight_dtype.itemsize == 2 else "mixed"
+        return row[product][precision]
+    return row[product]["half" if weight_dtype.itemsize == 2 else "mixed"]

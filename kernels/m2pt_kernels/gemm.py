@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import GROUP, INTERPRETED, TILES, active_target, architecture, input_precision, operand_kind
+from .configs import GROUP, INTERPRETED, active_target, input_precision, is_aligned, tile_config
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
@@ -167,7 +167,8 @@ def _combined_matmul(left: Tensor, weight: Tensor, aux_weight: Tensor, scale: Te
     output = left.new_empty(rows, columns)
     target = active_target()
     precision = input_precision(left.dtype, target)
-    tile = TILES[architecture(target)]["combined_matmul"][operand_kind(left.dtype, weight.dtype, precision)]
+    aligned = is_aligned((depth, columns), left, weight, aux_weight)
+    tile = tile_config("combined_matmul", target, left.dtype, weight.dtype, precision, aligned)
     with _device_of(left):
         combined_matmul_kernel[(triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N),)](
             left,
@@ -207,7 +208,8 @@ def grad_parameters(
     columns = x.shape[1]
     target = active_target()
     precision = input_precision(x.dtype, target)
-    tile = TILES[architecture(target)]["grad_parameters"][operand_kind(x.dtype, x.dtype, precision)]
+    aligned = is_aligned((rows, columns), grad_output, x)
+    tile = tile_config("grad_parameters", target, x.dtype, x.dtype, precision, aligned)
     tiles = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N)
     grad_weight = None if weight_dtype is None else x.new_empty(rows, columns, dtype=weight_dtype)
     grad_aux = None if scale is None else x.new_empty(rows, columns, dtype=aux_dtype)

@@ -1,0 +1,97 @@
+"""Compile the kernels for a GPU that is not there, through the package's own host code, and read off what came out."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import triton
+from m2pt_kernels import gemm, implementation
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
+}
+SHARED_MEMORY = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64, "gfx1100": 64}
+"""KiB a block may use, by `GPUTarget.arch`."""
+
+KERNELS = (gemm.combined_matmul_kernel, gemm.grad_parameters_kernel)
+
+
+class Resources(NamedTuple):
+    """Per thread: registers and bytes spilled (stack and local memory). Per block: bytes of shared memory."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+class _CompileOnlyDriver:
+    """Triton's driver interface, for a device that takes every kernel and runs none."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": SHARED_MEMORY[target.arch] * 1024},
+            load_binary=lambda name, binary, shared, device: (None, None, 0, 0, 1024),
+        )
+
+    def launcher_cls(self, source, metadata):
+        return lambda *arguments: None
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def compiling_for(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
+    """Operators called inside the block, on CPU tensors, compile for `target` and compute nothing.
+
+    The list holds what they compiled once the block is left.
+
+    Raises:
+        triton.runtime.errors.OutOfResources: a kernel needs more shared or tensor memory than the target has.
+    """
+    compiled: list[CompiledKernel] = []
+    triton.runtime.driver.set_active(_CompileOnlyDriver(target))
+    try:
+        with implementation("triton"):
+            yield compiled
+        for kernel in KERNELS:
+            compiled += kernel.device_caches.pop(str(target), ({},))[0].values()
+    finally:
+        for kernel in KERNELS:
+            kernel.device_caches.pop(str(target), None)
+        triton.runtime.driver.set_active(None)
+
+
+def resources(compiled: CompiledKernel) -> Resources:
+    """Registers, spills and shared memory, as the assembler reports them."""
+    if "cubin" in compiled.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, *spills = (int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL"))
+    else:
+        assembly = compiled.asm["amdgcn"]
+        names = (r"\.vgpr_count", r"\.vgpr_spill_count", r"\.sgpr_spill_count", "; ScratchSize")
+        registers, *spills = (int(re.search(rf"{name}: +(\d+)", assembly)[1]) for name in names)
+    return Resources(registers, sum(spills), compiled.metadata.shared)
