@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import triton
-from m2pt_kernels import gemm, implementation
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
+
+from m2pt_kernels import gemm, implementation
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

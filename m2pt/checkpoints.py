@@ -1,12 +1,11 @@
 """Checkpoints on disk: read safely, merged without building a model, written whole or not at all."""
 
+import argparse
 import os
-import pickle
-import tempfile
+import secrets
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,7 +17,8 @@ WRAPPERS = ("module", "state_dict", "model")
 def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """The state dict in a `.safetensors` file, or in a torch file, bare or under `module`, `state_dict` or `model`.
 
-    Torch files are read with `weights_only=True`: nothing in them is executed. Tensors are put on the CPU.
+    Torch files are read with `weights_only=True`: nothing in them is executed. The `argparse.Namespace` that M2PT's and
+    MAE's training scripts save beside the model is let through. Tensors are put on the CPU.
 
     Raises:
         FileNotFoundError: no such file.
@@ -30,12 +30,17 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch's reader has no error of its own: damage surfaces as KeyError, IndexError, ...
+        raise ValueError(f"{path}: not a readable checkpoint of tensors ({type(error).__name__})") from error
     while isinstance(content, dict) and (wrapper := next((w for w in WRAPPERS if w in content), None)):
         content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise ValueError(f"{path}: expected a state dict, bare or under one of {WRAPPERS}")
     return content
 
@@ -43,21 +48,37 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
 def save_state_dict(state_dict: dict[str, Tensor], path: str | os.PathLike) -> None:
     """Write a `.safetensors` file: to a temporary file beside it, then renamed, so that `path` is never half-written.
 
+    Tensors that share memory, such as tied weights, are written once each.
+
     Raises:
         ValueError: another ending than `.safetensors`.
-        OSError: the folder cannot be written.
+        OSError: the folder is missing or cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a name ending in .safetensors")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in state_dict.items()}, temporary)
-        os.replace(temporary, path)
+        save_file(_without_sharing(state_dict), temporary)
+        temporary.chmod(mode)  # safetensors 0.8 makes it readable by its owner only, whatever the umask
+        temporary.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def _without_sharing(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, a copy of those whose memory an earlier one uses: safetensors refuses both otherwise."""
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in state_dict.items():
+        contiguous = tensor.detach().contiguous()
+        storage = contiguous.untyped_storage().data_ptr()
+        tensors[name] = contiguous.clone() if storage in storages else contiguous
+        storages.add(storage)
+    return tensors
 
 
 def merge_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -67,7 +88,8 @@ def merge_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         ValueError: no fused layer, one that is not complete, or a merged weight that is not finite.
     """
     merged = dict(state_dict)
-    layers = [name.removesuffix("cross_modal_scale") for name in state_dict if name.endswith("cross_modal_scale")]
+    owned = ("aux_weight", "cross_modal_scale")
+    layers = {name.removesuffix(end): None for name in state_dict for end in owned if name.endswith(end)}
     if not layers:
         raise ValueError("state_dict: there is no cross_modal_scale in it, so there is nothing to merge")
     for layer in layers:

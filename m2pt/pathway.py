@@ -72,7 +72,9 @@ def _blocks(model: nn.Module, argument: str, main_body_name: str) -> nn.Sequenti
     except AttributeError:
         raise ValueError(f"{argument}: {type(model).__name__} has no module {main_body_name!r}") from None
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
-        raise ValueError(f"{argument}: expected {main_body_name!r} to be a non-empty sequence of blocks, got {blocks!r}")
+        raise ValueError(
+            f"{argument}: expected {main_body_name!r} to be a non-empty sequence of blocks, got {blocks!r}"
+        )
     return blocks
 
 

@@ -1,0 +1,258 @@
+"""Checkpoints on disk: what is read, what is refused, and that writing is all or nothing."""
+
+import argparse
+import pickle
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import m2pt.checkpoints
+from m2pt import FusedCrossModalLinear, merge_pathways
+from m2pt.checkpoints import load_state_dict, merge_state_dict, save_state_dict
+
+
+def weights():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "fc.weight": torch.randn(3, 4, generator=generator),
+        "fc.bias": torch.randn(3, generator=generator).bfloat16(),
+        "steps": torch.tensor(7),
+    }
+
+
+def write(content, path):
+    if path.suffix == ".safetensors":
+        save_state_dict(content, path)
+    else:
+        torch.save(content, path)
+    return path
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+def listing(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", [Path, str])
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.pt", "w.bin"])
+def test_round_trip(tmp_path, name, kind):
+    write(weights(), tmp_path / name)
+    assert_same(load_state_dict(kind(tmp_path / name)), weights())
+
+
+ARGS = argparse.Namespace(lr=0.1, output_dir="runs", epochs=None)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda content: {"module": content},
+        lambda content: {"state_dict": content, "epoch": 3},
+        lambda content: {"model": content, "optimizer": {"state": {}}, "scaler": {"scale": 2.0}, "args": ARGS},
+        lambda content: {"model": {"module": content}},
+        lambda content: {"module": {"state_dict": {"model": content, "note": "x"}}, "lr": 0.1},
+    ],
+)
+def test_wrapped_state_dicts_are_found(tmp_path, wrap):
+    assert_same(load_state_dict(write(wrap(weights()), tmp_path / "w.pth")), weights())
+
+
+SQUARE = torch.arange(16.0).view(4, 4)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"a": SQUARE.t()},
+        {"a": SQUARE[:, 1:3]},
+        {"a": torch.ones(1).expand(5)},
+        {"a": SQUARE, "b": SQUARE},
+        {"a": SQUARE, "b": SQUARE.view(16), "c": SQUARE.t()},
+        {"a": SQUARE[:3], "b": SQUARE[1:]},
+        {"a": nn.Parameter(SQUARE), "b": torch.empty(0)},
+    ],
+    ids=["transposed", "columns", "expanded", "tied", "views", "overlapping", "parameter"],
+)
+def test_every_layout_is_saved(tmp_path, tensors):
+    save_state_dict(tensors, tmp_path / "w.safetensors")
+    assert_same(
+        load_state_dict(tmp_path / "w.safetensors"), {name: tensor.detach() for name, tensor in tensors.items()}
+    )
+
+
+def test_saved_file_has_the_permissions_of_any_other_new_file(tmp_path):
+    (tmp_path / "other").touch()
+    save_state_dict(weights(), tmp_path / "w.safetensors")
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_saving_replaces_the_target_and_leaves_nothing_else(tmp_path):
+    for value in (0.0, 1.0):
+        save_state_dict({"a": torch.full((2,), value)}, tmp_path / "w.safetensors")
+    assert list(listing(tmp_path)) == ["w.safetensors"]
+    assert load_state_dict(tmp_path / "w.safetensors")["a"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("existing", [True, False])
+def test_failed_write_leaves_the_folder_as_it_was(tmp_path, monkeypatch, existing, error):
+    path = tmp_path / "w.safetensors"
+    if existing:
+        save_state_dict(weights(), path)
+    before = listing(tmp_path)
+
+    def fail_midway(tensors, filename):
+        Path(filename).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(m2pt.checkpoints, "save_file", fail_midway)
+    with pytest.raises(type(error)):
+        save_state_dict({"a": torch.ones(2)}, path)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w", "w.safetensors.bak"])
+def test_saving_under_another_ending_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"/{re.escape(name)}: .*\.safetensors$"):
+        save_state_dict(weights(), tmp_path / name)
+    assert not listing(tmp_path)
+
+
+def test_saving_to_a_missing_folder_names_it(tmp_path):
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / "missing"))):
+        save_state_dict(weights(), tmp_path / "missing" / "w.safetensors")
+    assert not listing(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["missing.safetensors", "missing.pth", "."])
+def test_missing_file(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / name))):
+        load_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name, dump",
+    [
+        ("w.safetensors", save_state_dict),
+        ("w.pth", torch.save),
+        ("w.pth", partial(torch.save, _use_new_zipfile_serialization=False)),
+    ],
+)
+def test_truncated_file(tmp_path, name, dump):
+    path = tmp_path / name
+    dump(weights(), path)
+    whole = path.read_bytes()
+    for kept in range(0, len(whole), 9):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match=f"/{name}: not a readable checkpoint"):
+            load_state_dict(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world", b"\x80\x02}q\x00.", b"{}", b"\x00" * 64, b"K\x01."])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_file_of_another_kind(tmp_path, content, suffix):
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"w{suffix}: "):
+        load_state_dict(path)
+
+
+class TouchesAFile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("dump", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
+def test_code_in_a_pickle_is_not_executed(tmp_path, dump):
+    path, touched = tmp_path / "w.pth", tmp_path / "touched"
+    dump({"model": weights(), "args": TouchesAFile(touched)}, path)
+    with pytest.raises(ValueError, match=r"w\.pth: not a readable checkpoint"):
+        load_state_dict(path)
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        torch.ones(2),
+        [torch.ones(2)],
+        {"epoch": 3},
+        {"a": torch.ones(2), "epoch": 3},
+        {0: torch.ones(2)},
+        {"model": torch.ones(2)},
+        {"model": {"a": torch.ones(2), "b": [1]}},
+        {"weights": {"a": torch.ones(2)}},
+        None,
+    ],
+    ids=str,
+)
+def test_what_is_not_a_state_dict(tmp_path, content):
+    with pytest.raises(ValueError, match=r"w\.pth: expected a state dict.*'module', 'state_dict', 'model'"):
+        load_state_dict(write(content, tmp_path / "w.pth"))
+
+
+def model(dtype=torch.float32):
+    torch.manual_seed(0)
+    layers = [
+        FusedCrossModalLinear(4, 4, bias, origin_layer=None, aux_weight=torch.randn(4, 4)) for bias in (True, False)
+    ]
+    for layer in layers:
+        nn.init.normal_(layer.cross_modal_scale)
+    return nn.Sequential(layers[0], nn.BatchNorm1d(4), nn.Sequential(layers[1]), nn.Linear(4, 2)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_the_state_dict_equals_merging_the_model(dtype):
+    fused = model(dtype)
+    before = {name: tensor.clone() for name, tensor in fused.state_dict().items()}
+    state_dict = fused.state_dict()
+    merged = merge_state_dict(state_dict)
+    assert_same(state_dict, before)
+    assert_same(merged, merge_pathways(fused).state_dict())
+
+
+def test_a_single_layer_can_be_merged():
+    layer = model()[0]
+    assert_same(merge_state_dict(layer.state_dict()), layer.merge().state_dict())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_merging_from_file_to_file(tmp_path, suffix):
+    loaded = load_state_dict(write(model().state_dict(), tmp_path / f"w{suffix}"))
+    save_state_dict(merge_state_dict(loaded), tmp_path / "merged.safetensors")
+    assert_same(load_state_dict(tmp_path / "merged.safetensors"), merge_pathways(model()).state_dict())
+
+
+@pytest.mark.parametrize("state_dict", [{}, weights()], ids=["empty", "plain"])
+def test_nothing_to_merge(state_dict):
+    with pytest.raises(ValueError, match=r"^state_dict: .*cross_modal_scale"):
+        merge_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("missing", ["weight", "aux_weight", "cross_modal_scale"])
+def test_incomplete_layer_is_refused(missing):
+    state_dict = model().state_dict()
+    del state_dict[f"2.0.{missing}"]
+    with pytest.raises(ValueError, match=rf"^state_dict: 2\.0\.{missing} is missing$"):
+        merge_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["weight", "aux_weight", "cross_modal_scale"])
+def test_merged_weight_that_is_not_finite_is_refused(name, value):
+    state_dict = model().state_dict()
+    state_dict[f"2.0.{name}"].flatten()[-1] = value
+    with pytest.raises(ValueError, match=r"^2\.0: .*NaN or infinite"):
+        merge_state_dict(state_dict)

@@ -1,0 +1,436 @@
+"""Connecting two timm ViTs, training what should be trained, and folding the connection away."""
+
+import re
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from m2pt import (
+    FusedCrossModalLinear,
+    cross_modal_scales,
+    freeze_for_linear_probe,
+    merge_pathways,
+    reparameterize_aux_into_target_model,
+    scale_table,
+)
+
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+PLACES = [f"blocks.{block}.{layer}" for block in range(2) for layer in LAYERS]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On models this small, several threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+SIZE = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
+
+
+def vit(seed=0, **options):
+    torch.manual_seed(seed)
+    model = timm.create_model("vit_tiny_patch16_224", **SIZE | options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def connected(dtype=torch.float32, is_aux_trainable=False, **options):
+    model = reparameterize_aux_into_target_model(
+        vit(0, **options).to(dtype), vit(1, **options).to(dtype), is_aux_trainable=is_aux_trainable
+    )
+    for layer in fused_layers(model).values():
+        nn.init.normal_(layer.cross_modal_scale)
+    return model
+
+
+def fused_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, FusedCrossModalLinear)}
+
+
+def images(dtype=torch.float32):
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def published_forward(self, input):
+    return F.linear(input, self.weight + self.cross_modal_scale * self.aux_weight, self.bias)
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """Switches every fused layer to the published formulation."""
+    return lambda: monkeypatch.setattr(FusedCrossModalLinear, "forward", published_forward)
+
+
+@contextmanager
+def unchanged(*models):
+    """Same module objects, same parameter objects, same flags and same bytes afterwards."""
+
+    def snapshot():
+        modules = [(name, module, module.training) for model in models for name, module in model.named_modules()]
+        tensors = [
+            (name, id(tensor), tensor.requires_grad, tensor.detach().view(torch.uint8).numpy().tobytes())
+            for model in models
+            for name, tensor in model.state_dict(keep_vars=True).items()
+        ]
+        return modules, tensors
+
+    kept_alive = [list(model.parameters()) for model in models]
+    before = snapshot()
+    yield
+    assert snapshot() == before
+    del kept_alive
+
+
+def test_demo_of_the_paper_runs_with_only_the_import_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, **SIZE))
+    for name in ("Image_ViT_B16.pth", "Audio_ViT_B16.pth"):
+        torch.save(timm.create_model("vit_base_patch16_224").state_dict(), name)
+
+    model = timm.create_model("vit_base_patch16_224", pretrained=False)
+    aux_model = timm.create_model("vit_base_patch16_224", pretrained=False)
+    pretrained_state_dict = torch.load("Image_ViT_B16.pth")
+    aux_state_dict = torch.load("Audio_ViT_B16.pth")
+    model.load_state_dict(pretrained_state_dict, strict=True)
+    aux_model.load_state_dict(aux_state_dict, strict=True)
+    reparameterize_aux_into_target_model(model, aux_model, layer_names=("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
+
+    layers = fused_layers(model)
+    assert list(layers) == PLACES
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight, pretrained_state_dict[f"{name}.weight"])
+        assert torch.equal(layer.aux_weight, aux_state_dict[f"{name}.weight"])
+
+
+def test_stock_vit_base():
+    with torch.device("meta"):
+        target, aux = timm.create_model("vit_base_patch16_224"), timm.create_model("vit_base_patch16_224")
+    layers = fused_layers(reparameterize_aux_into_target_model(target, aux))
+    assert list(layers) == [f"blocks.{block}.{layer}" for block in range(12) for layer in LAYERS]
+
+
+@pytest.mark.parametrize("layer_names", [LAYERS, ("attn.proj",), ["mlp.fc2", "attn.qkv"]])
+def test_only_the_named_layers_are_replaced(layer_names):
+    target, aux = vit(0), vit(1)
+    target.blocks[0].requires_grad_(False)
+    plain, weights = dict(target.named_modules()), dict(target.named_parameters())
+    logits = target(images())
+    with unchanged(aux):
+        assert reparameterize_aux_into_target_model(target, aux, layer_names) is target
+    layers = fused_layers(target)
+    assert set(layers) == {f"blocks.{block}.{layer}" for block in range(2) for layer in layer_names}
+    assert all(module is plain[name] for name, module in target.named_modules() if name not in layers)
+    assert all(target.get_parameter(name) is weight for name, weight in weights.items())
+    assert all(weight.requires_grad != name.startswith("blocks.0.") for name, weight in weights.items())
+    for name, layer in layers.items():
+        assert layer.aux_weight.data_ptr() == aux.get_submodule(name).weight.data_ptr()
+        assert not layer.aux_weight.requires_grad
+    assert torch.equal(target(images()), logits)
+
+
+def test_published_checkpoint_loads_strictly(published):
+    source, model = connected(), reparameterize_aux_into_target_model(vit(3), vit(4))
+    weights = vit(0).state_dict()
+    aux_weights = vit(1).state_dict()
+    for name, scale in cross_modal_scales(source).items():
+        weights[f"{name}.cross_modal_scale"] = torch.tensor([scale])
+        weights[f"{name}.aux_weight"] = aux_weights[f"{name}.weight"]
+    model.load_state_dict(weights, strict=True)
+    logits = model(images())
+    published()
+    torch.testing.assert_close(logits, source(images()))
+
+
+@pytest.mark.parametrize("main_body_name", ["blocks", "encoder.layers"])
+def test_body_of_another_name_and_kind(main_body_name):
+    def model():
+        body = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(3, 3)}) for _ in range(2))
+        root = nn.Module()
+        for name in reversed(main_body_name.split(".")):
+            root.add_module(name, body)
+            body, root = root, nn.Module()
+        return body
+
+    target = reparameterize_aux_into_target_model(model(), model(), ("fc",), main_body_name, True)
+    assert list(fused_layers(target)) == [f"{main_body_name}.0.fc", f"{main_body_name}.1.fc"]
+    assert all(layer.aux_weight.requires_grad for layer in fused_layers(target).values())
+
+
+LAST = "blocks.1.mlp.fc2"
+
+
+def put(module, name=LAST):
+    return lambda model: model.set_submodule(name, module)
+
+
+def drop_last_layer(model):
+    del model.blocks[1].mlp.fc2
+
+
+def drop_last_block(model):
+    model.blocks = model.blocks[:-1]
+
+
+def drop_body(model):
+    del model.blocks
+
+
+def empty_body(model):
+    model.blocks = nn.Sequential()
+
+
+def connect(model):
+    reparameterize_aux_into_target_model(model, vit(2))
+
+
+def connect_last_layer(model):
+    reparameterize_aux_into_target_model(model.blocks[1], vit(2).blocks[1], ("fc2",), "mlp")
+
+
+def connect_last_block(model):
+    part = nn.ModuleDict({"blocks": model.blocks[1:]})
+    reparameterize_aux_into_target_model(part, nn.ModuleDict({"blocks": vit(2).blocks[1:]}))
+
+
+@pytest.mark.parametrize(
+    "broken, damage, message",
+    [
+        ("target", drop_last_block, "aux_model: expected 1 blocks in 'blocks' .*got 2"),
+        ("aux", drop_last_block, "aux_model: expected 2 blocks in 'blocks' .*got 1"),
+        ("target", drop_last_layer, f"target_model: .*{LAST}"),
+        ("aux", drop_last_layer, f"aux_model: .*{LAST}"),
+        ("target", drop_body, "target_model: VisionTransformer has no module 'blocks'"),
+        ("aux", drop_body, "aux_model: VisionTransformer has no module 'blocks'"),
+        ("target", empty_body, "target_model: .*'blocks'"),
+        ("aux", empty_body, "aux_model: .*'blocks'"),
+        ("target", put(nn.Identity(), "blocks"), "target_model: .*'blocks'.*Identity"),
+        ("aux", put(nn.Identity(), "blocks"), "aux_model: .*'blocks'.*Identity"),
+        ("target", put(nn.Linear(192, 47)), rf"aux_model: {LAST} .*\(48, 192\).*\(47, 192\)"),
+        ("aux", put(nn.Linear(1, 48)), rf"aux_model: {LAST} .*\(48, 1\).*\(48, 192\)"),
+        ("target", put(nn.Identity()), f"target_model: {LAST} is a Identity"),
+        ("aux", put(nn.Conv2d(192, 48, 1)), f"aux_model: {LAST} is a Conv2d"),
+        ("target", connect, "target_model: blocks.0.attn.qkv is connected"),
+        ("aux", connect, "aux_model: blocks.0.attn.qkv is connected"),
+        ("target", connect_last_block, "target_model: blocks.1.attn.qkv is connected"),
+        ("aux", connect_last_block, "aux_model: blocks.1.attn.qkv is connected"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_and_left_as_they_were(broken, damage, message):
+    models = {"target": vit(0), "aux": vit(1)}
+    damage(models[broken])
+    with unchanged(*models.values()), pytest.raises(ValueError, match=f"^{message}"):
+        reparameterize_aux_into_target_model(*models.values())
+
+
+@pytest.mark.parametrize("layer_names", ["mlp.fc1", "", (), [], None, ("mlp.fc1", "mlp.fc2", "mlp.fc1")])
+def test_bad_layer_names_are_refused(layer_names):
+    target, aux = vit(0), vit(1)
+    with unchanged(target, aux), pytest.raises(ValueError, match=f"^layer_names: .*{re.escape(repr(layer_names))}$"):
+        reparameterize_aux_into_target_model(target, aux, layer_names)
+
+
+def test_unknown_body_name_is_refused():
+    target, aux = vit(0), vit(1)
+    with unchanged(target, aux), pytest.raises(ValueError, match=r"^target_model: .*'encoder\.layers'"):
+        reparameterize_aux_into_target_model(target, aux, main_body_name="encoder.layers")
+
+
+OPTIONS = [{}, {"qkv_bias": False}, {"proj_bias": False}, {"qk_norm": True}, {"init_values": 0.1}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_logits_are_those_of_the_published_formulation(published, options):
+    model = connected(**options)
+    logits = model(images())
+    published()
+    torch.testing.assert_close(logits, model(images()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_merged_model_is_a_plain_timm_model_with_the_same_logits(options, dtype):
+    model = connected(dtype, **options)
+    logits = model(images(dtype))
+    assert merge_pathways(model) is model
+    assert all(type(model.get_submodule(place)) is nn.Linear for place in PLACES)
+    plain = vit(5, **options).to(dtype)
+    plain.load_state_dict(model.state_dict(), strict=True)
+    for merged in (model, plain):
+        torch.testing.assert_close(merged(images(dtype)), logits)
+
+
+def test_merge_sums_in_float32():
+    model = connected(torch.bfloat16)
+    parts = {
+        name: (layer.weight.double(), layer.cross_modal_scale.double() * layer.aux_weight.double())
+        for name, layer in fused_layers(model).items()
+    }
+    merge_pathways(model)
+    for name, (weight, addend) in parts.items():
+        two_roundings = 2**-23 * (weight.abs() + addend.abs())
+        merged = model.get_submodule(name).weight
+        assert merged.dtype == torch.bfloat16
+        assert (merged >= (weight + addend - two_roundings).bfloat16()).all()
+        assert (merged <= (weight + addend + two_roundings).bfloat16()).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_merge_keeps_flags_and_everything_else(training):
+    model = connected().train(training)
+    frozen = {"blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.bias", "norm.weight"}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    kept = {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] not in PLACES}
+    merge_pathways(model)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
+    assert all(model.get_parameter(name) is parameter for name, parameter in kept.items())
+    assert {module.training for module in model.modules()} == {training}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("parameter", ["weight", "aux_weight", "cross_modal_scale"])
+def test_merge_refuses_what_is_not_finite_and_leaves_the_model_as_it_was(parameter, value):
+    model = connected()
+    with torch.no_grad():
+        model.get_parameter(f"{LAST}.{parameter}").flatten()[-1] = value
+    with unchanged(model), pytest.raises(ValueError, match=f"^{LAST}: .*NaN or infinite"):
+        merge_pathways(model)
+
+
+@pytest.mark.parametrize("function", [merge_pathways, freeze_for_linear_probe])
+def test_model_without_fused_layers_is_refused(function):
+    model = vit()
+    with unchanged(model), pytest.raises(ValueError, match=r"^model: .*VisionTransformer"):
+        function(model)
+
+
+def test_merged_model_can_be_connected_again():
+    model = reparameterize_aux_into_target_model(merge_pathways(connected()), vit(2))
+    assert list(fused_layers(model)) == PLACES
+
+
+def test_cross_modal_scales_and_their_table():
+    model = reparameterize_aux_into_target_model(vit(0), vit(1), ("attn.qkv", "mlp.fc2"))
+    assert cross_modal_scales(vit()) == {}
+    scales = {
+        "blocks.0.attn.qkv": 0.5,
+        "blocks.0.mlp.fc2": -0.125,
+        "blocks.1.attn.qkv": 0.0,
+        "blocks.1.mlp.fc2": 12.03125,
+    }
+    for name, scale in scales.items():
+        nn.init.constant_(model.get_parameter(f"{name}.cross_modal_scale"), scale)
+    assert cross_modal_scales(model) == scales
+    assert scale_table(model).splitlines() == [
+        "| block | attn.qkv | mlp.fc2 |",
+        "|---|---|---|",
+        "| blocks.0 | +0.5000 | -0.1250 |",
+        "| blocks.1 | +0.0000 | +12.0312 |",
+    ]
+
+
+def test_scale_table_leaves_cells_of_missing_layers_empty():
+    model = connected()
+    model.set_submodule("blocks.0.mlp.fc1", nn.Linear(48, 192))
+    header, _, first, second = (line.split("|")[1:-1] for line in scale_table(model).splitlines())
+    assert [name.strip() for name in header].index("mlp.fc1") == [cell.strip() for cell in first].index("")
+    assert "" not in [cell.strip() for cell in second]
+
+
+def train(model, steps, **options):
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images()), torch.arange(4))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("is_aux_trainable", [True, False])
+def test_linear_probe_trains_exactly_the_head_and_the_scales(is_aux_trainable):
+    model = connected(is_aux_trainable=is_aux_trainable)
+    model.norm.weight.requires_grad_(False)
+    assert freeze_for_linear_probe(model) is model
+    trained = {"head.weight", "head.bias"} | {f"{place}.cross_modal_scale" for place in PLACES}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, steps=1, lr=0.01)
+    assert {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])} == trained
+
+
+def test_linear_probe_of_a_head_with_another_name():
+    model = freeze_for_linear_probe(connected(), head_name="fc_norm")
+    assert not any(p.requires_grad for p in model.head.parameters())
+    model = freeze_for_linear_probe(connected(), head_name="blocks.1.norm2")
+    assert model.blocks[1].norm2.weight.requires_grad
+
+
+def test_linear_probe_without_such_a_head_is_refused():
+    model = connected()
+    with unchanged(model), pytest.raises(ValueError, match=r"^head_name: .*'classifier'"):
+        freeze_for_linear_probe(model, "classifier")
+
+
+def test_training_reduces_the_loss_moves_the_scales_and_leaves_the_auxiliary_model():
+    target, aux = vit(0), vit(1)
+    model = reparameterize_aux_into_target_model(target, aux)
+    with unchanged(aux):
+        losses = train(model, steps=8, lr=0.003)
+    assert losses[-1] < 0.5 * losses[0]
+    assert min(map(abs, cross_modal_scales(model).values())) > 0.001
+    assert all(torch.equal(model.get_parameter(f"{p}.aux_weight"), aux.get_submodule(p).weight) for p in PLACES)
+
+
+def gradients(model, x):
+    model.zero_grad()
+    logits = model(x)
+    F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, torch.arange(4)).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("is_aux_trainable", [True, False])
+def test_gradients_of_a_deep_model_are_those_of_the_published_formulation(published, is_aux_trainable):
+    model = connected(torch.float64, is_aux_trainable, depth=12)
+    found = gradients(model, images(torch.float64))
+    published()
+    torch.testing.assert_close(found, gradients(model, images(torch.float64)), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradients_are_the_same_with_activation_checkpointing(use_reentrant):
+    model = connected(is_aux_trainable=True)
+    expected = gradients(model, images())
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=use_reentrant)
+    torch.testing.assert_close(gradients(model, images()), expected)
+
+
+def test_autocast_computes_what_the_published_formulation_does(published):
+    model = connected(is_aux_trainable=True)
+    dtypes = []
+    for layer in fused_layers(model).values():
+        layer.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(model, images())
+        published()
+        expected = gradients(model, images())
+    assert set(dtypes) == {torch.bfloat16}
+    assert {grad.dtype for grad in found.values()} == {torch.float32}
+    for kind in ("weight", "bias", "aux_weight", "cross_modal_scale"):
+        names = [name for name in found if name.rpartition(".")[2] == kind]
+        ours, theirs = (torch.cat([grads[name].flatten() for name in names]) for grads in (found, expected))
+        assert (ours - theirs).norm() < 0.02 * theirs.norm(), kind
