@@ -5,12 +5,22 @@ from m2pt_kernels import combined_weight, cross_modal_linear
 from torch import Tensor, nn
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes what `nn.Linear` does from a weight of its own: no other forward, no parametrization."""
+    return (
+        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "weight" in module._parameters
+    )
+
+
 def merged_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor) -> Tensor:
     """`weight + scale * aux_weight`, summed in float32 and rounded once to weight's dtype.
 
     Raises:
-        ValueError: the sum is not finite.
+        ValueError: the shapes do not fit, or the sum is not finite.
     """
+    if aux_weight.shape != weight.shape or scale.shape != (1,):
+        got = f"{tuple(aux_weight.shape)} and {tuple(scale.shape)}"
+        raise ValueError(f"expected aux_weight {tuple(weight.shape)} and cross_modal_scale (1,), got {got}")
     merged = combined_weight(weight, aux_weight, scale, weight.dtype)
     if not merged.isfinite().all():
         raise ValueError("weight + cross_modal_scale * aux_weight has NaN or infinite entries")
@@ -27,15 +37,15 @@ class FusedCrossModalLinear(nn.Linear):
         origin_layer: the target model's layer. Its weight and bias parameters are adopted, not copied, with their dtype,
             device and `requires_grad`, and so is its training flag. None initialises new ones as `nn.Linear` does.
         aux_weight: (out_features, in_features), the auxiliary model's weight, any floating dtype. Its storage is shared
-            where it already lies on the layer's device.
+            where it already lies on the layer's device, so loading a checkpoint into this layer writes to both.
         is_aux_trainable: whether `aux_weight` gets a gradient. The auxiliary model's own flag is left alone.
 
     `cross_modal_scale` has shape (1,), starts at zero and is always trainable. State-dict names: `weight`, `bias`,
     `aux_weight`, `cross_modal_scale`.
 
     Raises:
-        TypeError: `aux_weight` missing or not a floating tensor, or `origin_layer` not an `nn.Linear`.
-        ValueError: `aux_weight` or `origin_layer` of another shape.
+        TypeError: `aux_weight` missing or not a floating tensor, or `origin_layer` not a plain `nn.Linear`.
+        ValueError: `aux_weight` or `origin_layer` of another shape, or `aux_weight` without data.
     """
 
     aux_weight: nn.Parameter
@@ -57,10 +67,12 @@ class FusedCrossModalLinear(nn.Linear):
         if aux_weight.shape != shape:
             raise ValueError(f"aux_weight: expected shape {shape}, got {tuple(aux_weight.shape)}")
         if origin_layer is not None:
-            if not isinstance(origin_layer, nn.Linear):
-                raise TypeError(f"origin_layer: expected an nn.Linear, got {type(origin_layer).__name__}")
+            if not is_plain_linear(origin_layer):
+                raise TypeError(f"origin_layer: expected a plain nn.Linear, got {type(origin_layer).__name__}")
             if origin_layer.weight.shape != shape:
                 raise ValueError(f"origin_layer: expected weight shape {shape}, got {tuple(origin_layer.weight.shape)}")
+            if aux_weight.is_meta and not origin_layer.weight.is_meta:
+                raise ValueError("aux_weight: expected a tensor with data, got one on the meta device")
         super().__init__(in_features, out_features, bias, device=None if origin_layer is None else "meta")
         if origin_layer is not None:
             self.weight, self.bias = origin_layer.weight, origin_layer.bias

@@ -1,10 +1,10 @@
 """Surgery: connect an auxiliary model to a target model, train what should be trained, fold the connection away."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
-from .linear import FusedCrossModalLinear
+from .linear import FusedCrossModalLinear, is_plain_linear
 
 LAYER_NAMES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -53,6 +53,10 @@ def reparameterize_aux_into_target_model(
                     f"aux_model: {place} has weight shape {tuple(aux_layer.weight.shape)},"
                     f" expected {tuple(origin_layer.weight.shape)} as in target_model"
                 )
+            if aux_layer.weight.is_meta and not origin_layer.weight.is_meta:
+                raise ValueError(f"aux_model: {place} has no data, it is on the meta device")
+            if aux_layer.weight is origin_layer.weight:
+                raise ValueError(f"aux_model: {place} is target_model's own weight")
             fused = FusedCrossModalLinear(
                 origin_layer.in_features,
                 origin_layer.out_features,
@@ -72,9 +76,8 @@ def _blocks(model: nn.Module, argument: str, main_body_name: str) -> nn.Sequenti
     except AttributeError:
         raise ValueError(f"{argument}: {type(model).__name__} has no module {main_body_name!r}") from None
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
-        raise ValueError(
-            f"{argument}: expected {main_body_name!r} to be a non-empty sequence of blocks, got {blocks!r}"
-        )
+        got = type(blocks).__name__
+        raise ValueError(f"{argument}: expected {main_body_name!r} to be a non-empty sequence of blocks, got {got}")
     return blocks
 
 
@@ -85,8 +88,8 @@ def _linear(block: nn.Module, argument: str, layer_name: str, place: str) -> nn.
         raise ValueError(f"{argument}: there is no layer {place}") from None
     if isinstance(layer, FusedCrossModalLinear):
         raise ValueError(f"{argument}: {place} is connected to an auxiliary model already")
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(f"{argument}: {place} is a {type(layer).__name__}, expected an nn.Linear")
+    if not is_plain_linear(layer):
+        raise ValueError(f"{argument}: {place} is a {type(layer).__name__}, expected a plain nn.Linear")
     return layer
 
 
@@ -102,32 +105,45 @@ def merge_pathways(model: nn.Module) -> nn.Module:
         ValueError: no fused layer below `model`, or a merged weight that is not finite (the message names its layer;
             the model is as it was).
     """
-    layers = dict(_fused_layers(model))
-    if not layers:
-        raise ValueError(f"model: there is no FusedCrossModalLinear in this {type(model).__name__}")
-    for name, layer in layers.items():
+    names: dict[FusedCrossModalLinear, list[str]] = {}
+    for name, layer in _fused_layers(model):
+        names.setdefault(layer, []).append(name)
+    for layer, (name, *_) in names.items():
         try:
             layer.merge()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.merge())
+    for layer, places in names.items():
+        merged = layer.merge()
+        for name in places:
+            model.set_submodule(name, merged)
     return model
 
 
-def _fused_layers(model: nn.Module) -> Iterator[tuple[str, FusedCrossModalLinear]]:
-    for name, module in model.named_modules():
-        if name and isinstance(module, FusedCrossModalLinear):
-            yield name, module
+def _fused_layers(model: nn.Module) -> list[tuple[str, FusedCrossModalLinear]]:
+    """Every place of a fused layer below `model`; a layer that is used twice has two."""
+    named = model.named_modules(remove_duplicate=False)
+    layers = [(name, module) for name, module in named if name and isinstance(module, FusedCrossModalLinear)]
+    if not layers:
+        raise ValueError(f"model: there is no FusedCrossModalLinear inside this {type(model).__name__}")
+    return layers
 
 
 def cross_modal_scales(model: nn.Module) -> dict[str, float]:
-    """The learned scale of every fused layer, by the layer's dotted name."""
+    """The learned scale of every fused layer, by the layer's dotted name.
+
+    Raises:
+        ValueError: no fused layer below `model`.
+    """
     return {name: layer.cross_modal_scale.item() for name, layer in _fused_layers(model)}
 
 
 def scale_table(model: nn.Module) -> str:
-    """The learned scales as a Markdown table, a row per block and a column per layer of a block."""
+    """The learned scales as a Markdown table, a row per block and a column per layer of a block.
+
+    Raises:
+        ValueError: no fused layer below `model`.
+    """
     rows: dict[str, dict[str, float]] = {}
     for name, scale in cross_modal_scales(model).items():
         parts = name.split(".")
@@ -152,17 +168,17 @@ def freeze_for_linear_probe(model: nn.Module, head_name: str = "head") -> nn.Mod
         `model`.
 
     Raises:
-        ValueError: the model has no such head, or no fused layer.
+        ValueError: the model has no such head with parameters, or no fused layer.
     """
-    layers = dict(_fused_layers(model))
-    if not layers:
-        raise ValueError(f"model: there is no FusedCrossModalLinear in this {type(model).__name__}")
+    layers = _fused_layers(model)
     try:
         head = model.get_submodule(head_name)
     except AttributeError:
         raise ValueError(f"head_name: {type(model).__name__} has no module {head_name!r}") from None
+    if head is model or next(head.parameters(), None) is None:
+        raise ValueError(f"head_name: expected a module with parameters, {head_name!r} is a {type(head).__name__}")
     model.requires_grad_(False)
     head.requires_grad_(True)
-    for layer in layers.values():
+    for _, layer in layers:
         layer.cross_modal_scale.requires_grad_(True)
     return model

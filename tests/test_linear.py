@@ -165,6 +165,12 @@ def test_duplicates_compute_the_same_and_share_nothing(duplicate, is_aux_trainab
         ({"aux_weight": torch.ones(1, IN)}, ValueError, r"aux_weight: .*got \(1, 6\)"),
         ({"aux_weight": torch.ones(OUT * IN)}, ValueError, r"aux_weight: .*got \(24,\)"),
         ({"origin_layer": nn.Conv1d(IN, OUT, 1)}, TypeError, "origin_layer: .*got Conv1d"),
+        ({"origin_layer": fused()[0]}, TypeError, "origin_layer: .*got FusedCrossModalLinear"),
+        (
+            {"origin_layer": nn.Linear(IN, OUT), "aux_weight": torch.ones(OUT, IN, device="meta")},
+            ValueError,
+            "aux_weight",
+        ),
         ({"origin_layer": torch.ones(OUT, IN)}, TypeError, "origin_layer: .*got Tensor"),
         ({"origin_layer": nn.Linear(OUT, IN)}, ValueError, r"origin_layer: .*\(4, 6\), got \(6, 4\)"),
     ],
@@ -172,7 +178,7 @@ def test_duplicates_compute_the_same_and_share_nothing(duplicate, is_aux_trainab
 def test_bad_arguments_are_named(arguments, error, message):
     aux = {"aux_weight": torch.ones(OUT, IN)} if "origin_layer" in arguments else {}
     with pytest.raises(error, match=f"^{message}"):
-        FusedCrossModalLinear(IN, OUT, **aux, **arguments)
+        FusedCrossModalLinear(IN, OUT, **(aux | arguments))
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])

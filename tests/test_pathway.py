@@ -203,6 +203,15 @@ def connect_last_block(model):
     reparameterize_aux_into_target_model(part, nn.ModuleDict({"blocks": vit(2).blocks[1:]}))
 
 
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def parametrize_last_layer(model):
+    nn.utils.parametrizations.weight_norm(model.get_submodule(LAST))
+
+
 @pytest.mark.parametrize(
     "broken, damage, message",
     [
@@ -224,6 +233,9 @@ def connect_last_block(model):
         ("aux", connect, "aux_model: blocks.0.attn.qkv is connected"),
         ("target", connect_last_block, "target_model: blocks.1.attn.qkv is connected"),
         ("aux", connect_last_block, "aux_model: blocks.1.attn.qkv is connected"),
+        ("target", put(Scaled(192, 48)), f"target_model: {LAST} is a Scaled"),
+        ("aux", put(Scaled(192, 48)), f"aux_model: {LAST} is a Scaled"),
+        ("target", parametrize_last_layer, f"target_model: {LAST} is a ParametrizedLinear"),
     ],
 )
 def test_models_that_do_not_fit_are_refused_and_left_as_they_were(broken, damage, message):
@@ -231,6 +243,18 @@ def test_models_that_do_not_fit_are_refused_and_left_as_they_were(broken, damage
     damage(models[broken])
     with unchanged(*models.values()), pytest.raises(ValueError, match=f"^{message}"):
         reparameterize_aux_into_target_model(*models.values())
+
+
+def test_a_model_is_no_auxiliary_of_its_own():
+    model = vit()
+    with unchanged(model), pytest.raises(ValueError, match=r"^aux_model: blocks.0.attn.qkv is target_model's own"):
+        reparameterize_aux_into_target_model(model, model)
+
+
+def test_an_auxiliary_model_without_data_is_refused():
+    target = vit()
+    with unchanged(target), pytest.raises(ValueError, match=r"^aux_model: blocks.0.attn.qkv has no data"):
+        reparameterize_aux_into_target_model(target, vit(1).to("meta"))
 
 
 @pytest.mark.parametrize("layer_names", ["mlp.fc1", "", (), [], None, ("mlp.fc1", "mlp.fc2", "mlp.fc1")])
@@ -308,7 +332,7 @@ def test_merge_refuses_what_is_not_finite_and_leaves_the_model_as_it_was(paramet
         merge_pathways(model)
 
 
-@pytest.mark.parametrize("function", [merge_pathways, freeze_for_linear_probe])
+@pytest.mark.parametrize("function", [merge_pathways, freeze_for_linear_probe, cross_modal_scales, scale_table])
 def test_model_without_fused_layers_is_refused(function):
     model = vit()
     with unchanged(model), pytest.raises(ValueError, match=r"^model: .*VisionTransformer"):
@@ -322,7 +346,6 @@ def test_merged_model_can_be_connected_again():
 
 def test_cross_modal_scales_and_their_table():
     model = reparameterize_aux_into_target_model(vit(0), vit(1), ("attn.qkv", "mlp.fc2"))
-    assert cross_modal_scales(vit()) == {}
     scales = {
         "blocks.0.attn.qkv": 0.5,
         "blocks.0.mlp.fc2": -0.125,
@@ -373,16 +396,27 @@ def test_linear_probe_trains_exactly_the_head_and_the_scales(is_aux_trainable):
 
 
 def test_linear_probe_of_a_head_with_another_name():
-    model = freeze_for_linear_probe(connected(), head_name="fc_norm")
-    assert not any(p.requires_grad for p in model.head.parameters())
     model = freeze_for_linear_probe(connected(), head_name="blocks.1.norm2")
     assert model.blocks[1].norm2.weight.requires_grad
+    assert not any(p.requires_grad for p in model.head.parameters())
 
 
-def test_linear_probe_without_such_a_head_is_refused():
+@pytest.mark.parametrize("head_name", ["classifier", "fc_norm", ""])
+def test_linear_probe_without_such_a_head_is_refused(head_name):
     model = connected()
-    with unchanged(model), pytest.raises(ValueError, match=r"^head_name: .*'classifier'"):
-        freeze_for_linear_probe(model, "classifier")
+    with unchanged(model), pytest.raises(ValueError, match=f"^head_name: .*'{head_name}'"):
+        freeze_for_linear_probe(model, head_name)
+
+
+def test_a_layer_used_twice_is_merged_once():
+    model = connected()
+    model.blocks[1] = model.blocks[0]
+    x = images()
+    expected = model(x)
+    merge_pathways(model)
+    assert fused_layers(model) == {}
+    assert model.blocks[1].mlp.fc1 is model.blocks[0].mlp.fc1
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_training_reduces_the_loss_moves_the_scales_and_leaves_the_auxiliary_model():
