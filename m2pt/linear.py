@@ -1,12 +1,13 @@
 """The layer: an `nn.Linear` that multiplies with `weight + cross_modal_scale * aux_weight`."""
 
 import torch
-from m2pt_kernels import combined_weight, cross_modal_linear
 from torch import Tensor, nn
+
+from m2pt_kernels import combined_weight, cross_modal_linear
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module computes what `nn.Linear` does from a weight of its own: no other forward, no parametrization."""
+    """Whether a module is an `nn.Linear` in what it computes: no forward of its own, no parametrized weight."""
     return (
         isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "weight" in module._parameters
     )
@@ -34,8 +35,8 @@ class FusedCrossModalLinear(nn.Linear):
         in_features: size of each input sample.
         out_features: size of each output sample.
         bias: whether the layer has a bias; ignored if `origin_layer` is given.
-        origin_layer: the target model's layer. Its weight and bias parameters are adopted, not copied, with their dtype,
-            device and `requires_grad`, and so is its training flag. None initialises new ones as `nn.Linear` does.
+        origin_layer: the target model's layer. Its weight and bias parameters are adopted, not copied, with their
+            dtype, device and `requires_grad`, and so is its training flag. None initialises new ones like `nn.Linear`.
         aux_weight: (out_features, in_features), the auxiliary model's weight, any floating dtype. Its storage is shared
             where it already lies on the layer's device, so loading a checkpoint into this layer writes to both.
         is_aux_trainable: whether `aux_weight` gets a gradient. The auxiliary model's own flag is left alone.
