@@ -1,12 +1,14 @@
 """The layer: an `nn.Linear` that multiplies with `weight + cross_modal_scale * aux_weight`."""
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
 from m2pt_kernels import combined_weight, cross_modal_linear
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is an `nn.Linear` in what it computes: no forward of its own, no parametrized weight."""
     return (
         isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "weight" in module._parameters

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -10,10 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 
-try:
-    from . import gemm
-except ImportError:
-    gemm = None
+gemm = import_module(".gemm", __package__) if find_spec("triton") else None
 
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
 
@@ -123,11 +122,11 @@ def implementation(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def _path(*tensors: Tensor | None) -> ModuleType:
+def _path(x: Tensor, *others: Tensor | None) -> ModuleType:
     """The module that computes on these tensors."""
-    if _forced == "eager" or (_forced == "auto" and (gemm is None or not tensors[0].is_cuda)):
+    if gemm is None or _forced == "eager" or (_forced == "auto" and not x.is_cuda):
         return reference
-    unsupported = {tensor.dtype for tensor in tensors if tensor is not None}.difference(gemm.DTYPES)
+    unsupported = {tensor.dtype for tensor in (x, *others) if tensor is not None}.difference(gemm.DTYPES)
     if unsupported and _forced == "triton":
         raise TypeError(f'implementation("triton"): expected dtypes among {gemm.DTYPES}, got {unsupported}')
     return reference if unsupported else gemm
