@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from m2pt_kernels import gemm, implementation
+from m2pt_kernels import gemm, gemm_hopper, implementation
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -26,7 +26,12 @@ TARGETS = {
 SHARED_MEMORY = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64, "gfx1100": 64}
 """KiB a block may use, by `GPUTarget.arch`."""
 
-KERNELS = (gemm.combined_matmul_kernel, gemm.grad_parameters_kernel)
+KERNELS = (
+    gemm.combined_matmul_kernel,
+    gemm.grad_parameters_kernel,
+    gemm_hopper.combined_matmul_tma_kernel,
+    gemm_hopper.grad_parameters_tma_kernel,
+)
 
 
 class Resources(NamedTuple):

@@ -49,7 +49,7 @@ TILES = {
         "grad_parameters": {
             "half": TileConfig(128, 128, 64, 8, 3),
             "tf32": TileConfig(128, 128, 32, 8, 3),
-            "ieee": TileConfig(64, 64, 16, 4, 3),
+            "ieee": TileConfig(64, 64, 16, 8, 3),
         },
     },
     "cdna": {  # gfx90a, gfx942

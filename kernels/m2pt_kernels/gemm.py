@@ -10,22 +10,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
+from . import gemm_hopper
 from .configs import GROUP, INTERPRETED, active_target, input_precision, is_aligned, tile_config
+from .tiles import store_gradients, tile_of_program
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
-
-
-@triton.jit
-def _tile_of_program(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """The tile of this program, in bands of GROUP rows of tiles so that neighbours in time share operands in L2."""
-    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
-    per_band = GROUP * tl.cdiv(columns, BLOCK_COLUMNS)
-    program = tl.program_id(0)
-    first_row = program // per_band * GROUP
-    band_rows = min(row_tiles - first_row, GROUP)
-    return first_row + program % per_band % band_rows, program % per_band // band_rows
 
 
 @triton.jit
@@ -53,7 +45,7 @@ def combined_matmul_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     """output = left (weight + scale * aux) + bias, with left (rows, depth), weight and aux (depth, columns)."""
-    tile_row, tile_column = _tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     column = tile_column * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -113,11 +105,8 @@ def grad_parameters_kernel(
     EVEN_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """G = grad^T x, with grad (depth, rows) and x (depth, columns), in float32.
-
-    Writes of it what has a pointer: G to grad_weight, scale * G to grad_aux, this tile's <G, aux> to partial.
-    """
-    tile_row, tile_column = _tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    """G = grad^T x, with grad (depth, rows) and x (depth, columns), in float32; `store_gradients` writes it."""
+    tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     column = tile_column * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -138,17 +127,20 @@ def grad_parameters_kernel(
         accumulator = tl.dot(grad, x, accumulator, input_precision=INPUT_PRECISION)
         grad_ptrs += step * stride_grad_depth
         x_ptrs += step * stride_x_depth
-    mask = row_mask & column_mask
-    offsets = row[:, None] * columns + column[None, :]
-    if partial_ptr is not None:
-        aux_ptrs = aux_ptr + row[:, None] * stride_aux_row + column[None, :] * stride_aux_column
-        aux = tl.load(aux_ptrs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(accumulator * aux, 1), 0))
-    if grad_aux_ptr is not None:
-        scale = tl.load(scale_ptr).to(tl.float32)
-        tl.store(grad_aux_ptr + offsets, (scale * accumulator).to(grad_aux_ptr.dtype.element_ty), mask=mask)
-    if grad_weight_ptr is not None:
-        tl.store(grad_weight_ptr + offsets, accumulator.to(grad_weight_ptr.dtype.element_ty), mask=mask)
+    store_gradients(
+        accumulator,
+        tile_row,
+        tile_column,
+        rows,
+        columns,
+        aux_ptr,
+        scale_ptr,
+        grad_weight_ptr,
+        grad_aux_ptr,
+        partial_ptr,
+        stride_aux_row,
+        stride_aux_column,
+    )
 
 
 def forward(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -162,33 +154,48 @@ def grad_input(grad_output: Tensor, weight: Tensor, aux_weight: Tensor, scale: T
 
 
 def _combined_matmul(left: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    output = left.new_empty(left.shape[0], weight.shape[1])
+    target = active_target()
+    with _device_of(left):
+        if gemm_hopper.takes_combined_matmul(target, left, weight, aux_weight, bias):
+            gemm_hopper.combined_matmul(left, weight, aux_weight, scale, bias, output)
+        else:
+            _combined_matmul_by_pointers(target, left, weight, aux_weight, scale, bias, output)
+    return output
+
+
+def _combined_matmul_by_pointers(
+    target: GPUTarget | None,
+    left: Tensor,
+    weight: Tensor,
+    aux_weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+) -> None:
     rows, depth = left.shape
     columns = weight.shape[1]
-    output = left.new_empty(rows, columns)
-    target = active_target()
     precision = input_precision(left.dtype, target)
     aligned = is_aligned((depth, columns), left, weight, aux_weight)
     tile = tile_config("combined_matmul", target, left.dtype, weight.dtype, precision, aligned)
-    with _device_of(left):
-        combined_matmul_kernel[(triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N),)](
-            left,
-            weight,
-            aux_weight,
-            scale,
-            bias,
-            output,
-            rows,
-            columns,
-            depth,
-            *left.stride(),
-            *weight.stride(),
-            *aux_weight.stride(),
-            **tile._asdict(),
-            GROUP=GROUP,
-            EVEN_K=depth % tile.BLOCK_K == 0,
-            INPUT_PRECISION=precision,
-        )
-    return output
+    combined_matmul_kernel[(triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N),)](
+        left,
+        weight,
+        aux_weight,
+        scale,
+        bias,
+        output,
+        rows,
+        columns,
+        depth,
+        *left.stride(),
+        *weight.stride(),
+        *aux_weight.stride(),
+        **tile._asdict(),
+        GROUP=GROUP,
+        EVEN_K=depth % tile.BLOCK_K == 0,
+        INPUT_PRECISION=precision,
+    )
 
 
 def grad_parameters(
@@ -201,40 +208,57 @@ def grad_parameters(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of weight, aux weight and scale that were asked for, as `reference.grad_parameters`.
 
-    The scale's is reduced in two stages of fixed order, a partial sum per tile and the sum of those, without atomics:
+    The scale's is reduced in two stages of fixed order, a sum per row of a tile and the sum of those, without atomics:
     repeated runs give the same bits.
     """
+    shape = (grad_output.shape[1], x.shape[1])
+    grad_weight = None if weight_dtype is None else x.new_empty(shape, dtype=weight_dtype)
+    grad_aux = None if scale is None else x.new_empty(shape, dtype=aux_dtype)
+    target = active_target()
+    with _device_of(x):
+        if gemm_hopper.takes_grad_parameters(target, grad_output, x):
+            partial = gemm_hopper.grad_parameters(grad_output, x, aux_weight, scale, grad_weight, grad_aux)
+        else:
+            partial = _grad_parameters_by_pointers(target, grad_output, x, aux_weight, scale, grad_weight, grad_aux)
+    return grad_weight, grad_aux, None if partial is None else partial.sum(0, keepdim=True)
+
+
+def _grad_parameters_by_pointers(
+    target: GPUTarget | None,
+    grad_output: Tensor,
+    x: Tensor,
+    aux_weight: Tensor | None,
+    scale: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_aux: Tensor | None,
+) -> Tensor | None:
     depth, rows = grad_output.shape
     columns = x.shape[1]
-    target = active_target()
     precision = input_precision(x.dtype, target)
     aligned = is_aligned((rows, columns), grad_output, x)
     tile = tile_config("grad_parameters", target, x.dtype, x.dtype, precision, aligned)
     tiles = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N)
-    grad_weight = None if weight_dtype is None else x.new_empty(rows, columns, dtype=weight_dtype)
-    grad_aux = None if scale is None else x.new_empty(rows, columns, dtype=aux_dtype)
-    partial = None if aux_weight is None else x.new_empty(tiles, dtype=torch.float32)
-    with _device_of(x):
-        grad_parameters_kernel[(tiles,)](
-            grad_output,
-            x,
-            aux_weight,
-            scale,
-            grad_weight,
-            grad_aux,
-            partial,
-            rows,
-            columns,
-            depth,
-            *grad_output.stride(),
-            *x.stride(),
-            *((0, 0) if aux_weight is None else aux_weight.stride()),
-            **tile._asdict(),
-            GROUP=GROUP,
-            EVEN_K=depth % tile.BLOCK_K == 0,
-            INPUT_PRECISION=precision,
-        )
-    return grad_weight, grad_aux, None if partial is None else partial.sum(0, keepdim=True)
+    partial = None if aux_weight is None else x.new_empty(tiles * tile.BLOCK_M, dtype=torch.float32)
+    grad_parameters_kernel[(tiles,)](
+        grad_output,
+        x,
+        aux_weight,
+        scale,
+        grad_weight,
+        grad_aux,
+        partial,
+        rows,
+        columns,
+        depth,
+        *grad_output.stride(),
+        *x.stride(),
+        *((0, 0) if aux_weight is None else aux_weight.stride()),
+        **tile._asdict(),
+        GROUP=GROUP,
+        EVEN_K=depth % tile.BLOCK_K == 0,
+        INPUT_PRECISION=precision,
+    )
+    return partial
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager:
