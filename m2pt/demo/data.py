@@ -1,0 +1,64 @@
+"""The two modalities: speech, which is classified, and handwritten digits, whose only use is their transformer.
+
+Speech: UCI Machine Learning Repository, "Japanese Vowels", M. Kudo, J. Toyama, M. Shimbo (1999), licence CC BY 4.0:
+640 utterances of the vowel pair /ae/ by nine male speakers, 12 LPC cepstrum coefficients a frame, 7 to 29 frames.
+The task is which speaker; the first 270 utterances are the published training split, the other 370 the test split.
+
+Digits: scikit-learn's `load_digits`, 1797 images of 8x8 pixels.
+"""
+
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+ATTRIBUTION = (
+    'Speech data: UCI Machine Learning Repository, "Japanese Vowels", M. Kudo, J. Toyama, M. Shimbo (1999), CC BY 4.0. '
+    "Handwritten digits: scikit-learn's `load_digits`."
+)
+SPEAKERS = 9
+FRAMES = 30
+TRAIN_UTTERANCES = 270
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Utterances (N, 1, 12 coefficients, 30 frames), zero where they have ended, and their speakers (N,), 0 to 8."""
+
+    train: Tensor
+    train_speakers: Tensor
+    test: Tensor
+    test_speakers: Tensor
+
+
+def load_speech() -> Speech:
+    """Both published splits, every coefficient normalised by the training split's mean and standard deviation."""
+    with (files(__package__) / "japanese_vowels.npz").open("rb") as file, np.load(file) as content:
+        frames = torch.from_numpy(content["frames"]).float()
+        lengths, speakers = content["lens"].tolist(), torch.from_numpy(content["y"]).long()
+    train_frames = frames[: sum(lengths[:TRAIN_UTTERANCES])]
+    frames = (frames - train_frames.mean(0)) / train_frames.std(0)
+    utterances = torch.zeros(len(lengths), FRAMES, frames.shape[1])
+    for utterance, spoken in zip(utterances, frames.split(lengths), strict=True):
+        utterance[: len(spoken)] = spoken
+    train, test = utterances.mT.unsqueeze(1).contiguous().tensor_split([TRAIN_UTTERANCES])
+    train_speakers, test_speakers = speakers.tensor_split([TRAIN_UTTERANCES])
+    return Speech(train, train_speakers, test, test_speakers)
+
+
+def load_digit_images() -> Tensor:
+    """Images (1797, 1, 8, 8), normalised by the mean and standard deviation of all pixels."""
+    images = torch.from_numpy(load_digits().images).float().unsqueeze(1)
+    return (images - images.mean()) / images.std()
+
+
+def labelled_subset(speakers: Tensor, per_speaker: int, seed: int) -> Tensor:
+    """Indices (9 * per_speaker,) of utterances, as many of every speaker, drawn by `seed`."""
+    labelled, _ = train_test_split(
+        torch.arange(len(speakers)), train_size=SPEAKERS * per_speaker, stratify=speakers, random_state=seed
+    )
+    return labelled

@@ -1,0 +1,54 @@
+"""What autograd keeps for a backward pass, in bytes, and the published formulation to compare it with."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+from .linear import FusedCrossModalLinear
+
+
+def saved_for_backward_bytes(model: nn.Module, *inputs: Tensor) -> int:
+    """Bytes that `model(*inputs)` saves for backward, every storage once, the model's parameters and buffers left out.
+
+    Precision, device and which gradients are needed are the caller's: call it inside `torch.autocast` to measure that.
+    """
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*inputs)
+    own = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in saved)}
+    return sum(size for pointer, size in storages.items() if pointer not in own)
+
+
+@contextmanager
+def published_formulation(model: nn.Module) -> Iterator[None]:
+    """Inside the block, every fused layer of `model` computes as the published code does, storing the combined weight.
+
+    Raises:
+        ValueError: no fused layer in `model`.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]
+    if not layers:
+        raise ValueError(f"model: there is no FusedCrossModalLinear in this {type(model).__name__}")
+    for layer in layers:
+        layer.forward = partial(_published_forward, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _published_forward(layer: FusedCrossModalLinear, input: Tensor) -> Tensor:
+    return F.linear(input, layer.weight + layer.cross_modal_scale * layer.aux_weight, layer.bias)

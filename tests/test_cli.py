@@ -1,0 +1,82 @@
+"""The command line: what it does, and what a person reads when it cannot."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+from m2pt import merge_pathways, reparameterize_aux_into_target_model
+from m2pt.checkpoints import load_state_dict, save_state_dict
+from m2pt.cli import main
+
+VIT = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 48, "num_heads": 3, "num_classes": 4}
+
+
+def vit():
+    return timm.create_model("vit_tiny_patch16_224", **VIT)
+
+
+@pytest.fixture
+def connected():
+    model = reparameterize_aux_into_target_model(vit(), vit())
+    for name, parameter in model.named_parameters():
+        if name.endswith("cross_modal_scale"):
+            torch.nn.init.constant_(parameter, 0.25)
+    return model
+
+
+def test_merge_folds_a_checkpoint_for_a_plain_model(connected, tmp_path, capsys):
+    torch.save({"model": connected.state_dict()}, tmp_path / "trained.pth")
+    assert main(["merge", str(tmp_path / "trained.pth"), str(tmp_path / "merged.safetensors")]) == 0
+    assert "4 layers folded" in capsys.readouterr().out
+    plain = vit()
+    plain.load_state_dict(load_state_dict(tmp_path / "merged.safetensors"))
+    expected = merge_pathways(connected).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["merge", "missing.pth", "out.safetensors"], "missing.pth: no such file"),
+        (["merge", "plain.safetensors", "out.safetensors"], "nothing to merge"),
+        (["merge", "connected.safetensors", "out.pth"], "ending in .safetensors"),
+        (["merge", "connected.safetensors", "missing/out.safetensors"], "missing/out.safetensors"),
+        (["demo", "--seeds", "0"], "seeds: expected at least 2"),
+        (["demo", "--out", "plain.safetensors"], "plain.safetensors"),
+    ],
+)
+def test_errors_are_one_line(connected, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    save_state_dict(vit().state_dict(), "plain.safetensors")
+    save_state_dict(connected.state_dict(), "connected.safetensors")
+    files = sorted(tmp_path.iterdir())
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("m2pt: error: ") and message in line
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_interrupt_is_quiet(monkeypatch, capsys):
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("m2pt.checkpoints.load_state_dict", interrupt)
+    assert main(["merge", "in", "out"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["merge", "--help"], ["--version"]])
+def test_help_is_printed(arguments):
+    code = f"import sys; sys.argv[1:] = {arguments}; from m2pt.cli import main; main()"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and "m2pt" in run.stdout and not run.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["merge", "only-one"]])
+def test_misuse_prints_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: m2pt" in capsys.readouterr().err
