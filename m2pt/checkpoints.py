@@ -57,6 +57,8 @@ def save_state_dict(state_dict: dict[str, Tensor], path: str | os.PathLike) -> N
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a name ending in .safetensors")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     temporary.touch(exist_ok=False)
     mode = temporary.stat().st_mode

@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    import torch
+
     from .demo.experiment import run_experiment
     from .demo.plots import plot_accuracy, plot_scales
     from .demo.report import markdown, write_report
@@ -60,6 +62,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     settings, out = Settings(seeds=arguments.seeds), arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # the tensors are too small to share, and on a busy machine threads wait for each other
     results = run_experiment(settings, out / "merged.safetensors")
     plot_accuracy(results, out / "accuracy.png")
     plot_scales(results, out / "scales.png")

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from m2pt_kernels import cross_modal_linear, implementation
@@ -156,6 +158,24 @@ def test_strides(device, name, layout):
     grad_output = tensors.pop("grad_output")
     for tensor in tensors.values():
         tensor.requires_grad_()
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.tuples(*[st.integers(1, 70)] * 3),
+    dtypes=st.sampled_from(DTYPES),
+    layouts=st.tuples(*[st.sampled_from([torch.Tensor.contiguous, transposed, padded, every_other])] * 3),
+    scale=st.sampled_from([0.0, 1e-8, 0.3, -1.0, 1e4]),
+    needs_grad=st.sets(st.sampled_from(NAMES), min_size=1),
+)
+def test_any_shape_stride_dtype_scale_and_subset(device, shape, dtypes, layouts, scale, needs_grad):
+    tensors, grad_output = operands(*shape, *dtypes, device, needs_grad=())
+    tensors["scale"].fill_(scale)
+    for name, layout in zip(("x", "weight", "aux_weight"), layouts, strict=True):
+        tensors[name] = layout(tensors[name])
+    for name in needs_grad:
+        tensors[name].requires_grad_()
     assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
 
 

@@ -80,7 +80,6 @@ def run_experiment(settings: Settings, merged_path: Path) -> Results:
     Raises:
         RuntimeError: the merged model does not compute what the connected one did.
     """
-    torch.set_num_threads(1)  # these tensors are too small to share, and a busy machine makes waiting expensive
     start = time.perf_counter()
     speech = load_speech()
     target, speech_error = pretrain(

@@ -9,6 +9,7 @@ class TrainingSettings:
 
     Weight decay is for matrices: vectors and cross-modal scales have none. The scales' learning rate is ten times as
     high by default: AdamW's steps are about as long as the learning rate, and a scale has a range of order 1 to cover.
+    It was raised once: at 1e-3 scales stayed near 0.01, and the pathway's accuracy was the baseline's as well.
     """
 
     epochs: int
