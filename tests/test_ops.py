@@ -161,6 +161,16 @@ def test_strides(device, name, layout):
     assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
 
 
+def test_strided_bias_and_scale(device):
+    tensors, grad_output = operands(37, 24, 33, device=device, needs_grad=())
+    tensors["bias"] = every_other(tensors["bias"][None])[0]
+    tensors["scale"] = tensors["scale"].expand(3)[::3]
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    assert tensors["bias"].stride() == (2,)
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(*[st.integers(1, 70)] * 3),

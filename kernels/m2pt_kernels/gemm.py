@@ -145,7 +145,7 @@ def grad_parameters_kernel(
 
 def forward(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """`x (W + s * W_aux)^T + b`: x (M, K), weights (N, K) -> (M, N) in x's dtype."""
-    return _combined_matmul(x, weight.t(), aux_weight.t(), scale, bias)
+    return _combined_matmul(x, weight.t(), aux_weight.t(), scale, None if bias is None else bias.contiguous())
 
 
 def grad_input(grad_output: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor) -> Tensor:
