@@ -1,7 +1,7 @@
 """torch operators over the kernels: dispatch, autocast, autograd, shapes for tracing, FLOP counts."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -132,16 +132,13 @@ def _path(x: Tensor, *others: Tensor | None) -> ModuleType:
     return reference if unsupported else gemm
 
 
-@contextmanager
-def _autocast_disabled(device_type: str) -> Iterator[None]:
-    if _autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            yield
-    else:
-        yield
+def _autocast_disabled(device_type: str) -> AbstractContextManager:
+    return torch.autocast(device_type, enabled=False) if _autocast_enabled(device_type) else nullcontext()
 
 
 def _flat(tensor: Tensor) -> Tensor:
+    if tensor.dim() == 2:
+        return tensor
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
 
 

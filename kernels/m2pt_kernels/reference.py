@@ -37,11 +37,10 @@ def grad_weight(grad_output: Tensor, x: Tensor) -> Tensor:
 def grad_scale(accumulator: Tensor, aux_weight: Tensor) -> Tensor:
     """`<G, W_aux>`, shape (1,), in the dtype of the accumulator `G`.
 
-    Summed in short pieces: one float32 dot product over all of `G` is off by up to 1e-4 of the result.
+    Summed by rows, then in float64: one float32 dot product over all of `G` is off by up to 1e-4 of the result.
     """
-    pieces = zip(accumulator.flatten().split(16384), aux_weight.flatten().split(16384), strict=True)
-    partial = [torch.dot(g, a.to(g.dtype)) for g, a in pieces]
-    return torch.stack(partial).sum(0, keepdim=True, dtype=torch.float64).to(accumulator.dtype)
+    rows = torch.linalg.vecdot(accumulator, aux_weight.to(accumulator.dtype))
+    return rows.sum(0, keepdim=True, dtype=torch.float64).to(accumulator.dtype)
 
 
 def grad_aux(accumulator: Tensor, scale: Tensor) -> Tensor:
