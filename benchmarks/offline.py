@@ -11,6 +11,7 @@ from typing import NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction
 
 from m2pt_kernels import gemm, gemm_hopper, implementation
 
@@ -66,8 +67,8 @@ class _CompileOnlyDriver:
 
 
 @contextmanager
-def compiling_for(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
-    """Operators called inside the block, on CPU tensors, compile for `target` and compute nothing.
+def compiling_for(target: GPUTarget, *others: JITFunction) -> Iterator[list[CompiledKernel]]:
+    """The package's kernels, and `others`, called inside the block with CPU tensors compile for `target`, no more.
 
     The list holds what they compiled once the block is left.
 
@@ -79,10 +80,10 @@ def compiling_for(target: GPUTarget) -> Iterator[list[CompiledKernel]]:
     try:
         with implementation("triton"):
             yield compiled
-        for kernel in KERNELS:
+        for kernel in (*KERNELS, *others):
             compiled += kernel.device_caches.pop(str(target), ({},))[0].values()
     finally:
-        for kernel in KERNELS:
+        for kernel in (*KERNELS, *others):
             kernel.device_caches.pop(str(target), None)
         triton.runtime.driver.set_active(None)
 

@@ -1,0 +1,82 @@
+"""The CPU fallback: a training step of a ViT-B of depth 2 in float32, this package against the published formulation.
+
+Run as `python -m benchmarks.cpu_step`. W_aux is frozen in both. Every measurement is a process of its own, because the
+peak of a process's resident memory never falls; the two of a pair follow each other, in alternating order.
+"""
+
+import resource
+import subprocess
+import sys
+from statistics import median
+from time import perf_counter
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import results
+from benchmarks.results import Row
+from benchmarks.variants import FUSED, PUBLISHED_FROZEN, adamw, training_step, vision_transformer
+
+PAIRS = 7
+STEPS = 5
+BATCHES = (1, 8)
+MIB = 2**20
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+Measurement = tuple[float, float]
+"""Seconds of a step, the median of STEPS, and the process's peak resident memory in MiB."""
+
+
+def measure(variant: str, batch: int) -> Measurement:
+    """In this process."""
+    seconds = []
+    with vision_transformer(variant, "vit_base_patch16_224", depth=2) as model:
+        optimizer = adamw(model)
+        images, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
+        for _ in range(STEPS + 1):
+            start = perf_counter()
+            training_step(model, optimizer, images, labels, autocast=False)
+            seconds.append(perf_counter() - start)
+    return median(seconds[1:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / MIB
+
+
+def measure_apart(variant: str, batch: int) -> Measurement:
+    """In a new process."""
+    command = [sys.executable, "-m", "benchmarks.cpu_step", variant, str(batch)]
+    seconds, mebibytes = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return float(seconds), float(mebibytes)
+
+
+def row(batch: int, quantity: str, fused: list[float], published: list[float]) -> Row:
+    ratios = [ours / theirs for ours, theirs in zip(fused, published, strict=True)]
+    return {
+        "batch": batch,
+        "quantity": quantity,
+        "this package, median": median(fused),
+        "published, median": median(published),
+        "ratio, min": min(ratios),
+        "ratio, median": median(ratios),
+        "ratio, max": max(ratios),
+    }
+
+
+def main() -> None:
+    rows = []
+    with tqdm(total=2 * PAIRS * len(BATCHES), unit="process") as progress:
+        for batch in BATCHES:
+            found: dict[str, list[Measurement]] = {FUSED: [], PUBLISHED_FROZEN: []}
+            for pair in range(PAIRS):
+                for variant in (FUSED, PUBLISHED_FROZEN)[:: 1 if pair % 2 else -1]:
+                    found[variant].append(measure_apart(variant, batch))
+                    progress.update()
+            (fused_seconds, fused_rss), (seconds, rss) = (tuple(zip(*values, strict=True)) for values in found.values())
+            rows.append(row(batch, "step, s", fused_seconds, seconds))
+            rows.append(row(batch, "peak RSS, MiB", fused_rss, rss))
+    print(results.write("cpu-step", "cpu", rows, __doc__).read_text())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        print(*measure(sys.argv[1], int(sys.argv[2])))
+    else:
+        main()

@@ -1,0 +1,106 @@
+"""Simulated peak memory of one training step at 224 pixels: float32 weights, bfloat16 autocast, AdamW.
+
+Run as `python -m benchmarks.memory`. Nothing is computed: fake tensors are allocated and freed as by the operators of
+the step. Simulated as on a GPU, where this package's operators need no scratch memory; the allocator's rounding and
+fragmentation, the CUDA context and cuBLAS workspaces are left out.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from tqdm import tqdm
+
+from benchmarks import results
+from benchmarks.results import FOLDER, Row
+from benchmarks.variants import FUSED, PUBLISHED_FROZEN, VARIANTS, adamw, training_step, vision_transformer
+
+MODELS = {
+    "ViT-B": "vit_base_patch16_224",
+    "ViT-L": "vit_large_patch16_224",
+    "ViT-H": "vit_huge_patch14_224",
+    "ViT-g": "vit_giant_patch14_224",
+    "ViT-G": "vit_gigantic_patch14_224",
+}
+BATCHES = (4, 64)
+GIB = 2**30
+
+
+class PeakTracker(MemTracker):
+    """Keeps the peak alone: no statistics a module, no hooks on gradients, which frozen parameters refuse."""
+
+    peak = 0
+
+    def _update_peak_stats(self, peak_state: object) -> None:
+        self.peak = max(self.peak, *(snapshot["Total"] for snapshot in self._curr_mem_snap.values()))
+
+    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
+        return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
+
+
+@dataclass(frozen=True)
+class Step:
+    model: str
+    batch: int
+    checkpointing: bool
+
+
+STEPS = [Step(*values) for values in product(MODELS, BATCHES, (False, True))]
+
+
+def peak_gib(step: Step, variant: str) -> float:
+    """Simulated, of weights, gradients, Adam states, images and everything kept for backward."""
+    model_at = vision_transformer(variant, MODELS[step.model], "meta")
+    with model_at as model, FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        model.set_grad_checkpointing(step.checkpointing)
+        optimizer = adamw(model)
+        images, labels = torch.empty(step.batch, 3, 224, 224), torch.zeros(step.batch, dtype=torch.long)
+        tracker = PeakTracker()
+        tracker.track_external(model, optimizer, images, labels)
+        with tracker:
+            training_step(model, optimizer, images, labels, autocast=True)
+        return tracker.peak / GIB
+
+
+def row(step: Step, peaks: dict[str, float]) -> Row:
+    return {
+        "model": step.model,
+        "batch": step.batch,
+        "checkpointing": "yes" if step.checkpointing else "no",
+        **{f"{variant}, simulated GiB": peak for variant, peak in peaks.items()},
+        "this package / published, frozen": peaks[FUSED] / peaks[PUBLISHED_FROZEN],
+    }
+
+
+def plot(peaks: dict[Step, dict[str, float]]) -> Figure:
+    """Simulated GiB: a panel a batch and checkpointing, a group of bars a model, a bar a variant."""
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure.suptitle("Simulated peak memory of a training step, float32 weights, bfloat16 autocast, AdamW")
+    settings = list(product(BATCHES, (False, True)))
+    for axes, (batch, checkpointing) in zip(figure.subplots(2, 2).flat, settings, strict=True):
+        for index, variant in enumerate(VARIANTS):
+            heights = [peaks[Step(model, batch, checkpointing)][variant] for model in MODELS]
+            axes.bar([place + 0.2 * index for place in range(len(MODELS))], heights, 0.2, label=variant)
+        axes.set_title(f"batch {batch}, {'activation' if checkpointing else 'no'} checkpointing")
+        axes.set_xticks([place + 0.3 for place in range(len(MODELS))], MODELS)
+        axes.set_ylabel("simulated GiB")
+    figure.axes[0].legend()
+    return figure
+
+
+def main() -> None:
+    peaks: dict[Step, dict[str, float]] = {step: {} for step in STEPS}
+    for step, variant in tqdm(list(product(STEPS, VARIANTS)), unit="step"):
+        peaks[step][variant] = peak_gib(step, variant)
+    rows = [row(step, found) for step, found in peaks.items()]
+    print(results.write("memory", "simulated", rows, __doc__).read_text())
+    plot(peaks).savefig(FOLDER / "memory-simulated.png", dpi=80)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The main loop of a compiled kernel: its SASS instructions, counted by the pipe that executes them."""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from typing import NamedTuple
+
+import triton
+from triton.compiler import CompiledKernel
+
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
+LABEL = re.compile(r"^\s*(\.L_x_\d+):")
+TENSOR = {"HMMA", "HGMMA", "UTCHMMA"}
+PIPES = {
+    "tensor": TENSOR,
+    "shared": {"LDS", "LDSM", "STS", "STSM"},
+    "copy": {"LDG", "LDGSTS", "UTMALDG", "STG"},
+    "float": {"FFMA", "FADD", "FMUL", "HFMA2", "F2FP"},
+}
+"""Every other instruction counts as integer and control."""
+
+
+class Loop(NamedTuple):
+    """One iteration of a warp: instructions by pipe, and bytes it moves between registers and shared memory."""
+
+    instructions: dict[str, int]
+    shared_bytes: int
+    stores_to_shared: int
+
+
+def main_loop(compiled: CompiledKernel) -> Loop | None:
+    """The innermost loop with the most tensor instructions; None without any (float32 by FMA, unrolled) or on AMD."""
+    if "cubin" not in compiled.asm:
+        return None
+    instructions, labels = _disassemble(compiled.asm["cubin"])
+    loops = []
+    for end, (name, operands) in enumerate(instructions):
+        target = re.search(r"\.L_x_\d+", operands) if name.startswith("BRA") else None
+        if target and labels.get(target[0], end + 1) <= end:
+            loops.append(instructions[labels[target[0]] : end + 1])
+    loops = [loop for loop in loops if _tensor_instructions(loop)]
+    if not loops:
+        return None
+    shortest = min(len(loop) for loop in loops)
+    loop = max((loop for loop in loops if len(loop) <= 2 * shortest), key=_tensor_instructions)
+    counts = Counter(_pipe(name) for name, _ in loop)
+    shared = [name for name, _ in loop if _pipe(name) == "shared"]
+    return Loop(dict(counts), sum(map(_shared_bytes, shared)), sum(name.startswith("ST") for name in shared))
+
+
+def serialised_wgmma(compiled: CompiledKernel) -> list[str]:
+    """The assembler's warnings that it made asynchronous wgmma wait (C75xx)."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return re.findall(r".*\bC75\d\d\b.*", log)
+
+
+def _disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    instructions: list[tuple[str, str]] = []
+    labels = {}
+    for line in text.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif instruction := INSTRUCTION.match(line):
+            instructions.append((instruction[1], instruction[2]))
+    return instructions, labels
+
+
+def _tensor_instructions(loop: list[tuple[str, str]]) -> int:
+    return sum(_pipe(name) == "tensor" for name, _ in loop)
+
+
+def _pipe(name: str) -> str:
+    base = name.split(".")[0]
+    return next((pipe for pipe, names in PIPES.items() if base in names), "integer")
+
+
+def _shared_bytes(name: str) -> int:
+    """Of a whole warp: LDS.64 reads 8 bytes a lane, LDSM.16.M88.4 four matrices of 128 bytes."""
+    if name.startswith(("LDSM", "STSM")):
+        return 128 * int(name.rpartition(".")[2])
+    width = re.search(r"\.(64|128)\b", name)
+    return 32 * (int(width[1]) // 8 if width else 4)
