@@ -91,7 +91,7 @@ def merge_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     merged = dict(state_dict)
     owned = ("aux_weight", "cross_modal_scale")
-    layers = {name.removesuffix(end): None for name in state_dict for end in owned if name.endswith(end)}
+    layers = {name.removesuffix(last): None for name in state_dict if (last := name.rpartition(".")[2]) in owned}
     if not layers:
         raise ValueError("state_dict: there is no cross_modal_scale in it, so there is nothing to merge")
     for layer in layers:

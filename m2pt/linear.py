@@ -9,9 +9,13 @@ from m2pt_kernels import combined_weight, cross_modal_linear
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is an `nn.Linear` in what it computes: no forward of its own, no parametrized weight."""
+    """Whether a module is an `nn.Linear` in what it computes: no forward of its own, no hooks, nothing parametrized."""
     return (
-        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "weight" in module._parameters
+        isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and module._parameters.keys() == {"weight", "bias"}
     )
 
 
@@ -19,11 +23,13 @@ def merged_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor) -> Tensor:
     """`weight + scale * aux_weight`, summed in float32 and rounded once to weight's dtype.
 
     Raises:
-        ValueError: the shapes do not fit, or the sum is not finite.
+        ValueError: the shapes do not fit, there is no data, or the sum is not finite.
     """
     if aux_weight.shape != weight.shape or scale.shape != (1,):
         got = f"{tuple(aux_weight.shape)} and {tuple(scale.shape)}"
         raise ValueError(f"expected aux_weight {tuple(weight.shape)} and cross_modal_scale (1,), got {got}")
+    if any(tensor.is_meta for tensor in (weight, aux_weight, scale)):
+        raise ValueError("there is nothing to merge on the meta device")
     merged = combined_weight(weight, aux_weight, scale, weight.dtype)
     if not merged.isfinite().all():
         raise ValueError("weight + cross_modal_scale * aux_weight has NaN or infinite entries")
@@ -74,12 +80,12 @@ class FusedCrossModalLinear(nn.Linear):
                 raise TypeError(f"origin_layer: expected a plain nn.Linear, got {type(origin_layer).__name__}")
             if origin_layer.weight.shape != shape:
                 raise ValueError(f"origin_layer: expected weight shape {shape}, got {tuple(origin_layer.weight.shape)}")
-            if aux_weight.is_meta and not origin_layer.weight.is_meta:
-                raise ValueError("aux_weight: expected a tensor with data, got one on the meta device")
         super().__init__(in_features, out_features, bias, device=None if origin_layer is None else "meta")
         if origin_layer is not None:
             self.weight, self.bias = origin_layer.weight, origin_layer.bias
             self.train(origin_layer.training)
+        if aux_weight.is_meta and not self.weight.is_meta:
+            raise ValueError("aux_weight: expected a tensor with data, got one on the meta device")
         self.aux_weight = nn.Parameter(aux_weight.detach().to(self.weight.device), requires_grad=is_aux_trainable)
         self.cross_modal_scale = nn.Parameter(self.weight.new_zeros(1))
 
@@ -91,7 +97,7 @@ class FusedCrossModalLinear(nn.Linear):
         """A plain `nn.Linear` with the merged weight; the bias parameter is shared with this layer.
 
         Raises:
-            ValueError: the merged weight is not finite.
+            ValueError: the merged weight is not finite, or has no data.
         """
         merged = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         weight = merged_weight(self.weight, self.aux_weight, self.cross_modal_scale)

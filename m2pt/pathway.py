@@ -6,6 +6,9 @@ from torch import nn
 
 from .linear import FusedCrossModalLinear, is_plain_linear
 
+WEIGHT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules that read the weights of linear layers without calling them; timm's BEiT and EVA attention do so too."""
+
 LAYER_NAMES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
@@ -30,8 +33,9 @@ def reparameterize_aux_into_target_model(
         `target_model`.
 
     Raises:
-        ValueError: the models do not fit (missing body or layer, other depth or shape, not linear, already connected);
-            the message names the block and layer, and the target is as it was.
+        ValueError: the models do not fit: a missing body or layer, another depth or shape, a layer that is not linear,
+            connected already, used twice, or not called by its block. The message names the block and layer, and the
+            target is as it was.
     """
     target_blocks = _blocks(target_model, "target_model", main_body_name)
     aux_blocks = _blocks(aux_model, "aux_model", main_body_name)
@@ -43,6 +47,7 @@ def reparameterize_aux_into_target_model(
     if isinstance(layer_names, str) or not layer_names or len(set(layer_names)) != len(layer_names):
         raise ValueError(f"layer_names: expected a sequence of different names, got {layer_names!r}")
     replacements = []
+    connected: dict[nn.Linear, str] = {}
     for index, (target_block, aux_block) in enumerate(zip(target_blocks, aux_blocks, strict=True)):
         for layer_name in layer_names:
             place = f"{main_body_name}.{index}.{layer_name}"
@@ -53,17 +58,21 @@ def reparameterize_aux_into_target_model(
                     f"aux_model: {place} has weight shape {tuple(aux_layer.weight.shape)},"
                     f" expected {tuple(origin_layer.weight.shape)} as in target_model"
                 )
-            if aux_layer.weight.is_meta and not origin_layer.weight.is_meta:
-                raise ValueError(f"aux_model: {place} has no data, it is on the meta device")
             if aux_layer.weight is origin_layer.weight:
                 raise ValueError(f"aux_model: {place} is target_model's own weight")
-            fused = FusedCrossModalLinear(
-                origin_layer.in_features,
-                origin_layer.out_features,
-                origin_layer=origin_layer,
-                aux_weight=aux_layer.weight,
-                is_aux_trainable=is_aux_trainable,
-            )
+            if origin_layer in connected:
+                raise ValueError(f"target_model: {place} is {connected[origin_layer]}, used twice")
+            connected[origin_layer] = place
+            try:
+                fused = FusedCrossModalLinear(
+                    origin_layer.in_features,
+                    origin_layer.out_features,
+                    origin_layer=origin_layer,
+                    aux_weight=aux_layer.weight,
+                    is_aux_trainable=is_aux_trainable,
+                )
+            except ValueError as error:
+                raise ValueError(f"aux_model: {place}: {error}") from None
             replacements.append((target_block, layer_name, fused))
     for block, layer_name, fused in replacements:
         block.set_submodule(layer_name, fused)
@@ -89,7 +98,10 @@ def _linear(block: nn.Module, argument: str, layer_name: str, place: str) -> nn.
     if isinstance(layer, FusedCrossModalLinear):
         raise ValueError(f"{argument}: {place} is connected to an auxiliary model already")
     if not is_plain_linear(layer):
-        raise ValueError(f"{argument}: {place} is a {type(layer).__name__}, expected a plain nn.Linear")
+        raise ValueError(f"{argument}: {place} is a {type(layer).__name__}, expected a plain nn.Linear without hooks")
+    parent = block.get_submodule(layer_name.rpartition(".")[0])
+    if isinstance(parent, WEIGHT_READERS) or getattr(parent, "q_bias", None) is not None:
+        raise ValueError(f"{argument}: {place} is not called by its {type(parent).__name__}, which reads its weight")
     return layer
 
 

@@ -223,6 +223,13 @@ def test_merging_the_state_dict_equals_merging_the_model(dtype):
     assert_same(merged, merge_pathways(fused).state_dict())
 
 
+def test_entries_with_similar_names_are_left_alone():
+    layer = FusedCrossModalLinear(4, 3, aux_weight=torch.ones(3, 4))
+    other = {"my_aux_weight": torch.ones(2), "old.my_cross_modal_scale": torch.ones(1)}
+    merged = merge_state_dict(layer.state_dict() | other)
+    assert_same(merged, layer.merge().state_dict() | other)
+
+
 def test_a_single_layer_can_be_merged():
     layer = model()[0]
     assert_same(merge_state_dict(layer.state_dict()), layer.merge().state_dict())

@@ -300,6 +300,7 @@ BAD_INPUTS = {
     "x of another width": (ValueError, "x", {"x": torch.ones(2, 4)}),
     "x without dimensions": (ValueError, "x", {"x": torch.ones(())}),
     "integer x": (TypeError, "x", {"x": torch.ones(2, 3, dtype=torch.int64)}),
+    "float8 x": (TypeError, "x", {"x": torch.ones(2, 3).to(torch.float8_e4m3fn)}),
     "flat weight": (ValueError, "weight", {"weight": torch.ones(3)}),
     "weight of another dtype": (TypeError, "weight", {"weight": torch.ones(4, 3, dtype=torch.bfloat16)}),
     "aux_weight of another shape": (ValueError, "aux_weight", {"aux_weight": torch.ones(3, 4)}),

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from m2pt import (
@@ -208,6 +209,22 @@ class Scaled(nn.Linear):
         return 2 * super().forward(input)
 
 
+def hook_last_layer(model):
+    model.get_submodule(LAST).register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def patch_last_layer(model):
+    model.get_submodule(LAST).forward = torch.sin
+
+
+def prune_last_bias(model):
+    prune.l1_unstructured(model.get_submodule(LAST), "bias", 1)
+
+
+def use_block_twice(model):
+    model.blocks[1] = model.blocks[0]
+
+
 def parametrize_last_layer(model):
     nn.utils.parametrizations.weight_norm(model.get_submodule(LAST))
 
@@ -235,6 +252,10 @@ def parametrize_last_layer(model):
         ("aux", connect_last_block, "aux_model: blocks.1.attn.qkv is connected"),
         ("target", put(Scaled(192, 48)), f"target_model: {LAST} is a Scaled"),
         ("aux", put(Scaled(192, 48)), f"aux_model: {LAST} is a Scaled"),
+        ("target", hook_last_layer, f"target_model: {LAST} is a Linear, expected .* without hooks"),
+        ("target", patch_last_layer, f"target_model: {LAST} is a Linear"),
+        ("target", prune_last_bias, f"target_model: {LAST} is a Linear"),
+        ("target", use_block_twice, "target_model: blocks.1.attn.qkv is blocks.0.attn.qkv, used twice"),
         ("target", parametrize_last_layer, f"target_model: {LAST} is a ParametrizedLinear"),
     ],
 )
@@ -245,6 +266,29 @@ def test_models_that_do_not_fit_are_refused_and_left_as_they_were(broken, damage
         reparameterize_aux_into_target_model(*models.values())
 
 
+def beit():
+    return timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=48, num_heads=3)
+
+
+def torch_encoder():
+    return nn.ModuleDict({"blocks": nn.ModuleList([nn.TransformerEncoderLayer(16, 2, 32)])})
+
+
+@pytest.mark.parametrize(
+    "build, layer, reader",
+    [
+        (beit, "attn.qkv", "BeitAttention|Attention"),
+        (torch_encoder, "self_attn.out_proj", "MultiheadAttention"),
+        (torch_encoder, "linear1", "TransformerEncoderLayer"),
+    ],
+)
+def test_layers_whose_weight_is_read_without_calling_them_are_refused(build, layer, reader):
+    target, aux = build(), build()
+    message = rf"^target_model: blocks.0.{layer} is not called by its ({reader})"
+    with unchanged(target, aux), pytest.raises(ValueError, match=message):
+        reparameterize_aux_into_target_model(target, aux, (layer,))
+
+
 def test_a_model_is_no_auxiliary_of_its_own():
     model = vit()
     with unchanged(model), pytest.raises(ValueError, match=r"^aux_model: blocks.0.attn.qkv is target_model's own"):
@@ -253,7 +297,7 @@ def test_a_model_is_no_auxiliary_of_its_own():
 
 def test_an_auxiliary_model_without_data_is_refused():
     target = vit()
-    with unchanged(target), pytest.raises(ValueError, match=r"^aux_model: blocks.0.attn.qkv has no data"):
+    with unchanged(target), pytest.raises(ValueError, match=r"^aux_model: blocks.0.attn.qkv: .*meta device"):
         reparameterize_aux_into_target_model(target, vit(1).to("meta"))
 
 

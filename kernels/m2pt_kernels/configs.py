@@ -24,7 +24,7 @@ class TileConfig(NamedTuple):
     num_stages: int
 
 
-# Operand kinds: "half"; "mixed" is half-precision activations with float32 weights; float32 as "tf32" or "ieee".
+# Operand kinds: "half"; "mixed" is half-precision activations, W or W_aux float32; float32 as "tf32" or "ieee".
 TILES = {
     "ampere": {  # sm_80; fits the 99 KiB of sm_86, sm_89 and sm_120 too
         "combined_matmul": {
@@ -101,7 +101,7 @@ def architecture(target: GPUTarget | None) -> str:
 
 def input_precision(dtype: torch.dtype, target: GPUTarget | None) -> str:
     """How float32 operands are multiplied: "ieee", or "tf32" where torch's float32 matmul precision allows it."""
-    if dtype != torch.float32 or target is None or torch.get_float32_matmul_precision() == "highest":
+    if dtype != torch.float32 or target is None or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
     return "tf32" if target.backend == "cuda" or target.arch == "gfx942" else "ieee"
 
@@ -116,12 +116,12 @@ def tile_config(
     product: str,
     target: GPUTarget | None,
     dtype: torch.dtype,
-    weight_dtype: torch.dtype,
+    weight_bytes: int,
     precision: str,
     aligned: bool,
 ) -> TileConfig:
-    """The entry of TILES for activations of `dtype` and weights of `weight_dtype`."""
+    """The entry of TILES for activations of `dtype` and weights of at most `weight_bytes` an element."""
     row = TILES[architecture(target) if aligned else "portable"]
     if dtype == torch.float32:
         return row[product][precision]
-    return row[product]["half" if weight_dtype.itemsize == 2 else "mixed"]
+    return row[product]["half" if weight_bytes == 2 else "mixed"]

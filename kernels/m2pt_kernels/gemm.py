@@ -177,7 +177,8 @@ def _combined_matmul_by_pointers(
     columns = weight.shape[1]
     precision = input_precision(left.dtype, target)
     aligned = is_aligned((depth, columns), left, weight, aux_weight)
-    tile = tile_config("combined_matmul", target, left.dtype, weight.dtype, precision, aligned)
+    weight_bytes = max(weight.itemsize, aux_weight.itemsize)
+    tile = tile_config("combined_matmul", target, left.dtype, weight_bytes, precision, aligned)
     combined_matmul_kernel[(triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N),)](
         left,
         weight,
@@ -236,7 +237,7 @@ def _grad_parameters_by_pointers(
     columns = x.shape[1]
     precision = input_precision(x.dtype, target)
     aligned = is_aligned((rows, columns), grad_output, x)
-    tile = tile_config("grad_parameters", target, x.dtype, x.dtype, precision, aligned)
+    tile = tile_config("grad_parameters", target, x.dtype, x.itemsize, precision, aligned)
     tiles = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N)
     partial = None if aux_weight is None else x.new_empty(tiles * tile.BLOCK_M, dtype=torch.float32)
     grad_parameters_kernel[(tiles,)](

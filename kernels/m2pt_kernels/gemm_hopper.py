@@ -218,7 +218,7 @@ def combined_matmul(
     depth_first = weight.stride(0) != 1
     tile = _TILES_BY_WEIGHT_BYTES[weight.itemsize + aux_weight.itemsize]
     tiles = triton.cdiv(rows, tile.BLOCK_M + tile.MORE_M) * triton.cdiv(columns, tile.BLOCK_N)
-    _provide_descriptor_memory(left.device)
+    _provide_descriptor_memory()
     combined_matmul_tma_kernel[(tiles,)](
         left,
         weight,
@@ -253,7 +253,7 @@ def grad_parameters(
     block = 128
     tiles = triton.cdiv(rows, block) * triton.cdiv(columns, block)
     partial = None if aux_weight is None else x.new_empty(tiles * block, dtype=torch.float32)
-    _provide_descriptor_memory(x.device)
+    _provide_descriptor_memory()
     grad_parameters_tma_kernel[(tiles,)](
         grad_output,
         x,
@@ -278,6 +278,6 @@ def grad_parameters(
     return partial
 
 
-def _provide_descriptor_memory(device: torch.device) -> None:
-    """Triton asks for the global memory in which kernels put their descriptors."""
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+def _provide_descriptor_memory() -> None:
+    """Give Triton, for this thread, an allocator of the memory on the current device that descriptors lie in."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))

@@ -14,6 +14,8 @@ from . import reference
 
 gemm = import_module(".gemm", __package__) if find_spec("triton") else None
 
+GEMM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
 
 _library = torch.library.Library("m2pt_kernels", "DEF")
@@ -47,7 +49,8 @@ def cross_modal_linear(
         Nothing of size out_features x in_features is saved for backward except `weight` and `aux_weight` themselves.
 
     Raises:
-        TypeError: a dtype that is not floating, or a weight whose dtype does not go with x's.
+        TypeError: a dtype that is not floating (for x: float16, bfloat16, float32 or float64), or a weight whose dtype
+            does not go with x's.
         ValueError: a shape or a device that does not fit the others.
     """
     _check(x, weight, aux_weight, scale, bias)
@@ -74,6 +77,8 @@ def _check(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: T
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
     dtype = _gemm_dtype(x)
+    if dtype not in GEMM_DTYPES:
+        raise TypeError(f"x: expected a dtype among {GEMM_DTYPES}, got {dtype}")
     if weight.dtype != dtype and not (weight.dtype == torch.float32 and dtype.itemsize == 2):
         raise TypeError(f"weight: expected {dtype}, or float32 with a half-precision x, got {weight.dtype}")
 
@@ -95,7 +100,7 @@ _forced = "auto"
 def implementation(name: str) -> Iterator[None]:
     """Choose how every operator called inside the block is computed, in all threads of this process.
 
-    A backward pass is covered if it runs inside the block too.
+    A backward pass is covered if it runs inside the block too. A block inside a compiled function has no effect.
 
     Args:
         name: "auto" (Triton on GPU tensors, plain torch elsewhere), "triton" (Triton on whatever its active driver
