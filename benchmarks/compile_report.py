@@ -1,12 +1,13 @@
 """What the compiler made of every kernel, per architecture, beside a plain GEMM.
 
-No GPU is needed and none is timed. "predicted" is the plain GEMM's bound over the kernel's, per FLOP, each bound being the
-busiest of these, in clocks of one SM, everything overlapped perfectly: tensor cores at their dense peak; an instruction a
-clock from each of four schedulers; 128 bytes a clock through shared memory, counting copies into it, what warps read and
-write (from the SASS, without bank conflicts) and what wgmma reads; 64 bytes a clock from L2. Launch, prologue, epilogue,
-waves of tiles, HBM and clock frequency are left out. Instructions are those of one warp and k-step.
+No GPU is needed and none is timed. "predicted" is the plain GEMM's bound over the kernel's, per FLOP, each bound being
+the busiest of these, in clocks of one SM, everything overlapped perfectly: tensor cores at their dense peak; an
+instruction a clock from each of four schedulers; 128 bytes a clock through shared memory, counting copies into it, what
+warps read and write (from the SASS, without bank conflicts) and what wgmma reads; 64 bytes a clock from L2. Launch,
+prologue, epilogue, waves of tiles, HBM and clock frequency are left out. Instructions are those of a warp and k-step.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,9 @@ TENSOR_FLOPS = {80: 2048, 86: 1024, 90: 4096, 100: 8192, 120: 1024}
 """Dense half-precision FLOP a clock and SM (float32 accumulation)."""
 
 REGISTERS, SHARED_PER_SM = 65536, {80: 164, 86: 100, 90: 228, 100: 228, 120: 100}
+PRODUCER_WARPS = 4
+"""Warps of a specialised kernel that copy and do not compute."""
+
 PLAIN_TILES = {"ampere": (128, 128, 32, 8, 4), "hopper": (128, 256, 64, 4, 3)}
 ACTIVATIONS = torch.bfloat16
 WEIGHTS = {
@@ -124,9 +128,9 @@ def _plain(target: GPUTarget) -> Product:
 
 def bounds(product: Product, loop: Loop, arch: int) -> dict[str, float]:
     """Clocks of one SM per k-step of a block, by pipe."""
-    warps = product.compiled.metadata.num_warps
-    specialised = "tma" in product.compiled.metadata.name
-    consumers = 8 if specialised else warps
+    consumers = _warps(product.compiled)
+    if "tma" in product.compiled.metadata.name:
+        consumers -= PRODUCER_WARPS
     shared = product.copied + loop.shared_bytes * consumers
     if arch == 90:
         shared += _wgmma_reads(product)
@@ -185,9 +189,13 @@ def report(name: str) -> list[Row]:
 
 
 def _blocks_per_sm(compiled: CompiledKernel, registers: int, shared: int, arch: int) -> int:
-    warps = 12 if "tma" in compiled.metadata.name else compiled.metadata.num_warps
-    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * _warps(compiled))
     return min(by_registers, SHARED_PER_SM[arch] * 1024 // (shared + 1024))
+
+
+def _warps(compiled: CompiledKernel) -> int:
+    """Of a block, the ones that specialisation added included."""
+    return int(re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])[1]) // 32
 
 
 if __name__ == "__main__":

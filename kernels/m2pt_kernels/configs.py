@@ -68,12 +68,12 @@ TILES = {
     "portable": {  # anything else, the interpreter, and matrices that are not aligned
         "combined_matmul": {
             "half": TileConfig(64, 64, 32, 4, 2),
-            "mixed": TileConfig(64, 64, 32, 4, 2),
+            "mixed": TileConfig(64, 32, 32, 4, 2),
             "tf32": TileConfig(32, 32, 16, 4, 2),
             "ieee": TileConfig(32, 32, 16, 4, 2),
         },
         "grad_parameters": {
-            "half": TileConfig(64, 64, 32, 4, 2),
+            "half": TileConfig(64, 32, 32, 4, 2),
             "tf32": TileConfig(32, 32, 16, 4, 2),
             "ieee": TileConfig(32, 32, 16, 4, 2),
         },
