@@ -52,6 +52,7 @@ def reparameterize_aux_into_target_model(
         for layer_name in layer_names:
             place = f"{main_body_name}.{index}.{layer_name}"
             origin_layer = _linear(target_block, "target_model", layer_name, place)
+            _require_called(target_block, layer_name, place)
             aux_layer = _linear(aux_block, "aux_model", layer_name, place)
             if aux_layer.weight.shape != origin_layer.weight.shape:
                 raise ValueError(
@@ -99,10 +100,13 @@ def _linear(block: nn.Module, argument: str, layer_name: str, place: str) -> nn.
         raise ValueError(f"{argument}: {place} is connected to an auxiliary model already")
     if not is_plain_linear(layer):
         raise ValueError(f"{argument}: {place} is a {type(layer).__name__}, expected a plain nn.Linear without hooks")
+    return layer
+
+
+def _require_called(block: nn.Module, layer_name: str, place: str) -> None:
     parent = block.get_submodule(layer_name.rpartition(".")[0])
     if isinstance(parent, WEIGHT_READERS) or getattr(parent, "q_bias", None) is not None:
-        raise ValueError(f"{argument}: {place} is not called by its {type(parent).__name__}, which reads its weight")
-    return layer
+        raise ValueError(f"target_model: {place} is not called by its {type(parent).__name__}, which reads its weight")
 
 
 def merge_pathways(model: nn.Module) -> nn.Module:
