@@ -37,6 +37,8 @@ def cross_modal_linear(
 ) -> Tensor:
     """`x (W + s * W_aux)^T + b` (M2PT, CVPR 2024, eq. 2) without `W + s * W_aux` ever being stored on a GPU.
 
+    On other devices, and for float64, plain torch computes it, and the sum exists while a product is being made.
+
     Args:
         x: (..., in_features); its dtype, or autocast's, is the dtype of the multiplication and of the result.
         weight: (out_features, in_features), of x's dtype, or float32 with a half-precision x.
