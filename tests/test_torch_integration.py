@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_ops import operands, outputs
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -84,6 +85,24 @@ def test_flops_are_those_of_a_plain_linear():
         return torch.nn.functional.linear(x, weight, bias) + 0 * scale + 0 * aux_weight.sum()
 
     assert count(cross_modal_linear) == count(linear) == 3 * 2 * 7 * 6 * 8
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_modes_see_operators(autocast):
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **kwargs or {})
+
+    seen = []
+    tensors, grad_output = operands(7, 6, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with Recorder():
+            y = cross_modal_linear(**tensors)
+        assert OPS.cross_modal_linear.default in seen and OPS.grad_input.default not in seen
+        with Recorder():
+            y.backward(grad_output.to(y.dtype))
+    assert {OPS.grad_input.default, OPS.grad_parameters.default} <= set(seen)
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="Triton has a driver here")

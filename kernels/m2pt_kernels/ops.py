@@ -1,13 +1,14 @@
 """torch operators over the kernels: dispatch, autocast, autograd, shapes for tracing, FLOP counts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from types import ModuleType, NoneType
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
@@ -55,43 +56,52 @@ def cross_modal_linear(
             does not go with x's.
         ValueError: a shape or a device that does not fit the others.
     """
-    _check(x, weight, aux_weight, scale, bias)
-    return _cross_modal_linear(x, weight, aux_weight, scale, bias)
+    dtype = _checked_dtype(x, weight, aux_weight, scale, bias)
+    if not _is_unobserved(x, weight, aux_weight, scale, bias):
+        return _cross_modal_linear(x, weight, aux_weight, scale, bias)
+    with _autocast_disabled(x):
+        return _CrossModalLinear.apply(reference.cast(x, dtype), weight, aux_weight, scale, bias, _compute)
 
 
-def _check(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+def _checked_dtype(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype to multiply in."""
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}")
-    out_features, in_features = weight.shape
+    out_features, in_features = shape = weight.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x: expected shape (..., {in_features}) to fit weight, got {tuple(x.shape)}")
-    if aux_weight.shape != weight.shape:
-        raise ValueError(f"aux_weight: expected weight's shape {tuple(weight.shape)}, got {tuple(aux_weight.shape)}")
+    if aux_weight.shape != shape:
+        raise ValueError(f"aux_weight: expected weight's shape {tuple(shape)}, got {tuple(aux_weight.shape)}")
     if scale.shape != (1,):
         raise ValueError(f"scale: expected shape (1,), got {tuple(scale.shape)}")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
+    device = x.device
     for name, tensor in (("x", x), ("weight", weight), ("aux_weight", aux_weight), ("scale", scale), ("bias", bias)):
         if tensor is None:
             continue
-        if not tensor.dtype.is_floating_point:
+        if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected x's device {device}, got {tensor.device}")
     dtype = _gemm_dtype(x)
     if dtype not in GEMM_DTYPES:
         raise TypeError(f"x: expected a dtype among {GEMM_DTYPES}, got {dtype}")
     if weight.dtype != dtype and not (weight.dtype == torch.float32 and dtype.itemsize == 2):
         raise TypeError(f"weight: expected {dtype}, or float32 with a half-precision x, got {weight.dtype}")
+    return dtype
 
 
 def _gemm_dtype(x: Tensor) -> torch.dtype:
-    if _autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if _autocast_enabled(x) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
-def _autocast_enabled(device_type: str) -> bool:
+def _autocast_enabled(tensor: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    device_type = tensor.device.type
     return device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
 
 
@@ -139,8 +149,21 @@ def _path(x: Tensor, *others: Tensor | None) -> ModuleType:
     return reference if unsupported else gemm
 
 
-def _autocast_disabled(device_type: str) -> AbstractContextManager:
-    return torch.autocast(device_type, enabled=False) if _autocast_enabled(device_type) else nullcontext()
+def _autocast_disabled(tensor: Tensor) -> AbstractContextManager:
+    return torch.autocast(tensor.device.type, enabled=False) if _autocast_enabled(tensor) else nullcontext()
+
+
+_ORDINARY = frozenset((Tensor, Parameter, NoneType))
+
+
+def _is_unobserved(*tensors: Tensor | None) -> bool:
+    """Whether no tracer, mode or tensor subclass waits to see an operator, so that dispatching it is time lost."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and _ORDINARY.issuperset(map(type, tensors))
+    )
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -149,33 +172,36 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
 
 
-def _run_cross_modal_linear(x, weight, aux_weight, scale, bias=None):
-    with _autocast_disabled(x.device.type):
-        y = _path(x, weight, aux_weight, scale, bias).forward(_flat(x), weight, aux_weight, scale, bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
+def _compute(x, weight, aux_weight, scale, bias=None):
+    y = _path(x, weight, aux_weight, scale, bias).forward(_flat(x), weight, aux_weight, scale, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _run_grad_input(grad_output, weight, aux_weight, scale):
-    with _autocast_disabled(grad_output.device.type):
-        path = _path(grad_output, weight, aux_weight, scale)
-        grad = path.grad_input(_flat(grad_output), weight, aux_weight, scale)
-    return grad.view(*grad_output.shape[:-1], weight.shape[1])
+def _compute_grad_input(grad_output, weight, aux_weight, scale):
+    path = _path(grad_output, weight, aux_weight, scale)
+    grad = path.grad_input(_flat(grad_output), weight, aux_weight, scale)
+    return grad if grad_output.dim() == 2 else grad.view(*grad_output.shape[:-1], weight.shape[1])
 
 
-def _run_grad_parameters(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype):
-    with _autocast_disabled(x.device.type):
-        grads = _path(grad_output, x, aux_weight, scale).grad_parameters(
-            _flat(grad_output), _flat(x), aux_weight, scale, weight_dtype, aux_dtype
-        )
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+def _compute_grad_parameters(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype):
+    path = _path(grad_output, x, aux_weight, scale)
+    return path.grad_parameters(_flat(grad_output), _flat(x), aux_weight, scale, weight_dtype, aux_dtype)
 
 
-for _name, _run in (
-    ("cross_modal_linear", _run_cross_modal_linear),
-    ("grad_input", _run_grad_input),
-    ("grad_parameters", _run_grad_parameters),
-):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
+def _implement(operator: torch._ops.OpOverload, compute: Callable) -> None:
+    def run(first, *others):
+        with _autocast_disabled(first):
+            result = compute(first, *others)
+        if isinstance(result, Tensor):
+            return result
+        return tuple(first.new_empty(0) if grad is None else grad for grad in result)
+
+    _library.impl(operator, run, "CompositeExplicitAutograd")
+
+
+_implement(_cross_modal_linear, _compute)
+_implement(_grad_input, _compute_grad_input)
+_implement(_grad_parameters, _compute_grad_parameters)
 
 
 @torch.library.register_fake("m2pt_kernels::cross_modal_linear", lib=_library)
@@ -201,51 +227,59 @@ def _(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype):
 
 class _CrossModalLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, aux_weight, scale, bias):
-        need_x, need_weight, need_aux, need_scale, _ = ctx.needs_input_grad
+    def forward(ctx, x, weight, aux_weight, scale, bias, compute):
+        need_x, need_weight, need_aux, need_scale, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if need_weight or need_aux or need_scale else None,
             weight if need_x else None,
             aux_weight if need_x or need_scale else None,
             scale if need_x or need_aux else None,
         )
-        ctx.weight_dtype = weight.dtype if need_weight else None
-        ctx.aux_dtype = aux_weight.dtype if need_aux else None
-        ctx.scale_dtype = scale.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        with torch._C._AutoDispatchBelowAutograd():
-            return _cross_modal_linear(x, weight, aux_weight, scale, bias)
+        ctx.dtypes = weight.dtype, aux_weight.dtype, scale.dtype, None if bias is None else bias.dtype
+        return compute(x, weight, aux_weight, scale, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
         if torch.is_grad_enabled():
             raise RuntimeError("cross_modal_linear is differentiable once: create_graph=True is not supported")
         x, weight, aux_weight, scale = ctx.saved_tensors
-        need_x, need_weight, need_aux, need_scale, need_bias = ctx.needs_input_grad
-        grads = [None] * 5
+        weight_dtype, aux_dtype, scale_dtype, bias_dtype = ctx.dtypes
+        need_x, need_weight, need_aux, need_scale, need_bias, _ = ctx.needs_input_grad
+        if _is_unobserved(grad_output, x, weight, aux_weight, scale) and not _autocast_enabled(grad_output):
+            grad_input, grad_parameters = _compute_grad_input, _compute_grad_parameters
+        else:
+            grad_input, grad_parameters = _grad_input, _grad_parameters
+        grad_x = grad_weight = grad_aux = grad_scale = grad_bias = None
         if need_x:
-            grads[0] = _grad_input(grad_output, weight, aux_weight, scale)
+            grad_x = grad_input(grad_output, weight, aux_weight, scale)
         if need_weight or need_aux or need_scale:
-            found = _grad_parameters(
+            grad_weight, grad_aux, grad_scale = grad_parameters(
                 grad_output,
                 x,
                 aux_weight if need_scale else None,
                 scale if need_aux else None,
-                ctx.weight_dtype,
-                ctx.aux_dtype,
+                weight_dtype if need_weight else None,
+                aux_dtype if need_aux else None,
             )
-            for position, (needed, grad) in enumerate(zip((need_weight, need_aux, need_scale), found, strict=True), 1):
-                if needed:
-                    grads[position] = grad
-            if need_scale:
-                grads[3] = grads[3].to(ctx.scale_dtype)
         if need_bias:
-            grads[4] = _flat(grad_output).sum(0, dtype=ctx.bias_dtype)
-        return tuple(grads)
+            grad_bias = _flat(grad_output).sum(0, dtype=bias_dtype)
+        return (
+            grad_x,
+            grad_weight if need_weight else None,
+            grad_aux if need_aux else None,
+            reference.cast(grad_scale, scale_dtype) if need_scale else None,
+            grad_bias,
+            None,
+        )
+
+
+def _below_autograd(x, weight, aux_weight, scale, bias):
+    with torch._C._AutoDispatchBelowAutograd():
+        return _cross_modal_linear(x, weight, aux_weight, scale, bias)
 
 
 def _autograd(x, weight, aux_weight, scale, bias=None):
-    return _CrossModalLinear.apply(x, weight, aux_weight, scale, bias)
+    return _CrossModalLinear.apply(x, weight, aux_weight, scale, bias, _below_autograd)
 
 
 _library.impl("cross_modal_linear", _autograd, "Autograd")
