@@ -1,12 +1,14 @@
 """The CPU fallback: a training step of a ViT-B of depth 2 in float32, this package against the published formulation.
 
 Run as `python -m benchmarks.cpu_step`. W_aux is frozen in both. Every measurement is a process of its own, because the
-peak of a process's resident memory never falls; the two of a pair follow each other, in alternating order.
+peak of a process's resident memory never falls; the two of a pair follow each other, in alternating order. Most of the
+peak is torch itself: the last quantity leaves out what the imports took.
 """
 
 import resource
 import subprocess
 import sys
+from itertools import repeat
 from statistics import median
 from time import perf_counter
 
@@ -23,13 +25,14 @@ BATCHES = (1, 8)
 MIB = 2**20
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
-Measurement = tuple[float, float]
-"""Seconds of a step, the median of STEPS, and the process's peak resident memory in MiB."""
+QUANTITIES = ("step, s", "peak RSS, MiB", "peak RSS above the imports', MiB")
+Measurement = tuple[float, ...]
+"""A figure for each of QUANTITIES; a step's time is the median of STEPS."""
 
 
 def measure(variant: str, batch: int) -> Measurement:
     """In this process."""
-    seconds = []
+    seconds, imported = [], peak_rss()
     with vision_transformer(variant, "vit_base_patch16_224", depth=2) as model:
         optimizer = adamw(model)
         images, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
@@ -37,17 +40,22 @@ def measure(variant: str, batch: int) -> Measurement:
             start = perf_counter()
             training_step(model, optimizer, images, labels, autocast=False)
             seconds.append(perf_counter() - start)
-    return median(seconds[1:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / MIB
+    return median(seconds[1:]), peak_rss(), peak_rss() - imported
+
+
+def peak_rss() -> float:
+    """Of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / MIB
 
 
 def measure_apart(variant: str, batch: int) -> Measurement:
     """In a new process."""
     command = [sys.executable, "-m", "benchmarks.cpu_step", variant, str(batch)]
-    seconds, mebibytes = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return float(seconds), float(mebibytes)
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return tuple(map(float, output.split()))
 
 
-def row(batch: int, quantity: str, fused: list[float], published: list[float]) -> Row:
+def row(batch: int, quantity: str, fused: tuple[float, ...], published: tuple[float, ...]) -> Row:
     ratios = [ours / theirs for ours, theirs in zip(fused, published, strict=True)]
     return {
         "batch": batch,
@@ -69,9 +77,8 @@ def main() -> None:
                 for variant in (FUSED, PUBLISHED_FROZEN)[:: 1 if pair % 2 else -1]:
                     found[variant].append(measure_apart(variant, batch))
                     progress.update()
-            (fused_seconds, fused_rss), (seconds, rss) = (tuple(zip(*values, strict=True)) for values in found.values())
-            rows.append(row(batch, "step, s", fused_seconds, seconds))
-            rows.append(row(batch, "peak RSS, MiB", fused_rss, rss))
+            columns = (zip(*values, strict=True) for values in found.values())
+            rows += map(row, repeat(batch), QUANTITIES, *columns)
     print(results.write("cpu-step", "cpu", rows, __doc__).read_text())
 
 
