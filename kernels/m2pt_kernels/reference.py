@@ -15,21 +15,28 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def combined_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`W + s * W_aux` (M2PT eq. 2), computed in float32 at least and rounded once, to `dtype`."""
+    """`W + s * W_aux` (M2PT eq. 2), computed in float32 at least and rounded once, to `dtype`; without gradients."""
+    with torch.no_grad():
+        return _combined_weight(weight, aux_weight, scale, dtype)
+
+
+def _combined_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
-    combined = torch.addcmul(cast(weight, wide), cast(aux_weight, wide), cast(scale, wide))
-    return cast(combined, dtype)
+    scale = cast(scale, wide)  # makes torch compute in that dtype, in one pass where the device converts as it reads
+    if dtype == wide:
+        return torch.addcmul(weight, aux_weight, scale)
+    return torch.addcmul(weight, aux_weight, scale, out=torch.empty_like(weight, dtype=dtype))
 
 
 def forward(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """`x (W + s * W_aux)^T + b`, shape (M, N), in the dtype of `x`."""
     bias = None if bias is None else cast(bias, x.dtype)
-    return F.linear(x, combined_weight(weight, aux_weight, scale, x.dtype), bias)
+    return F.linear(x, _combined_weight(weight, aux_weight, scale, x.dtype), bias)
 
 
 def grad_input(grad_output: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor) -> Tensor:
     """`dY (W + s * W_aux)`, shape (M, K), in the dtype of `grad_output`."""
-    return grad_output @ combined_weight(weight, aux_weight, scale, grad_output.dtype)
+    return grad_output @ _combined_weight(weight, aux_weight, scale, grad_output.dtype)
 
 
 def grad_weight(grad_output: Tensor, x: Tensor) -> Tensor:
