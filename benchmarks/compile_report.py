@@ -3,8 +3,10 @@
 No GPU is needed and none is timed. "predicted" is the plain GEMM's bound over the kernel's, per FLOP, each bound being
 the busiest of these, in clocks of one SM, everything overlapped perfectly: tensor cores at their dense peak; an
 instruction a clock from each of four schedulers; 128 bytes a clock through shared memory, counting copies into it, what
-warps read and write (from the SASS, without bank conflicts) and what wgmma reads; 64 bytes a clock from L2. Launch,
-prologue, epilogue, waves of tiles, HBM and clock frequency are left out. Instructions are those of a warp and k-step.
+warps read and write (from the SASS, without bank conflicts) and what wgmma or tcgen05 reads: an operand in shared
+memory once for every 64 or 128 rows of the other, one in registers or tensor memory not at all; 64 bytes a clock from
+L2. Launch, prologue, epilogue, waves of tiles, bandwidth of tensor memory, HBM and clock frequency are left out.
+Instructions are those of a warp and k-step.
 """
 
 import re
@@ -33,7 +35,8 @@ REGISTERS, SHARED_PER_SM = 65536, {80: 164, 86: 100, 90: 228, 100: 228, 120: 100
 PRODUCER_WARPS = 4
 """Warps of a specialised kernel that copy and do not compute."""
 
-PLAIN_TILES = {"ampere": (128, 128, 32, 8, 4), "hopper": (128, 256, 64, 4, 3)}
+PLAIN_TILES = {"ampere": (128, 128, 32, 4, 4), 90: (128, 256, 64, 4, 3), 100: (256, 256, 64, 8, 3)}
+"""By architecture, if TMA is there; the best found offline."""
 ACTIVATIONS = torch.bfloat16
 WEIGHTS = {
     "bf16": (torch.bfloat16, torch.bfloat16),
@@ -100,9 +103,9 @@ def _constants(compiled: CompiledKernel) -> dict[str, int]:
 
 
 def _plain(target: GPUTarget) -> Product:
-    hopper = target.backend == "cuda" and 90 <= target.arch < 120
-    block_m, block_n, block_k, warps, stages = PLAIN_TILES["hopper" if hopper else "ampere"]
-    kernel = plain_matmul_tma_kernel if hopper else plain_matmul_kernel
+    by_tma = target.arch in PLAIN_TILES
+    block_m, block_n, block_k, warps, stages = PLAIN_TILES[target.arch if by_tma else "ampere"]
+    kernel = plain_matmul_tma_kernel if by_tma else plain_matmul_kernel
     with compiling_for(target, kernel) as compiled:
         x, weight, output = (torch.empty(s, dtype=ACTIVATIONS) for s in ((M, K), (N, K), (M, N)))
         tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
@@ -134,6 +137,8 @@ def bounds(product: Product, loop: Loop, arch: int) -> dict[str, float]:
     shared = product.copied + loop.shared_bytes * consumers
     if arch == 90:
         shared += _wgmma_reads(product)
+    if arch == 100:
+        shared += _tcgen05_reads(product)
     return {
         "tensor": product.flops / TENSOR_FLOPS[arch],
         "issue": sum(loop.instructions.values()) * consumers / 4,
@@ -149,6 +154,14 @@ def _wgmma_reads(product: Product) -> int:
     if swapped:
         return 2 * product.rows * size
     return (product.rows + 2 * product.columns) * size
+
+
+def _tcgen05_reads(product: Product) -> int:
+    """Bytes of shared memory that 128 rows at a time of the first operand, which may be in tensor memory, read."""
+    size = ACTIVATIONS.itemsize * product.depth
+    if product.compiled.metadata.name.startswith("combined_matmul_tma"):
+        return triton.cdiv(product.columns, 128) * product.rows * size
+    return (product.rows + triton.cdiv(product.rows, 128) * product.columns) * size
 
 
 def report(name: str) -> list[Row]:

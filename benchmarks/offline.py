@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 
-from m2pt_kernels import gemm, gemm_hopper, implementation
+from m2pt_kernels import gemm, gemm_tma, implementation
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,8 +30,8 @@ SHARED_MEMORY = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64, "gfx
 KERNELS = (
     gemm.combined_matmul_kernel,
     gemm.grad_parameters_kernel,
-    gemm_hopper.combined_matmul_tma_kernel,
-    gemm_hopper.grad_parameters_tma_kernel,
+    gemm_tma.combined_matmul_tma_kernel,
+    gemm_tma.grad_parameters_tma_kernel,
 )
 
 

@@ -1,7 +1,7 @@
-"""What the alternatives are predicted to reach of a plain GEMM's speed, beside which the compile report's figures stand.
+"""What the alternatives are predicted to reach of a plain GEMM's speed; compare the compile report's figures.
 
 No GPU is needed and none is timed. Every alternative is the plain GEMM plus passes over matrices of the weight's size,
-which read and write HBM at its peak rate, one after the other; launches, caches and everything the compile report leaves
+which read and write HBM at its peak rate, one after the other; launches, caches and all that the compile report leaves
 out are left out. "published" makes the combined weight in the dtypes that torch's promotion gives it and keeps it for
 backward. "transient copy" (`implementation("eager")`) makes it in one pass and makes it again in backward.
 """

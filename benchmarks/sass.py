@@ -16,7 +16,7 @@ PIPES = {
     "tensor": TENSOR,
     "shared": {"LDS", "LDSM", "STS", "STSM"},
     "copy": {"LDG", "LDGSTS", "UTMALDG", "STG"},
-    "float": {"FFMA", "FADD", "FMUL", "HFMA2", "F2FP"},
+    "float": {"FFMA", "FFMA2", "FADD", "FMUL", "HFMA2", "F2FP"},
 }
 """Every other instruction counts as integer and control."""
 
@@ -30,7 +30,10 @@ class Loop(NamedTuple):
 
 
 def main_loop(compiled: CompiledKernel) -> Loop | None:
-    """The innermost loop with the most tensor instructions; None without any (float32 by FMA, unrolled) or on AMD."""
+    """The innermost loop with the most tensor instructions; None without any (float32 by FMA, unrolled) or on AMD.
+
+    Where other warps form an operand in tensor memory (sm_100), their loop is added, as if every warp ran both.
+    """
     if "cubin" not in compiled.asm:
         return None
     instructions, labels = _disassemble(compiled.asm["cubin"])
@@ -39,11 +42,13 @@ def main_loop(compiled: CompiledKernel) -> Loop | None:
         target = re.search(r"\.L_x_\d+", operands) if name.startswith("BRA") else None
         if target and labels.get(target[0], end + 1) <= end:
             loops.append(instructions[labels[target[0]] : end + 1])
-    loops = [loop for loop in loops if _tensor_instructions(loop)]
-    if not loops:
+    multiplying = [loop for loop in loops if _tensor_instructions(loop)]
+    if not multiplying:
         return None
-    shortest = min(len(loop) for loop in loops)
-    loop = max((loop for loop in loops if len(loop) <= 2 * shortest), key=_tensor_instructions)
+    shortest = min(map(len, multiplying))
+    loop = max((loop for loop in multiplying if len(loop) <= 2 * shortest), key=_tensor_instructions)
+    forming = [loop for loop in loops if not _tensor_instructions(loop) and _stores_to_tensor_memory(loop)]
+    loop = loop + min(forming, key=len, default=[])
     counts = Counter(_pipe(name) for name, _ in loop)
     shared = [name for name, _ in loop if _pipe(name) == "shared"]
     return Loop(dict(counts), sum(map(_shared_bytes, shared)), sum(name.startswith("ST") for name in shared))
@@ -77,6 +82,10 @@ def _disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int]]:
 
 def _tensor_instructions(loop: list[tuple[str, str]]) -> int:
     return sum(_pipe(name) == "tensor" for name, _ in loop)
+
+
+def _stores_to_tensor_memory(loop: list[tuple[str, str]]) -> bool:
+    return any(name.startswith("STTM") for name, _ in loop)
 
 
 def _pipe(name: str) -> str:

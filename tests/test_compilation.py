@@ -1,6 +1,7 @@
 """Every tile configuration compiles for its GPUs, without spills and within shared memory; no GPU is needed."""
 
 import itertools
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from test_ops import operands
 
 from benchmarks.offline import TARGETS, compiling_for, resources
 from benchmarks.sass import main_loop, serialised_wgmma
-from m2pt_kernels import cross_modal_linear
+from m2pt_kernels import cross_modal_linear, gemm_tma
 from m2pt_kernels.configs import TILES, architecture, input_precision
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -21,7 +22,8 @@ KINDS = {
     "tf32": (FLOAT, FLOAT, FLOAT, "high"),
     "ieee": (FLOAT, FLOAT, FLOAT, "highest"),
 }
-SIZES = [(257, 131, 77), (600, 272, 208), (256, 256, 256)]
+SIZES = [(257, 131, 77), (100, 272, 208), (600, 3088, 1040), (1024, 3072, 1024)]
+"""(M, N, K): not aligned; small; large and ragged; large and even."""
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def matmul_precision():
 
 
 def test_every_architecture_is_compiled_for():
-    assert {architecture(target) for target in TARGETS.values()} == set(TILES)
+    assert {architecture(target) for target in TARGETS.values()} == set(TILES) - {"small", "portable"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,27 +49,81 @@ def test_no_spills_and_within_shared_memory(target, kind, matmul_precision):
             for name in ("x", *trained):
                 tensors[name].requires_grad_()
             cross_modal_linear(**tensors).backward(grad_output)
-    assert len(compiled) == 12
+    # By TMA, two of the sizes share the kernels of the parameter gradients.
+    assert len(compiled) >= 4 * len(SIZES) - 2
     for kernel in compiled:
         used = resources(kernel)
         assert used.spilled == 0, (kernel.src.constants, used)
 
 
-@pytest.mark.parametrize("aux_dtype", [HALF, FLOAT], ids=str)
-@pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
-def test_hopper_multiplies_from_registers_without_waiting(weight_dtype, aux_dtype):
-    tensors, grad_output = operands(600, 272, 208, HALF, weight_dtype)
+@pytest.mark.parametrize("weight_dtype, stores", [(HALF, 0), (FLOAT, 4)], ids=str)
+def test_ampere_combines_in_registers_or_once_a_block(weight_dtype, stores):
+    x, weight = torch.empty(1024, 1024, dtype=HALF), torch.empty(1024, 1024, dtype=weight_dtype)
+    with compiling_for(TARGETS["sm_80"]) as compiled:
+        cross_modal_linear(x, weight, weight, torch.empty(1))
+    loop = main_loop(compiled[0])
+    assert loop.instructions["tensor"] == 64
+    assert loop.stores_to_shared == stores
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_more_rows_than_32_bits_count(target):
+    rows = 2**31 + 5
+    x, grad_output = torch.empty(1, 16, dtype=HALF).expand(rows, 16), torch.empty(1, 1, dtype=HALF).expand(rows, 1)
+    weight = torch.empty(1, 16, dtype=HALF, requires_grad=True)
+    with compiling_for(TARGETS[target]) as compiled:
+        cross_modal_linear(x, weight, torch.empty_like(weight), torch.empty(1)).backward(grad_output)
+    assert len(compiled) == 2
+    assert all(resources(kernel).spilled == 0 for kernel in compiled)
+
+
+def compile_step(target, weight_dtype, aux_dtype):
+    """Forward, grad_input and grad_parameters for bfloat16 activations."""
+    tensors, grad_output = operands(600, 3088, 1040, HALF, weight_dtype)
     tensors["aux_weight"] = tensors["aux_weight"].detach().to(aux_dtype)
-    with compiling_for(TARGETS["sm_90"]) as compiled:
+    with compiling_for(TARGETS[target]) as compiled:
         cross_modal_linear(**tensors).backward(grad_output)
     assert len(compiled) == 3
     for kernel in compiled:
         assert "_tma_" in kernel.metadata.name
         assert resources(kernel).spilled == 0
+    return sorted(compiled, key=lambda kernel: kernel.metadata.name)
+
+
+@pytest.mark.parametrize("aux_dtype", [HALF, FLOAT], ids=str)
+@pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
+def test_hopper_multiplies_from_registers_without_waiting(weight_dtype, aux_dtype):
+    for kernel, instructions in zip(compile_step("sm_90", weight_dtype, aux_dtype), (140, 140, 58), strict=True):
         assert serialised_wgmma(kernel) == []
         loop = main_loop(kernel)
         assert loop.instructions["tensor"] == 4 and loop.stores_to_shared == 0
-        assert sum(loop.instructions.values()) <= 151
+        assert sum(loop.instructions.values()) <= instructions
+
+
+@pytest.mark.parametrize("aux_dtype", [HALF, FLOAT], ids=str)
+@pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
+def test_blackwell_multiplies_from_tensor_memory(weight_dtype, aux_dtype):
+    *products, grad_parameters = compile_step("sm_100", weight_dtype, aux_dtype)
+    for kernel in (*products, grad_parameters):
+        assert 0 < kernel.metadata.tmem_size <= 512
+        loop = main_loop(kernel)
+        assert loop.instructions["tensor"] >= 4 and loop.stores_to_shared == 0
+    for kernel in products:
+        left_operands = re.findall(r"tcgen05\.mma\.\S+ \[[^]]+\], (.)", kernel.asm["ptx"])
+        assert set(left_operands) == {"["}
+        assert main_loop(kernel).instructions["float"] == 32
+
+
+@pytest.mark.parametrize("weight_dtype, aux_dtype", [(HALF, HALF), (FLOAT, HALF), (FLOAT, FLOAT)], ids=str)
+@pytest.mark.parametrize("target, position", [("sm_90", 1), ("sm_100", 1), ("sm_100", 2)])
+def test_other_tiles_by_tma(target, position, weight_dtype, aux_dtype, monkeypatch):
+    for name in ("_COMBINED_TILES", "_GRAD_TILES"):
+        tiles = {
+            generation: {key: (candidates[min(position, len(candidates) - 1)],) for key, candidates in kinds.items()}
+            for generation, kinds in getattr(gemm_tma, name).items()
+        }
+        monkeypatch.setattr(gemm_tma, name, tiles)
+    compile_step(target, weight_dtype, aux_dtype)
 
 
 def test_float32_precision_follows_torch(matmul_precision):

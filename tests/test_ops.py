@@ -101,6 +101,30 @@ def test_output_and_gradients(device, shape, dtype, weight_dtype):
     assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", ["x", "weight", "aux_weight", "grad_output"])
+def test_elements_further_apart_than_32_bits_count(device, name, transposed):
+    tensors, grad_output = operands(5, 5, 5, HALF[0], HALF[0], device, needs_grad=())
+    tensors["grad_output"] = grad_output
+    stride = 2**29 + 16
+    memory = torch.empty(4 * stride + 5, dtype=HALF[0], device=device)
+    far = memory.as_strided((5, 5), (1, stride) if transposed else (stride, 1))
+    tensors[name] = far.copy_(tensors[name])
+    grad_output = tensors.pop("grad_output")
+    x, weight, aux_weight, scale = (tensors[key] for key in NAMES[:4])
+    combined = weight.double() + scale.double() * aux_weight.double()
+    total = grad_output.double().t() @ x.double()
+    ops = torch.ops.m2pt_kernels
+    close = {"rtol": 0.01, "atol": 0.01}
+    y = ops.cross_modal_linear(**tensors)
+    torch.testing.assert_close(y.double(), x.double() @ combined.t() + tensors["bias"].double(), **close)
+    grad_x = ops.grad_input(grad_output, weight, aux_weight, scale)
+    torch.testing.assert_close(grad_x.double(), grad_output.double() @ combined, **close)
+    grad_weight, _, grad_scale = ops.grad_parameters(grad_output, x, aux_weight, scale, x.dtype, x.dtype)
+    torch.testing.assert_close(grad_weight.double(), total, **close)
+    torch.testing.assert_close(grad_scale.double(), (total * aux_weight.double()).sum().view(1), **close)
+
+
 @pytest.mark.parametrize("needs_grad", [s for n in range(6) for s in itertools.combinations(NAMES, n)], ids="+".join)
 def test_every_subset_of_gradients(device, needs_grad):
     tensors, grad_output = operands(17, 12, 9, device=device, needs_grad=needs_grad)

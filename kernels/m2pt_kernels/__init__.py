@@ -1,6 +1,19 @@
 """Fused GEMMs for cross-modal re-parameterised linear layers: `y = x (W + s * W_aux)^T + b`."""
 
+from typing import TYPE_CHECKING, Any
+
 from .ops import cross_modal_linear, implementation
 from .reference import combined_weight
 
-__all__ = ["combined_weight", "cross_modal_linear", "implementation"]
+if TYPE_CHECKING:
+    from .tuning import warmup
+
+__all__ = ["combined_weight", "cross_modal_linear", "implementation", "warmup"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "warmup":  # needs Triton, without which the rest works
+        from .tuning import warmup
+
+        return warmup
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

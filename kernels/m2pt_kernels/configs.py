@@ -1,6 +1,6 @@
 """Tile shapes: one per product, kind of operands and architecture. Chosen offline; they need no tuning."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,58 +24,141 @@ class TileConfig(NamedTuple):
     num_stages: int
 
 
-# Operand kinds: "half"; "mixed" is half-precision activations, W or W_aux float32; float32 as "tf32" or "ieee".
-TILES = {
-    "ampere": {  # sm_80; fits the 99 KiB of sm_86, sm_89 and sm_120 too
+class CombinedTileConfig(NamedTuple):
+    """The same for the products with the combined weight.
+
+    COMBINE_IN_WARPS: every warp combines what it multiplies, in registers, again in each warp that needs it; otherwise
+    the block combines a tile once and passes it through shared memory, which costs a barrier a step.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    COMBINE_IN_WARPS: bool
+
+
+_Tile, _Combined = TileConfig, CombinedTileConfig
+
+# Of each tuple the first is used unless `warmup` finds a faster one; all compile without spills and fit.
+# Operand kinds: "half"; "mixed" is half-precision activations with float32 W or W_aux; float32 is "tf32" or "ieee".
+TILES: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
+    "ampere": {  # sm_80 and sm_87, with 163 KiB of shared memory
         "combined_matmul": {
-            "half": TileConfig(128, 128, 32, 8, 4),
-            "mixed": TileConfig(128, 128, 32, 8, 3),
-            "tf32": TileConfig(128, 64, 32, 4, 3),
-            "ieee": TileConfig(64, 64, 16, 4, 3),
+            "half": (
+                _Combined(256, 128, 32, 8, 4, True),
+                _Combined(256, 128, 32, 8, 4, False),
+                _Combined(128, 128, 32, 4, 4, True),
+            ),
+            "mixed": (
+                _Combined(256, 128, 32, 8, 4, False),
+                _Combined(256, 128, 32, 8, 3, True),
+                _Combined(128, 128, 32, 8, 3, False),
+            ),
+            "tf32": (
+                _Combined(256, 128, 16, 8, 4, True),
+                _Combined(256, 128, 16, 8, 4, False),
+                _Combined(128, 128, 32, 8, 3, True),
+            ),
+            "ieee": (_Combined(128, 128, 8, 8, 3, False), _Combined(64, 64, 16, 4, 3, False)),
         },
         "grad_parameters": {
-            "half": TileConfig(128, 128, 64, 8, 3),
-            "tf32": TileConfig(128, 128, 32, 8, 3),
-            "ieee": TileConfig(64, 64, 16, 4, 3),
+            "half": (_Tile(128, 128, 64, 8, 3), _Tile(128, 128, 32, 8, 4)),
+            "tf32": (_Tile(128, 128, 32, 8, 3), _Tile(128, 128, 16, 8, 4)),
+            "ieee": (_Tile(128, 128, 16, 8, 3), _Tile(64, 64, 16, 4, 3)),
+        },
+    },
+    "ampere_small": {  # sm_86, sm_89 and sm_120: the same instructions, 99 KiB, and half the tensor cores' rate
+        "combined_matmul": {
+            "half": (
+                _Combined(128, 128, 32, 4, 3, True),
+                _Combined(256, 128, 32, 8, 4, True),
+                _Combined(128, 128, 32, 8, 4, False),
+            ),
+            "mixed": (
+                _Combined(256, 128, 32, 8, 3, True),
+                _Combined(256, 128, 16, 8, 4, False),
+                _Combined(128, 128, 32, 8, 3, False),
+            ),
+            "tf32": (
+                _Combined(256, 128, 16, 8, 4, True),
+                _Combined(256, 128, 16, 8, 3, False),
+                _Combined(128, 128, 32, 8, 3, True),
+            ),
+            "ieee": (_Combined(128, 128, 8, 8, 3, False), _Combined(64, 64, 16, 4, 3, False)),
+        },
+        "grad_parameters": {
+            "half": (_Tile(128, 128, 64, 8, 3), _Tile(128, 128, 32, 8, 4)),
+            "tf32": (_Tile(128, 128, 32, 8, 3), _Tile(128, 128, 16, 8, 4)),
+            "ieee": (_Tile(128, 128, 16, 8, 3),),
         },
     },
     "hopper": {  # sm_90, and sm_100 with the accumulator in tensor memory
         "combined_matmul": {
-            "half": TileConfig(128, 128, 64, 8, 3),
-            "mixed": TileConfig(128, 128, 32, 8, 3),
-            "tf32": TileConfig(128, 128, 32, 8, 3),
-            "ieee": TileConfig(64, 64, 16, 4, 3),
+            "half": (_Combined(128, 128, 64, 8, 3, False),),
+            "mixed": (_Combined(128, 128, 32, 8, 3, False),),
+            "tf32": (_Combined(128, 128, 32, 8, 3, False),),
+            "ieee": (_Combined(64, 64, 16, 4, 3, False),),
         },
         "grad_parameters": {
-            "half": TileConfig(128, 128, 64, 8, 3),
-            "tf32": TileConfig(128, 128, 32, 8, 3),
-            "ieee": TileConfig(64, 64, 16, 8, 3),
+            "half": (_Tile(128, 128, 64, 8, 3),),
+            "tf32": (_Tile(128, 128, 32, 8, 3),),
+            "ieee": (_Tile(64, 64, 16, 8, 3),),
         },
     },
     "cdna": {  # gfx90a, gfx942
         "combined_matmul": {
-            "half": TileConfig(128, 128, 32, 8, 2),
-            "mixed": TileConfig(128, 128, 32, 8, 2),
-            "tf32": TileConfig(128, 128, 32, 8, 2),
-            "ieee": TileConfig(128, 128, 32, 8, 2),
+            "half": (
+                _Combined(256, 128, 32, 8, 2, False),
+                _Combined(256, 256, 32, 8, 2, False),
+                _Combined(128, 128, 32, 8, 2, False),
+            ),
+            "mixed": (_Combined(256, 128, 32, 8, 2, False), _Combined(128, 128, 32, 8, 2, False)),
+            "tf32": (_Combined(256, 128, 16, 8, 2, False), _Combined(128, 128, 32, 8, 2, False)),
+            "ieee": (_Combined(256, 128, 16, 8, 2, False), _Combined(128, 128, 32, 8, 2, False)),
         },
         "grad_parameters": {
-            "half": TileConfig(128, 128, 32, 8, 2),
-            "tf32": TileConfig(128, 128, 32, 8, 2),
-            "ieee": TileConfig(128, 128, 32, 8, 2),
+            "half": (_Tile(128, 128, 32, 4, 2), _Tile(256, 128, 32, 8, 2), _Tile(128, 128, 32, 8, 2)),
+            "tf32": (_Tile(128, 128, 16, 4, 2), _Tile(128, 128, 32, 8, 2)),
+            "ieee": (_Tile(128, 128, 16, 4, 2), _Tile(128, 128, 32, 8, 2)),
         },
     },
-    "portable": {  # anything else, the interpreter, and matrices that are not aligned
+    "rdna": {  # gfx11 and gfx12, which have no tf32
         "combined_matmul": {
-            "half": TileConfig(64, 64, 32, 4, 2),
-            "mixed": TileConfig(64, 32, 32, 4, 2),
-            "tf32": TileConfig(32, 32, 16, 4, 2),
-            "ieee": TileConfig(32, 32, 16, 4, 2),
+            "half": (_Combined(128, 128, 32, 8, 2, False), _Combined(128, 64, 32, 4, 2, False)),
+            "mixed": (_Combined(128, 128, 32, 8, 2, False), _Combined(128, 128, 16, 8, 2, False)),
+            "ieee": (_Combined(128, 128, 8, 8, 2, False), _Combined(64, 64, 16, 8, 2, False)),
         },
         "grad_parameters": {
-            "half": TileConfig(64, 32, 32, 4, 2),
-            "tf32": TileConfig(32, 32, 16, 4, 2),
-            "ieee": TileConfig(32, 32, 16, 4, 2),
+            "half": (_Tile(128, 128, 32, 8, 2), _Tile(64, 64, 32, 4, 2)),
+            "ieee": (_Tile(128, 128, 8, 8, 2), _Tile(64, 64, 16, 8, 2)),
+        },
+    },
+    "small": {  # any GPU, for results of which the tiles above would be few or mostly padding
+        "combined_matmul": {
+            "half": (_Combined(64, 64, 32, 4, 3, False), _Combined(64, 32, 32, 4, 3, False)),
+            "mixed": (_Combined(64, 64, 32, 4, 3, False), _Combined(64, 32, 32, 4, 3, False)),
+            "tf32": (_Combined(64, 64, 16, 4, 3, False), _Combined(64, 32, 32, 4, 3, False)),
+            "ieee": (_Combined(32, 32, 16, 4, 3, False),),
+        },
+        "grad_parameters": {
+            "half": (_Tile(128, 64, 32, 4, 4),),
+            "tf32": (_Tile(64, 64, 32, 4, 3),),
+            "ieee": (_Tile(32, 32, 16, 4, 3),),
+        },
+    },
+    "portable": {  # any other GPU, the interpreter, and matrices that are not aligned
+        "combined_matmul": {
+            "half": (_Combined(64, 64, 32, 4, 2, False),),
+            "mixed": (_Combined(64, 32, 32, 4, 2, False),),
+            "tf32": (_Combined(32, 32, 16, 4, 2, False),),
+            "ieee": (_Combined(32, 32, 16, 4, 2, False),),
+        },
+        "grad_parameters": {
+            "half": (_Tile(64, 32, 32, 4, 2),),
+            "tf32": (_Tile(32, 32, 16, 4, 2),),
+            "ieee": (_Tile(32, 32, 16, 4, 2),),
         },
     },
 }
@@ -95,8 +178,12 @@ def architecture(target: GPUTarget | None) -> str:
     if target is None:
         return "portable"
     if target.backend == "cuda":
-        return "hopper" if 90 <= target.arch < 120 else "ampere"
-    return "cdna" if target.arch.startswith("gfx9") else "portable"
+        if 90 <= target.arch < 120:
+            return "hopper"
+        return "ampere" if target.arch in (80, 87) else "ampere_small"
+    if target.arch.startswith("gfx9"):
+        return "cdna"
+    return "rdna" if target.arch.startswith(("gfx11", "gfx12")) else "portable"
 
 
 def input_precision(dtype: torch.dtype, target: GPUTarget | None) -> str:
@@ -112,16 +199,51 @@ def is_aligned(features: tuple[int, int], *matrices: Tensor) -> bool:
     return all(n % 16 == 0 for n in (*features, *strides)) and all(m.data_ptr() % 16 == 0 for m in matrices)
 
 
-def tile_config(
+def is_small(rows: int, columns: int) -> bool:
+    """Whether a result has so few rows, or would make so few large tiles (under 64), that small ones are better."""
+    return rows <= 64 or rows * columns < 2**20
+
+
+def tile_configs(
     product: str,
     target: GPUTarget | None,
     dtype: torch.dtype,
     weight_bytes: int,
     precision: str,
     aligned: bool,
-) -> TileConfig:
+    small: bool,
+) -> tuple[Any, ...]:
     """The entry of TILES for activations of `dtype` and weights of at most `weight_bytes` an element."""
-    row = TILES[architecture(target) if aligned else "portable"]
+    row = architecture(target) if aligned else "portable"
+    kinds = TILES["small" if small and row != "portable" else row][product]
     if dtype == torch.float32:
-        return row[product][precision]
-    return row[product]["half" if weight_bytes == 2 else "mixed"]
+        return kinds[precision]
+    return kinds["half" if weight_bytes == 2 else "mixed"]
+
+
+class Plan(NamedTuple):
+    """How a product is computed: by the kernels of "pointers" or "tma" in such tiles, or "eager", in plain torch."""
+
+    by: str
+    tile: Any = None
+
+    def __str__(self) -> str:
+        return self.by if self.tile is None else f"{self.by} {'x'.join(map(str, self.tile))}"
+
+
+EAGER = Plan("eager")
+
+TUNED: dict[tuple, Plan] = {}
+"""The plans that `warmup` chose, by what `problem` says of a product's arguments."""
+
+
+def problem(product: str, *arguments: Tensor | torch.dtype | None) -> tuple:
+    """What a product's candidates and their speed depend on: shapes, strides, dtypes, float32 precision."""
+    return (
+        product,
+        torch.backends.cuda.matmul.fp32_precision,
+        *(
+            (tuple(argument.shape), argument.stride(), argument.dtype) if isinstance(argument, Tensor) else argument
+            for argument in arguments
+        ),
+    )

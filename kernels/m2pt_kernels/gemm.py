@@ -4,17 +4,32 @@ Two kernels make the three products. Forward and input gradient are one GEMM tha
 `left (W + s * W_aux)` with the combined weight formed tile by tile; the parameter gradients are the other.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
-from . import gemm_hopper
-from .configs import GROUP, INTERPRETED, active_target, input_precision, is_aligned, tile_config
-from .tiles import store_gradients, tile_of_program
+from . import gemm_tma, reference
+from .configs import (
+    EAGER,
+    GROUP,
+    INTERPRETED,
+    TUNED,
+    CombinedTileConfig,
+    Plan,
+    TileConfig,
+    active_target,
+    input_precision,
+    is_aligned,
+    is_small,
+    problem,
+    tile_configs,
+)
+from .tiles import indices_inside, store_gradients, tile_of_program
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
@@ -40,43 +55,46 @@ def combined_matmul_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    COMBINE_IN_WARPS: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """output = left (weight + scale * aux) + bias, with left (rows, depth), weight and aux (depth, columns)."""
+    # A mask of rows and columns in the loop would cost registers that the largest tiles do not have.
     tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
-    row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-    column = tile_column * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    row = indices_inside(tile_row, rows, BLOCK_M)
+    column = indices_inside(tile_column, columns, BLOCK_N)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
-    row_mask = row[:, None] < rows
-    column_mask = column[None, :] < columns
     left_ptrs = left_ptr + row[:, None] * stride_left_row + k[None, :] * stride_left_depth
     weight_ptrs = weight_ptr + k[:, None] * stride_weight_depth + column[None, :] * stride_weight_column
     aux_ptrs = aux_ptr + k[:, None] * stride_aux_depth + column[None, :] * stride_aux_column
     step = tl.full((), BLOCK_K, tl.int64)
-    scale = tl.load(scale_ptr).to(tl.float32)
+    if COMBINE_IN_WARPS:
+        scale = tl.load(scale_ptr + tl.zeros((1, 1), tl.int32)).to(tl.float32)
+    else:
+        scale = tl.load(scale_ptr).to(tl.float32)
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, depth, BLOCK_K):
         if EVEN_K:
-            left_mask, weight_mask = row_mask, column_mask
+            left, weight, aux = tl.load(left_ptrs), tl.load(weight_ptrs), tl.load(aux_ptrs)
         else:
-            left_mask = row_mask & (k[None, :] < depth - start)
-            weight_mask = column_mask & (k[:, None] < depth - start)
-        left = tl.load(left_ptrs, mask=left_mask, other=0.0)
-        weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0).to(tl.float32)
-        aux = tl.load(aux_ptrs, mask=weight_mask, other=0.0).to(tl.float32)
-        combined = (weight + scale * aux).to(left.dtype)
+            left = tl.load(left_ptrs, mask=k[None, :] < depth - start, other=0.0)
+            weight = tl.load(weight_ptrs, mask=k[:, None] < depth - start, other=0.0)
+            aux = tl.load(aux_ptrs, mask=k[:, None] < depth - start, other=0.0)
+        combined = (weight.to(tl.float32) + scale * aux.to(tl.float32)).to(left.dtype)
         accumulator = tl.dot(left, combined, accumulator, input_precision=INPUT_PRECISION)
         left_ptrs += step * stride_left_depth
         weight_ptrs += step * stride_weight_depth
         aux_ptrs += step * stride_aux_depth
     if bias_ptr is not None:
-        accumulator += tl.load(bias_ptr + column[None, :], mask=column_mask, other=0.0).to(tl.float32)
+        accumulator += tl.load(bias_ptr + column[None, :]).to(tl.float32)
+    row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    column = tile_column * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     tl.store(
         output_ptr + row[:, None] * columns + column[None, :],
         accumulator.to(output_ptr.dtype.element_ty),
-        mask=row_mask & column_mask,
+        mask=(row[:, None] < rows) & (column[None, :] < columns),
     )
 
 
@@ -143,29 +161,69 @@ def grad_parameters_kernel(
     )
 
 
+def plans(product: str, *arguments: Any) -> Iterator[Plan]:
+    """The ways to compute "forward", "grad_input" or "grad_parameters" of such arguments, the untuned choice first."""
+    if product == "grad_parameters":
+        return _grad_parameters_plans(*arguments)
+    left, weight, aux_weight, _, *bias = arguments
+    if product == "forward":
+        weight, aux_weight = weight.t(), aux_weight.t()
+    return _combined_matmul_plans(left, weight, aux_weight, *bias)
+
+
+def _plan(product: str, *arguments: Tensor | torch.dtype | None) -> Plan:
+    tuned = TUNED.get(problem(product, *arguments)) if TUNED else None
+    return tuned or next(plans(product, *arguments))
+
+
 def forward(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """`x (W + s * W_aux)^T + b`: x (M, K), weights (N, K) -> (M, N) in x's dtype."""
-    return _combined_matmul(x, weight.t(), aux_weight.t(), scale, None if bias is None else bias.contiguous())
+    plan = _plan("forward", x, weight, aux_weight, scale, bias)
+    if plan == EAGER:
+        return reference.forward(x, weight, aux_weight, scale, bias)
+    bias = None if bias is None else bias.contiguous()
+    return _combined_matmul(plan, x, weight.t(), aux_weight.t(), scale, bias)
 
 
 def grad_input(grad_output: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor) -> Tensor:
     """`dY (W + s * W_aux)`: grad_output (M, N), weights (N, K) -> (M, K) in grad_output's dtype."""
-    return _combined_matmul(grad_output, weight, aux_weight, scale, None)
+    plan = _plan("grad_input", grad_output, weight, aux_weight, scale)
+    if plan == EAGER:
+        return reference.grad_input(grad_output, weight, aux_weight, scale)
+    return _combined_matmul(plan, grad_output, weight, aux_weight, scale, None)
 
 
-def _combined_matmul(left: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    output = left.new_empty(left.shape[0], weight.shape[1])
+def _combined_matmul_plans(
+    left: Tensor, weight: Tensor, aux_weight: Tensor, bias: Tensor | None = None
+) -> Iterator[Plan]:
     target = active_target()
+    if gemm_tma.takes_combined_matmul(target, left, weight, aux_weight, bias):
+        yield from (Plan("tma", tile) for tile in gemm_tma.combined_tiles(target, weight, aux_weight))
+    (rows, depth), columns = left.shape, weight.shape[1]
+    tiles = tile_configs(
+        "combined_matmul",
+        target,
+        left.dtype,
+        max(weight.itemsize, aux_weight.itemsize),
+        input_precision(left.dtype, target),
+        is_aligned((depth, columns), left, weight, aux_weight),
+        is_small(rows, columns),
+    )
+    yield from (Plan("pointers", tile) for tile in tiles)
+
+
+def _combined_matmul(
+    plan: Plan, left: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    output = left.new_empty(left.shape[0], weight.shape[1])
+    compute = gemm_tma.combined_matmul if plan.by == "tma" else _combined_matmul_by_pointers
     with _device_of(left):
-        if gemm_hopper.takes_combined_matmul(target, left, weight, aux_weight, bias):
-            gemm_hopper.combined_matmul(left, weight, aux_weight, scale, bias, output)
-        else:
-            _combined_matmul_by_pointers(target, left, weight, aux_weight, scale, bias, output)
+        compute(plan.tile, left, weight, aux_weight, scale, bias, output)
     return output
 
 
 def _combined_matmul_by_pointers(
-    target: GPUTarget | None,
+    tile: CombinedTileConfig,
     left: Tensor,
     weight: Tensor,
     aux_weight: Tensor,
@@ -175,10 +233,6 @@ def _combined_matmul_by_pointers(
 ) -> None:
     rows, depth = left.shape
     columns = weight.shape[1]
-    precision = input_precision(left.dtype, target)
-    aligned = is_aligned((depth, columns), left, weight, aux_weight)
-    weight_bytes = max(weight.itemsize, aux_weight.itemsize)
-    tile = tile_config("combined_matmul", target, left.dtype, weight_bytes, precision, aligned)
     combined_matmul_kernel[(triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N),)](
         left,
         weight,
@@ -195,7 +249,7 @@ def _combined_matmul_by_pointers(
         **tile._asdict(),
         GROUP=GROUP,
         EVEN_K=depth % tile.BLOCK_K == 0,
-        INPUT_PRECISION=precision,
+        INPUT_PRECISION=input_precision(left.dtype, active_target()),
     )
 
 
@@ -212,20 +266,47 @@ def grad_parameters(
     The scale's is reduced in two stages of fixed order, a sum per row of a tile and the sum of those, without atomics:
     repeated runs give the same bits.
     """
+    arguments = grad_output, x, aux_weight, scale, weight_dtype, aux_dtype
+    plan = _plan("grad_parameters", *arguments)
+    if plan == EAGER:
+        return reference.grad_parameters(*arguments)
     shape = (grad_output.shape[1], x.shape[1])
     grad_weight = None if weight_dtype is None else x.new_empty(shape, dtype=weight_dtype)
     grad_aux = None if scale is None else x.new_empty(shape, dtype=aux_dtype)
-    target = active_target()
+    compute = gemm_tma.grad_parameters if plan.by == "tma" else _grad_parameters_by_pointers
     with _device_of(x):
-        if gemm_hopper.takes_grad_parameters(target, grad_output, x):
-            partial = gemm_hopper.grad_parameters(grad_output, x, aux_weight, scale, grad_weight, grad_aux)
-        else:
-            partial = _grad_parameters_by_pointers(target, grad_output, x, aux_weight, scale, grad_weight, grad_aux)
+        partial = compute(plan.tile, grad_output, x, aux_weight, scale, grad_weight, grad_aux)
     return grad_weight, grad_aux, None if partial is None else partial.sum(0, keepdim=True)
 
 
+def _grad_parameters_plans(
+    grad_output: Tensor,
+    x: Tensor,
+    aux_weight: Tensor | None,
+    scale: Tensor | None,
+    weight_dtype: torch.dtype | None,
+    aux_dtype: torch.dtype | None,
+) -> Iterator[Plan]:
+    target = active_target()
+    rows, columns = grad_output.shape[1], x.shape[1]
+    if gemm_tma.takes_grad_parameters(target, grad_output, x, aux_weight):
+        trained_aux = None if scale is None else aux_dtype
+        tiles = gemm_tma.grad_tiles(target, (rows, columns), aux_weight, weight_dtype, trained_aux)
+        yield from (Plan("tma", tile) for tile in tiles)
+    tiles = tile_configs(
+        "grad_parameters",
+        target,
+        x.dtype,
+        x.itemsize,
+        input_precision(x.dtype, target),
+        is_aligned((rows, columns), grad_output, x),
+        is_small(rows, columns),
+    )
+    yield from (Plan("pointers", tile) for tile in tiles)
+
+
 def _grad_parameters_by_pointers(
-    target: GPUTarget | None,
+    tile: TileConfig,
     grad_output: Tensor,
     x: Tensor,
     aux_weight: Tensor | None,
@@ -235,9 +316,6 @@ def _grad_parameters_by_pointers(
 ) -> Tensor | None:
     depth, rows = grad_output.shape
     columns = x.shape[1]
-    precision = input_precision(x.dtype, target)
-    aligned = is_aligned((rows, columns), grad_output, x)
-    tile = tile_config("grad_parameters", target, x.dtype, x.itemsize, precision, aligned)
     tiles = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N)
     partial = None if aux_weight is None else x.new_empty(tiles * tile.BLOCK_M, dtype=torch.float32)
     grad_parameters_kernel[(tiles,)](
@@ -257,7 +335,7 @@ def _grad_parameters_by_pointers(
         **tile._asdict(),
         GROUP=GROUP,
         EVEN_K=depth % tile.BLOCK_K == 0,
-        INPUT_PRECISION=precision,
+        INPUT_PRECISION=input_precision(x.dtype, active_target()),
     )
     return partial
 

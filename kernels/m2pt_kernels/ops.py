@@ -139,7 +139,7 @@ def implementation(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def _path(x: Tensor, *others: Tensor | None) -> ModuleType:
+def path_of(x: Tensor, *others: Tensor | None) -> ModuleType:
     """The module that computes on these tensors."""
     if gemm is None or _forced == "eager" or (_forced == "auto" and not x.is_cuda):
         return reference
@@ -166,26 +166,26 @@ def _is_unobserved(*tensors: Tensor | None) -> bool:
     )
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat(tensor: Tensor) -> Tensor:
     if tensor.dim() == 2:
         return tensor
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
 
 
 def _compute(x, weight, aux_weight, scale, bias=None):
-    y = _path(x, weight, aux_weight, scale, bias).forward(_flat(x), weight, aux_weight, scale, bias)
+    y = path_of(x, weight, aux_weight, scale, bias).forward(flat(x), weight, aux_weight, scale, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _compute_grad_input(grad_output, weight, aux_weight, scale):
-    path = _path(grad_output, weight, aux_weight, scale)
-    grad = path.grad_input(_flat(grad_output), weight, aux_weight, scale)
+    path = path_of(grad_output, weight, aux_weight, scale)
+    grad = path.grad_input(flat(grad_output), weight, aux_weight, scale)
     return grad if grad_output.dim() == 2 else grad.view(*grad_output.shape[:-1], weight.shape[1])
 
 
 def _compute_grad_parameters(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype):
-    path = _path(grad_output, x, aux_weight, scale)
-    return path.grad_parameters(_flat(grad_output), _flat(x), aux_weight, scale, weight_dtype, aux_dtype)
+    path = path_of(grad_output, x, aux_weight, scale)
+    return path.grad_parameters(flat(grad_output), flat(x), aux_weight, scale, weight_dtype, aux_dtype)
 
 
 def _implement(operator: torch._ops.OpOverload, compute: Callable) -> None:
@@ -262,7 +262,7 @@ class _CrossModalLinear(torch.autograd.Function):
                 aux_dtype if need_aux else None,
             )
         if need_bias:
-            grad_bias = _flat(grad_output).sum(0, dtype=bias_dtype)
+            grad_bias = flat(grad_output).sum(0, dtype=bias_dtype)
         return (
             grad_x,
             grad_weight if need_weight else None,

@@ -1,8 +1,8 @@
-"""The GEMMs for sm_90: tensors arrive by TMA in a warp of their own, and consumer warps feed wgmma from registers.
+"""The GEMMs for sm_90 and sm_100: tensors arrive by TMA in a warp of their own, other warps compute.
 
-Products of weights are computed transposed, `Y^T = (W + s * W_aux) X^T`: then the combined tile is wgmma's A operand,
-which may stay in registers, so that it is never written anywhere, not even to shared memory. Half-precision activations
-only; matrices that TMA cannot address go to `gemm.py`.
+Products of weights are computed transposed, `Y^T = (W + s * W_aux) X^T`: then the combined tile is the A operand, which
+wgmma may read from registers and tcgen05 from tensor memory, so that it is never written to memory, not even to shared.
+Half-precision activations only; matrices that TMA cannot address go to `gemm.py`.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from .configs import GROUP
-from .tiles import store_gradients, tile_of_program
+from .configs import GROUP, TileConfig
+from .tiles import tile_of_program
 
 
 @triton.jit
@@ -27,6 +27,22 @@ def _relabel(tile, OUTER: tl.constexpr, INNER: tl.constexpr):
     ROWS: tl.constexpr = tile.shape[0]
     COLUMNS: tl.constexpr = tile.shape[1]
     return tile.reshape([ROWS // 8, OUTER, INNER, COLUMNS]).permute((0, 2, 1, 3)).reshape([ROWS, COLUMNS])
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns; no thread gives any of its elements away."""
+    return tile.reshape([tile.shape[0], 2, tile.shape[1] // 2]).permute((0, 2, 1)).split()
+
+
+@triton.jit
+def _folded_halves(tile):
+    """As `_halves`, each (rows, 2, columns / 4): the caller reshapes a half where it uses it.
+
+    Triton 3.8 allots shared memory for a tile that is stored from where the tile is made, and tiles made together do
+    not fit.
+    """
+    return tile.reshape([tile.shape[0], 2, 2, tile.shape[1] // 4]).permute((0, 2, 3, 1)).split()
 
 
 @triton.jit
@@ -61,13 +77,14 @@ def combined_matmul_tma_kernel(
     """output = left (weight + scale * aux) + bias, tiles of BLOCK_M + MORE_M rows, an accumulator each.
 
     left is (rows, depth); weight and aux lie in memory as (columns, depth), or (depth, columns) if DEPTH_FIRST.
+    MORE_M is 0 or half of BLOCK_M; the output leaves in pieces of that many rows, to spare shared memory for stages.
     """
     RELABEL: tl.constexpr = not DEPTH_FIRST
+    PIECE: tl.constexpr = BLOCK_M // 2
     left = tl.make_tensor_descriptor(left_ptr, [rows, depth], [stride_left, 1], [BLOCK_M, BLOCK_K])
-    output = tl.make_tensor_descriptor(output_ptr, [rows, columns], [columns, 1], [BLOCK_M, BLOCK_N])
+    output = tl.make_tensor_descriptor(output_ptr, [rows, columns], [columns, 1], [PIECE, BLOCK_N])
     if MORE_M > 0:
         more_left = tl.make_tensor_descriptor(left_ptr, [rows, depth], [stride_left, 1], [MORE_M, BLOCK_K])
-        more_output = tl.make_tensor_descriptor(output_ptr, [rows, columns], [columns, 1], [MORE_M, BLOCK_N])
         more = tl.zeros((BLOCK_N, MORE_M), tl.float32)
     if DEPTH_FIRST:
         weight = tl.make_tensor_descriptor(weight_ptr, [depth, columns], [stride_weight, 1], [BLOCK_K, BLOCK_N])
@@ -104,9 +121,11 @@ def combined_matmul_tma_kernel(
         accumulator += bias
         if MORE_M > 0:
             more += bias
-    _store_transposed(output, accumulator, row, column, RELABEL)
+    first, second = _halves(accumulator)
+    _store_transposed(output, first, row, column, RELABEL)
+    _store_transposed(output, second, row + PIECE, column, RELABEL)
     if MORE_M > 0:
-        _store_transposed(more_output, more, row + BLOCK_M, column, RELABEL)
+        _store_transposed(output, more, row + BLOCK_M, column, RELABEL)
 
 
 @triton.jit
@@ -123,52 +142,87 @@ def grad_parameters_tma_kernel(
     depth,
     stride_grad,
     stride_x,
-    stride_aux_row,
-    stride_aux_column,
+    stride_aux,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """G = grad^T x, with grad (depth, rows) and x (depth, columns), in float32; `store_gradients` writes it."""
+    """G = grad^T x, with grad (depth, rows) and x (depth, columns), in float32; written is what has a pointer.
+
+    G to grad_weight, scale * G to grad_aux, and to partial, one number per row of the tile, <G, aux>. By TMA only, in
+    quarters of the tile: 64-bit addresses and a whole tile beside the accumulator exceed the registers.
+    """
+    PIECE: tl.constexpr = BLOCK_N // 4
     grad = tl.make_tensor_descriptor(grad_ptr, [depth, rows], [stride_grad, 1], [BLOCK_K, BLOCK_M])
     x = tl.make_tensor_descriptor(x_ptr, [depth, columns], [stride_x, 1], [BLOCK_K, BLOCK_N])
+    if partial_ptr is not None:
+        aux = tl.make_tensor_descriptor(aux_ptr, [rows, columns], [stride_aux, 1], [BLOCK_M, PIECE])
+        partial = tl.make_tensor_descriptor(partial_ptr, [tl.num_programs(0) * BLOCK_M], [1], [BLOCK_M])
+        sums = tl.zeros((BLOCK_M,), tl.float32)
+    if grad_aux_ptr is not None:
+        grad_aux = tl.make_tensor_descriptor(grad_aux_ptr, [rows, columns], [columns, 1], [BLOCK_M, PIECE])
+        scale = tl.load(scale_ptr).to(tl.float32)
+    if grad_weight_ptr is not None:
+        grad_weight = tl.make_tensor_descriptor(grad_weight_ptr, [rows, columns], [columns, 1], [BLOCK_M, PIECE])
     tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    row = tile_row * BLOCK_M
+    column = tile_column * BLOCK_N
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.range(0, depth, BLOCK_K, warp_specialize=True):
-        grad_tile = grad.load([k, tile_row * BLOCK_M])
-        accumulator = tl.dot(grad_tile.T, x.load([k, tile_column * BLOCK_N]), accumulator)
-    store_gradients(
-        accumulator,
-        tile_row,
-        tile_column,
-        rows,
-        columns,
-        aux_ptr,
-        scale_ptr,
-        grad_weight_ptr,
-        grad_aux_ptr,
-        partial_ptr,
-        stride_aux_row,
-        stride_aux_column,
-    )
+        grad_tile = grad.load([k, row])
+        accumulator = tl.dot(grad_tile.T, x.load([k, column]), accumulator)
+    left, right = _halves(accumulator)
+    pieces = _folded_halves(left) + _folded_halves(right)
+    for i in tl.static_range(4):
+        piece = pieces[i].reshape([BLOCK_M, PIECE])
+        piece_column = column + i * PIECE
+        if partial_ptr is not None:
+            sums += tl.sum(piece * aux.load([row, piece_column]).to(tl.float32), 1)
+        if grad_aux_ptr is not None:
+            grad_aux.store([row, piece_column], (scale * piece).to(grad_aux.dtype))
+        if grad_weight_ptr is not None:
+            grad_weight.store([row, piece_column], piece.to(grad_weight.dtype))
+    if partial_ptr is not None:
+        partial.store([tl.program_id(0) * BLOCK_M], sums)
 
 
-class _Tile(NamedTuple):
+class _CombinedTile(NamedTuple):
+    """The output tile is (BLOCK_M + MORE_M) x BLOCK_N, a step of the reduction BLOCK_K."""
+
     BLOCK_M: int
     MORE_M: int
     BLOCK_N: int
     BLOCK_K: int
+    num_warps: int
     num_stages: int
 
 
-# 384 rows a tile is what the registers hold; the stages are what shared memory does.
-_TILES_BY_WEIGHT_BYTES = {
-    4: _Tile(256, 128, 128, 32, 3),
-    6: _Tile(256, 128, 128, 32, 3),
-    8: _Tile(256, 128, 128, 32, 2),
+# Candidates, the untuned choice first. 384 rows a tile is what registers (sm_90) and tensor memory (sm_100) hold, the
+# stages are what shared memory does. By generation, then by the bytes an element of W and one of W_aux take together.
+_COMBINED_TILES: dict[int, dict[int, tuple[_CombinedTile, ...]]] = {
+    9: {
+        4: (_CombinedTile(256, 128, 128, 32, 4, 4), _CombinedTile(256, 0, 128, 32, 4, 5)),
+        6: (_CombinedTile(256, 128, 128, 32, 4, 4), _CombinedTile(256, 0, 128, 32, 4, 4)),
+        8: (_CombinedTile(256, 128, 128, 32, 4, 3), _CombinedTile(256, 0, 128, 32, 4, 4)),
+    },
+    10: {
+        4: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
+        6: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
+        8: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
+    },
+}
+# By generation, then by whether W_aux and the gradients have elements of several sizes: then their layouts differ, and
+# on sm_100 only 256 rows a tile, or few columns, leave registers to convert between them.
+_GRAD_TILES: dict[int, dict[bool, tuple[TileConfig, ...]]] = {
+    9: dict.fromkeys((False, True), (TileConfig(128, 256, 64, 4, 3), TileConfig(128, 128, 64, 4, 5))),
+    10: {
+        False: (TileConfig(128, 256, 64, 8, 4), TileConfig(256, 128, 64, 8, 4), TileConfig(128, 128, 64, 8, 5)),
+        True: (TileConfig(256, 128, 64, 8, 4), TileConfig(128, 128, 64, 8, 5)),
+    },
 }
 _MIN_ROWS = 512
+_MULTIPROCESSORS = {9: 132, 10: 148}
 
 
 def takes_combined_matmul(
@@ -177,7 +231,7 @@ def takes_combined_matmul(
     """Whether `combined_matmul` can compute this product here, and is worth it."""
     unit = 0 if weight.stride(0) == 1 else 1
     return (
-        _is_hopper(target)
+        _generation(target) in _COMBINED_TILES
         and left.dtype.itemsize == 2
         and left.shape[0] >= _MIN_ROWS
         and weight.shape[1] * left.itemsize % 16 == 0
@@ -188,13 +242,21 @@ def takes_combined_matmul(
     )
 
 
-def takes_grad_parameters(target: GPUTarget | None, grad_output: Tensor, x: Tensor) -> bool:
+def takes_grad_parameters(target: GPUTarget | None, grad_output: Tensor, x: Tensor, aux_weight: Tensor | None) -> bool:
     """Whether `grad_parameters` can compute this product here."""
-    return _is_hopper(target) and x.dtype.itemsize == 2 and _by_tma(grad_output, 1) and _by_tma(x, 1)
+    return (
+        _generation(target) in _GRAD_TILES
+        and x.dtype.itemsize == 2
+        and x.shape[1] * x.itemsize % 16 == 0
+        and _by_tma(grad_output, 1)
+        and _by_tma(x, 1)
+        and (aux_weight is None or _by_tma(aux_weight, 1))
+    )
 
 
-def _is_hopper(target: GPUTarget | None) -> bool:
-    return target is not None and target.backend == "cuda" and target.arch == 90
+def _generation(target: GPUTarget | None) -> int:
+    """9 for Hopper, 10 for Blackwell's data centre GPUs, 0 for what is not NVIDIA's."""
+    return target.arch // 10 if target is not None and target.backend == "cuda" else 0
 
 
 def _by_tma(matrix: Tensor, unit: int) -> bool:
@@ -209,14 +271,38 @@ def _by_tma(matrix: Tensor, unit: int) -> bool:
     )
 
 
+def combined_tiles(target: GPUTarget, weight: Tensor, aux_weight: Tensor) -> tuple[_CombinedTile, ...]:
+    """The candidates of `combined_matmul`."""
+    return _COMBINED_TILES[_generation(target)][weight.itemsize + aux_weight.itemsize]
+
+
+def grad_tiles(
+    target: GPUTarget,
+    shape: tuple[int, int],
+    aux_weight: Tensor | None,
+    weight_dtype: torch.dtype | None,
+    aux_dtype: torch.dtype | None,
+) -> tuple[TileConfig, ...]:
+    """The candidates of `grad_parameters`, for gradients of such a shape."""
+    sizes = {kind.itemsize for kind in (aux_weight, weight_dtype, aux_dtype) if kind is not None}
+    *large, small = _GRAD_TILES[_generation(target)][len(sizes) > 1]
+    small_tiles = triton.cdiv(shape[0], small.BLOCK_M) * triton.cdiv(shape[1], small.BLOCK_N)
+    return (small, *large) if small_tiles <= _MULTIPROCESSORS[_generation(target)] else (*large, small)
+
+
 def combined_matmul(
-    left: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None, output: Tensor
+    tile: _CombinedTile,
+    left: Tensor,
+    weight: Tensor,
+    aux_weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
 ) -> None:
     """output = left (weight + scale * aux_weight) + bias: left (M, R), weights (R, C), output (M, C) contiguous."""
     rows, depth = left.shape
     columns = weight.shape[1]
     depth_first = weight.stride(0) != 1
-    tile = _TILES_BY_WEIGHT_BYTES[weight.itemsize + aux_weight.itemsize]
     tiles = triton.cdiv(rows, tile.BLOCK_M + tile.MORE_M) * triton.cdiv(columns, tile.BLOCK_N)
     _provide_descriptor_memory()
     combined_matmul_tma_kernel[(tiles,)](
@@ -235,11 +321,11 @@ def combined_matmul(
         **tile._asdict(),
         GROUP=GROUP,
         DEPTH_FIRST=depth_first,
-        num_warps=4,
     )
 
 
 def grad_parameters(
+    tile: TileConfig,
     grad_output: Tensor,
     x: Tensor,
     aux_weight: Tensor | None,
@@ -250,9 +336,8 @@ def grad_parameters(
     """Write the gradients asked for; returns partial sums of the scale's, in fixed order, if `aux_weight` is given."""
     depth, rows = grad_output.shape
     columns = x.shape[1]
-    block = 128
-    tiles = triton.cdiv(rows, block) * triton.cdiv(columns, block)
-    partial = None if aux_weight is None else x.new_empty(tiles * block, dtype=torch.float32)
+    tiles = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N)
+    partial = None if aux_weight is None else x.new_empty(tiles * tile.BLOCK_M, dtype=torch.float32)
     _provide_descriptor_memory()
     grad_parameters_tma_kernel[(tiles,)](
         grad_output,
@@ -267,13 +352,9 @@ def grad_parameters(
         depth,
         grad_output.stride(0),
         x.stride(0),
-        *((0, 0) if aux_weight is None else aux_weight.stride()),
-        BLOCK_M=block,
-        BLOCK_N=block,
-        BLOCK_K=64,
+        0 if aux_weight is None else aux_weight.stride(0),
+        **tile._asdict(),
         GROUP=GROUP,
-        num_warps=4,
-        num_stages=4,
     )
     return partial
 

@@ -1,0 +1,179 @@
+"""Tuning ahead of training: every way to compute a model's products is timed once, and the fastest used from then on.
+
+Nothing is timed unless `warmup` is called: a product that was not takes the first of its candidates.
+"""
+
+import json
+import math
+import os
+import re
+import secrets
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from . import gemm, ops
+from .configs import EAGER, TUNED, Plan, problem
+
+_OPERATORS = {
+    torch.ops.m2pt_kernels.cross_modal_linear.default: "forward",
+    torch.ops.m2pt_kernels.grad_input.default: "grad_input",
+    torch.ops.m2pt_kernels.grad_parameters.default: "grad_parameters",
+}
+
+Calls = dict[tuple, tuple[str, tuple]]
+"""A product's name and arguments, by its problem."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One product of the model: its problem, what each candidate takes in milliseconds, which one is used."""
+
+    problem: tuple
+    milliseconds: dict[str, float]
+    plan: str
+
+    @property
+    def eager_wins(self) -> bool:
+        """Whether plain torch, which makes the combined weight for the time of the product, is the fastest."""
+        return min(self.milliseconds, key=self.milliseconds.__getitem__) == str(EAGER)
+
+
+def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool = False) -> list[Tuned]:
+    """Time every way to compute the products of a training step, and use the fastest from now on in this process.
+
+    Runs the model forward and backward once, within the caller's autocast; parameters, gradients, buffers and random
+    numbers are left as they were. Times are kept in `$M2PT_CACHE_DIR`, by default `~/.cache/m2pt_kernels`, and what is
+    found there is not timed again. Call it before `torch.compile` and distributed wrappers.
+
+    Args:
+        model: on the GPU that it is trained on.
+        sample: the input of a training step, or a tuple of inputs; products are tuned for exactly these sizes.
+        use_eager: let plain torch, which makes the combined weight for the time of a product, compute what it is the
+            fastest at. It is timed in any case, and a line on stderr says where it would win.
+
+    Returns:
+        A record for each product that differs in shapes, strides or dtypes.
+
+    Raises:
+        ValueError: no product of the model is computed by a Triton kernel.
+    """
+    calls = _products(model, sample)
+    if not calls:
+        raise ValueError(f"model: expected a model on a GPU with fused layers, got a {type(model).__name__} without")
+    path = _cache_path()
+    cache = _read(path)
+    tuned = []
+    for key, (product, arguments) in tqdm(calls.items(), desc="tuning", unit="product"):
+        plans = {str(plan): plan for plan in (*gemm.plans(product, *arguments), EAGER)}
+        known = cache.get(str(key), {})
+        if not known.keys() >= plans.keys():
+            known = cache[str(key)] = _time(key, product, arguments, plans)
+        allowed = [name for name in plans if use_eager or plans[name] != EAGER]
+        fastest = min(allowed, key=known.__getitem__)
+        TUNED[key] = plans[fastest]
+        tuned.append(Tuned(key, known, fastest))
+    _write(path, cache)
+    winning = sum(record.eager_wins for record in tuned)
+    if winning and not use_eager:
+        message = "would be faster with a transient combined weight: warmup(..., use_eager=True) allows it"
+        tqdm.write(f"{winning} of {len(tuned)} products {message}", file=sys.stderr)
+    return tuned
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if product := _OPERATORS.get(function):
+            arguments = _flattened(product, *args)
+            if ops.path_of(*(argument for argument in arguments if isinstance(argument, Tensor))) is gemm:
+                self.calls.setdefault(problem(product, *arguments), (product, arguments))
+        return function(*args, **(kwargs or {}))
+
+
+def _flattened(product: str, first: Tensor, second: Tensor, *others: Any) -> tuple:
+    """The arguments of a product in `gemm`, from those of its operator."""
+    if product == "grad_parameters":
+        return ops.flat(first), ops.flat(second), *others
+    bias = (None,) if product == "forward" and len(others) == 2 else ()
+    return ops.flat(first), second, *others, *bias
+
+
+def _products(model: nn.Module, sample: Tensor | tuple[Any, ...]) -> Calls:
+    inputs = sample if isinstance(sample, tuple) else (sample,)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng(), _Recorder() as recorder:
+        outputs = tree_leaves(functional_call(model, buffers, inputs))
+        loss = sum(output.float().square().sum() for output in outputs if output.requires_grad)
+        torch.autograd.grad(loss, trained, allow_unused=True)
+    return recorder.calls
+
+
+def _time(key: tuple, product: str, arguments: tuple, plans: dict[str, Plan]) -> dict[str, float]:
+    compute: Callable = getattr(gemm, product)
+    milliseconds = {}
+    before = TUNED.pop(key, None)
+    try:
+        for name, plan in plans.items():
+            TUNED[key] = plan
+            try:
+                with torch.no_grad():
+                    milliseconds[name] = _milliseconds(partial(compute, *arguments))
+            except triton.OutOfResources:
+                milliseconds[name] = math.inf
+    finally:
+        TUNED.pop(key, None)
+        if before is not None:
+            TUNED[key] = before
+    return milliseconds
+
+
+def _milliseconds(function: Callable[[], object]) -> float:
+    return triton.testing.do_bench(function, return_mode="median")
+
+
+def _cache_path() -> Path:
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("M2PT_CACHE_DIR") or Path(caches) / "m2pt_kernels")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', device)}-triton-{triton.__version__}.json"
+
+
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    """What was timed before; nothing, if there is no such file or it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+        return {str(key): {str(name): float(time) for name, time in times.items()} for key, times in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(path: Path, cache: dict[str, dict[str, float]]) -> None:
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(json.dumps(cache, indent=1))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(
+            f"M2PT_CACHE_DIR: cannot write {path} ({error}); products are timed again next time", stacklevel=3
+        )

@@ -1,0 +1,171 @@
+"""Tuning ahead of training, with a driver that compiles and runs nothing, and times that the tests dictate."""
+
+import json
+
+import pytest
+import torch
+import triton
+from torch import nn
+
+from benchmarks.offline import TARGETS, compiling_for
+from m2pt import FusedCrossModalLinear
+from m2pt_kernels import tuning, warmup
+from m2pt_kernels.configs import TUNED
+
+EAGER = "eager"
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        aux_weight = torch.randn(1024, 512, dtype=torch.bfloat16)
+        self.fused = FusedCrossModalLinear(512, 1024, aux_weight=aux_weight).bfloat16()
+        self.norm = nn.BatchNorm1d(1024).bfloat16()
+        self.dropout = nn.Dropout()
+
+    def forward(self, x):
+        return self.norm(self.dropout(self.fused(x)))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+@pytest.fixture
+def sample():
+    return torch.randn(1024, 512, dtype=torch.bfloat16, requires_grad=False)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("M2PT_CACHE_DIR", str(tmp_path / "cache"))
+    TUNED.clear()
+    yield tmp_path / "cache"
+    TUNED.clear()
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """What `_milliseconds` answers for a plan; 2 for others. Under None, the plans it was asked for."""
+    dictated = {None: []}
+
+    def milliseconds(function):
+        function()
+        plan = str(list(TUNED.values())[-1])
+        dictated[None].append(plan)
+        return dictated.get(plan, 2.0)
+
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    return dictated
+
+
+def stages(model, sample):
+    """How many stages the kernels of a training step have."""
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        model(sample).float().square().sum().backward()
+    return [kernel.metadata.num_stages for kernel in compiled]
+
+
+def tune(model, sample, **options):
+    with compiling_for(TARGETS["sm_90"]):
+        return warmup(model, sample, **options)
+
+
+def test_the_fastest_plan_is_used(model, sample, times):
+    untuned = stages(model, sample)
+    times["tma 256x0x128x32x4x5"] = times["tma 128x256x64x4x3"] = 1.0
+    tuned = tune(model, sample)
+    assert [record.problem[0] for record in tuned] == ["forward", "grad_parameters"]
+    assert [record.plan for record in tuned] == ["tma 256x0x128x32x4x5", "tma 128x256x64x4x3"]
+    assert not any(record.eager_wins for record in tuned)
+    assert untuned == [4, 5] and stages(model, sample) == [5, 3]
+
+
+def test_other_sizes_keep_the_default(model, sample, times):
+    times["tma 256x0x128x32x4x5"] = times["tma 128x256x64x4x3"] = 1.0
+    tune(model, sample)
+    assert stages(model, torch.cat([sample, sample])) == [4, 5]
+
+
+def test_nothing_is_tuned_unasked(model, sample, times):
+    stages(model, sample)
+    assert times[None] == [] and TUNED == {}
+
+
+def test_times_are_kept_on_disk(model, sample, times, cache):
+    first = tune(model, sample)
+    count = len(times[None])
+    assert count == sum(len(record.milliseconds) for record in first) > 4
+    TUNED.clear()
+    assert tune(model, sample) == first
+    assert len(times[None]) == count
+    (file,) = cache.iterdir()
+    file.write_text(json.dumps({key: {} for key in json.loads(file.read_text())}))
+    tune(model, sample)
+    assert len(times[None]) == 2 * count
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}', '{"a": {"b": "c"}}'])
+def test_a_damaged_cache_is_timed_again(model, sample, times, cache, content):
+    tune(model, sample)
+    (file,) = cache.iterdir()
+    whole = file.read_text()
+    file.write_text(content)
+    tune(model, sample)
+    assert file.read_text() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(model, sample, times, cache):
+    cache.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="M2PT_CACHE_DIR"):
+        assert tune(model, sample)
+    assert cache.read_text() == "a file where the folder should be"
+
+
+def test_plain_torch_is_used_only_if_asked(model, sample, times, capsys):
+    times[EAGER] = 1.0
+    assert all(record.eager_wins and record.plan != EAGER for record in tune(model, sample))
+    assert "2 of 2 products" in capsys.readouterr().err
+    assert len(stages(model, sample)) == 2
+    assert {record.plan for record in tune(model, sample, use_eager=True)} == {EAGER}
+    assert stages(model, sample) == []
+
+
+def test_a_plan_that_does_not_fit_the_device_is_not_chosen(model, sample, times, monkeypatch):
+    def out_of_shared_memory(function):
+        if str(list(TUNED.values())[-1]).startswith("tma"):
+            raise triton.OutOfResources(300_000, 227_000, "shared memory")
+        return 1.0
+
+    monkeypatch.setattr(tuning, "_milliseconds", out_of_shared_memory)
+    assert all(record.plan.startswith("pointers") for record in tune(model, sample))
+
+
+def test_an_interrupt_leaves_no_plan(model, sample, monkeypatch):
+    def interrupt(function):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "_milliseconds", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, sample)
+    assert TUNED == {}
+
+
+def test_the_model_is_left_as_it_was(model, sample, times):
+    model.fused.weight.grad = gradient = torch.ones_like(model.fused.weight)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.get_rng_state()
+    tune(model, sample)
+    assert model.fused.weight.grad is gradient and torch.equal(gradient, torch.ones_like(gradient))
+    assert sample.grad is None and model.fused.bias.grad is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_model_without_products_to_tune_is_refused(model, sample):
+    with pytest.raises(ValueError, match=r"^model: .* Linear"):
+        tune(nn.Linear(512, 4).bfloat16(), sample)
+    with pytest.raises(ValueError, match=r"^model: .* Model"):
+        warmup(model, sample)
