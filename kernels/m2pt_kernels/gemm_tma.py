@@ -222,6 +222,8 @@ _GRAD_TILES: dict[int, dict[bool, tuple[TileConfig, ...]]] = {
     },
 }
 _MIN_ROWS = 512
+_TRITON_SPECIALISES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+"""Triton 3.4 to 3.6 have TMA and specialised warps, but fail to compile these loops."""
 _MULTIPROCESSORS = {9: 132, 10: 148}
 
 
@@ -255,8 +257,8 @@ def takes_grad_parameters(target: GPUTarget | None, grad_output: Tensor, x: Tens
 
 
 def _generation(target: GPUTarget | None) -> int:
-    """9 for Hopper, 10 for Blackwell's data centre GPUs, 0 for what is not NVIDIA's."""
-    return target.arch // 10 if target is not None and target.backend == "cuda" else 0
+    """9 for Hopper, 10 for Blackwell's data centre GPUs, 0 for what is not NVIDIA's or too new for this Triton."""
+    return target.arch // 10 if target is not None and target.backend == "cuda" and _TRITON_SPECIALISES else 0
 
 
 def _by_tma(matrix: Tensor, unit: int) -> bool:
