@@ -124,7 +124,7 @@ def _add_recipe(parser: argparse.ArgumentParser, name: str = "recipe", **setting
     parser.add_argument(
         name, metavar="RECIPE", help="a shipped recipe or a TOML file; key=value replaces its values", **settings
     )
-    parser.add_argument("--data", metavar="ROOT", required=True, help="folder of the data set")
+    parser.add_argument("--data", metavar="ROOT", help="folder of the data set, unless the recipe's is embedded")
     parser.epilog = "Every further argument key=value replaces a value of the recipe, such as schedule.epochs=10."
     parser.set_defaults(replaced=[])
 

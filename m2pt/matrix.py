@@ -79,8 +79,9 @@ def load_matrix(path: Path) -> Matrix:
         raise ValueError(f"{path}: seeds: expected a list of different numbers, got {seeds!r}")
     targets = {}
     for name, target in table["targets"].items():
-        _require_keys(target, ("recipe", "data"), f"{path}: targets.{name}", optional=("replaced",))
-        targets[name] = load_recipe(target["recipe"], {"data.root": target["data"], **flat(target.get("replaced", {}))})
+        _require_keys(target, ("recipe",), f"{path}: targets.{name}", optional=("data", "replaced"))
+        root = {"data.root": target["data"]} if "data" in target else {}
+        targets[name] = load_recipe(target["recipe"], root | flat(target.get("replaced", {})))
     return Matrix(targets, table["auxiliaries"], seeds)
 
 

@@ -91,11 +91,28 @@ def test_interrupt_is_quiet(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["merge", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["--version"]])
 def test_help_is_printed(arguments):
     code = f"import sys; sys.argv[1:] = {arguments}; from m2pt.cli import main; main()"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0 and "m2pt" in run.stdout and not run.stderr
+
+
+@pytest.mark.parametrize(
+    "command, word",
+    [
+        ("train", "--aux-dtype"),
+        ("pretrain", "--init"),
+        ("eval", "--recipe"),
+        ("matrix", "TOML"),
+        ("merge", "OUT"),
+        ("convert", "OUT"),
+    ],
+)
+def test_help_of_a_command_names_its_arguments(command, word, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"usage: m2pt {command}" in (out := capsys.readouterr().out) and word in out
 
 
 def test_help_of_convert_names_every_format(capsys):

@@ -84,7 +84,7 @@ def test_gain_is_compared_seed_by_seed():
         ("seeds = []\n[targets]\n[auxiliaries]", "seeds: expected a list of different numbers"),
         ("seeds = [1, 1]\n[targets]\n[auxiliaries]", "seeds: expected a list of different numbers"),
         (
-            "seeds = [1]\n[targets.a]\nrecipe = 'x'\n[auxiliaries]",
+            "seeds = [1]\n[targets.a]\ndata = 'y'\n[auxiliaries]",
             r"targets\.a: expected the keys recipe, data, replaced",
         ),
         ("seeds = [1]\n[targets.a]\nrecipe = 'x'\ndata = 'y'\n[auxiliaries]", "recipe: x: no such file"),

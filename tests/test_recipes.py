@@ -100,6 +100,9 @@ PUBLISHED = {
 }
 
 
+TINY = {"image": 10, "audio": 9, "point": 10, "video": 5}
+
+
 def value(recipe, key):
     for part in key.split("."):
         recipe = recipe[part] if isinstance(recipe, dict) else getattr(recipe, part)
@@ -107,7 +110,18 @@ def value(recipe, key):
 
 
 def test_every_shipped_recipe_is_checked():
-    assert shipped_recipes() == sorted(PUBLISHED)
+    tiny = [f"{kind}tiny_{modality}" for modality in TINY for kind in ("", "pretrain_")]
+    assert shipped_recipes() == sorted([*PUBLISHED, *tiny])
+
+
+def test_tiny_recipes_fit_each_other_and_read_no_folder():
+    for modality, classes in TINY.items():
+        recipe, pretraining = load_recipe(f"tiny_{modality}"), load_recipe(f"pretrain_tiny_{modality}")
+        assert recipe.model == pretraining.model and recipe.data.settings == pretraining.data.settings
+        assert recipe.model.modality == modality and pretraining.pretraining is not None
+        assert recipe.data.layout == pretraining.data.layout == "embedded" and not recipe.data.root
+        model = create_model(modality, recipe.model.size, num_classes=classes, **recipe.model.overrides)
+        assert len(model.blocks) == 4 and model.blocks[0].attn.qkv.weight.shape == (192, 64)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -8,19 +8,22 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from . import audio, image, point, video
+from . import audio, embedded, image, point, video
 from .common import one_of
 
 LAYOUTS: Mapping[str, Mapping[str, tuple[Callable[..., Dataset], Callable]]] = {
-    "image": image.LAYOUTS,
-    "audio": audio.LAYOUTS,
-    "point": point.LAYOUTS,
-    "video": video.LAYOUTS,
+    modality: {**layouts, "embedded": embedded.LAYOUTS[modality]}
+    for modality, layouts in {
+        "image": image.LAYOUTS,
+        "audio": audio.LAYOUTS,
+        "point": point.LAYOUTS,
+        "video": video.LAYOUTS,
+    }.items()
 }
 
 
 def create_dataset(
-    modality: str, layout: str, root: str | os.PathLike, split: str, training: bool, **settings: Any
+    modality: str, layout: str, root: str | os.PathLike | None, split: str, training: bool, **settings: Any
 ) -> Dataset:
     """The samples of one split as pairs `(input, target)`. Nothing is downloaded.
 
@@ -31,6 +34,7 @@ def create_dataset(
     | point | modelnet40, modelnet40_h5, modelnet40_few_shot, scanobjectnn | (points, 3) | class index |
     | point | shapenetpart | (points, 3) and the category's index | part labels (points,), int64 |
     | video | list | (3, 16 frames, 224, 224) | class index |
+    | all | embedded | small, see `m2pt.data.embedded` | class index |
 
     A class index is an int, hence int64 in a collated batch. The attributes `num_classes` and `class_names` (None where
     the files do not name them) describe the targets. Where the attribute `views` is V > 1, a sample holds V inputs of
@@ -41,14 +45,15 @@ def create_dataset(
 
     Args:
         layout: how the files lie under `root`; the function of that name in the modality's module says what is read.
+            The layout "embedded" comes with the package, and its root is None or "".
         split: the part of the data, in the names of the layout.
         training: augment at random; otherwise prepare for evaluation.
         settings: the keyword arguments of the layout's function, and of the dataset's class or, for images, of
             `m2pt.data.image.image_transform`.
 
     Raises:
-        ValueError: an unknown modality, layout, split or setting, or a file that does not hold what it should. A sample
-            is read when it is asked for, and the error for a damaged one names its file.
+        ValueError: an unknown modality, layout, split or setting, no root, or a file that does not hold what it should.
+            A sample is read when it is asked for, and the error for a damaged one names its file.
         FileNotFoundError: `root`, or a file that lists the samples, does not exist.
         ImportError: the layout needs an optional dependency; the message says how to install it.
     """
@@ -57,6 +62,12 @@ def create_dataset(
     allowed = _keyword_arguments(build) | _keyword_arguments(configured)
     for name in settings:
         one_of(f"setting of layout {layout}", name, allowed)
+    if layout == "embedded":
+        if root:
+            raise ValueError(f"root: layout embedded comes with the package and reads no folder, got {root}")
+        return build(None, split, training, **settings)
+    if not root:
+        raise ValueError(f"root: layout {layout} of modality {modality} needs the folder of the data set, got none")
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"root: {root}: no such folder")
