@@ -170,7 +170,7 @@ def test_webdataset_reads_shards(pictures, tmp_path):
     ("arguments", "message"),
     [
         (("smell", "folder", "train"), "modality: expected one of audio, image, point, video; got 'smell'"),
-        (("image", "esc50", "train"), "layout of modality image: expected one of embedded, folder, huggingface, webdataset; got"),
+        (("image", "esc50", "train"), "layout of modality image: expected one of embedded, folder, huggingface, web"),
         (("image", "folder", "test"), "split: expected one of train, validation; got 'test'"),
     ],
 )
