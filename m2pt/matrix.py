@@ -10,7 +10,7 @@ A configuration is a TOML file:
 
     [targets.image]
     recipe = "image_imagenet"           # a shipped one, or a file
-    data = "data/imagenet"
+    data = "data/imagenet"              # left out for embedded data
     replaced.model.init = "zoo/image.safetensors"
     replaced.schedule.epochs = 20
 

@@ -1,6 +1,7 @@
 """Targets with auxiliary models over seeds: what is trained, what is compared, what is written."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,14 @@ def test_matrix_trains_compares_and_is_not_repeated(configuration, tmp_path, mon
     )
     assert main(["matrix", str(configuration), "--out", str(out)]) == 2
     assert "holds a run of another recipe" in capsys.readouterr().err
+
+
+def test_shipped_configuration_needs_no_data():
+    matrix = load_matrix(Path(__file__).parents[1] / "benchmarks" / "tiny_matrix.toml")
+    assert len(matrix.seeds) == 3 and matrix.auxiliaries.keys() == {"image", "audio", "point", "video"}
+    for modality, recipe in matrix.targets.items():
+        assert recipe.model.modality == modality and recipe.model.init == matrix.auxiliaries[modality]
+        assert recipe.data.layout == "embedded" and not recipe.data.root
 
 
 def test_gain_is_compared_seed_by_seed():

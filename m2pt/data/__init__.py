@@ -12,13 +12,10 @@ from . import audio, embedded, image, point, video
 from .common import one_of
 
 LAYOUTS: Mapping[str, Mapping[str, tuple[Callable[..., Dataset], Callable]]] = {
-    modality: {**layouts, "embedded": embedded.LAYOUTS[modality]}
-    for modality, layouts in {
-        "image": image.LAYOUTS,
-        "audio": audio.LAYOUTS,
-        "point": point.LAYOUTS,
-        "video": video.LAYOUTS,
-    }.items()
+    "image": {**image.LAYOUTS, "embedded": (embedded.digit_images, embedded.digit_images)},
+    "audio": {**audio.LAYOUTS, "embedded": (embedded.spoken_vowels, embedded.spoken_vowels)},
+    "point": {**point.LAYOUTS, "embedded": (embedded.digit_clouds, embedded.digit_clouds)},
+    "video": {**video.LAYOUTS, "embedded": (embedded.moving_squares, embedded.moving_squares)},
 }
 
 

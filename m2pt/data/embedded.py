@@ -148,12 +148,3 @@ def _share(photograph: Tensor, split: str) -> Tensor:
     edge = 2 * photograph.shape[1] // 3
     share = photograph[:, :edge] if split == "train" else photograph[:, edge:]
     return share.permute(2, 0, 1).float() / 127.5 - 1
-
-
-LAYOUTS = {
-    "image": (digit_images, digit_images),
-    "audio": (spoken_vowels, spoken_vowels),
-    "point": (digit_clouds, digit_clouds),
-    "video": (moving_squares, moving_squares),
-}
-"""The layout `embedded` of every modality."""

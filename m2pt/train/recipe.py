@@ -57,7 +57,7 @@ class Data:
     """What it is trained on.
 
     Attributes:
-        layout, root, settings: of `m2pt.data.create_dataset`.
+        layout, root, settings: of `m2pt.data.create_dataset`; the layout "embedded" has no root.
         train_split, test_split: names of the layout's splits.
         batch_size: samples of one optimizer step, over all processes and accumulated passes.
         test_batch_size: samples of one forward pass of a process in evaluation.
