@@ -4,21 +4,36 @@ import argparse
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .linear import merged_weight
 
-WRAPPERS = ("module", "state_dict", "model")
+WRAPPERS = ("module", "state_dict", "model", "base_model", "model_state_dict")
+
+NUMPY_SCALAR: Any = np.float64().__reduce__()[0]
+
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    NUMPY_SCALAR,
+    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),  # as NumPy 1 names it
+    np.dtype,
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+    np.dtypes.Int64DType,
+]
+"""What training scripts save beside the model: the arguments of M2PT's and MAE's, the accuracies of Point-MAE's."""
 
 
 def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict in a `.safetensors` file, or in a torch file, bare or under `module`, `state_dict` or `model`.
+    """The state dict in a `.safetensors` file, or in a torch file, bare or under one of `WRAPPERS`.
 
-    Torch files are read with `weights_only=True`: nothing in them is executed. The `argparse.Namespace` that M2PT's and
-    MAE's training scripts save beside the model is let through. Tensors are put on the CPU.
+    Torch files are read with `weights_only=True`: nothing in them is executed. An `argparse.Namespace` and NumPy's
+    numbers, which training scripts save beside the model, are let through. Tensors are put on the CPU.
 
     Raises:
         FileNotFoundError: no such file.
@@ -30,7 +45,7 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise

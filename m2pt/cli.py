@@ -1,23 +1,33 @@
-"""The command line: `m2pt demo` and `m2pt merge`."""
+"""The command line: `m2pt train`, `pretrain`, `eval`, `matrix`, `merge`, `convert` and `demo`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .train import Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status.
 
-    0: done; 2: refused, with a line on stderr that says why; 130: interrupted.
+    0: done; 2: refused, or stopped by a loss that is not finite, with a line on stderr that says why; 130: interrupted.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)  # `key=value` may stand anywhere, which argparse has no word for
+    if not hasattr(arguments, "replaced") or any(text.startswith("-") or "=" not in text for text in rest):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        arguments.replaced = rest
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
         return 130
-    except (OSError, TypeError, ValueError) as error:
+    except (ArithmeticError, ImportError, OSError, TypeError, ValueError) as error:
         print("m2pt: error:", *str(error).split(), file=sys.stderr)
         return 2
     return 0
@@ -49,7 +59,79 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("checkpoint", metavar="IN", help="trained checkpoint: .safetensors, or a torch file")
     merge.add_argument("merged", metavar="OUT", help="merged checkpoint to write: .safetensors")
     merge.set_defaults(run=_merge)
+
+    convert = commands.add_parser(
+        "convert",
+        help="rename another project's checkpoint as timm names it",
+        description="Read a checkpoint of timm, MAE, AudioMAE, Point-MAE, VideoMAE or a Hugging Face ViT, write what a "
+        "timm model has a place for, and report every entry that was left out.",
+    )
+    convert.add_argument("checkpoint", metavar="IN", help="checkpoint of any of these: .safetensors, or a torch file")
+    convert.add_argument("converted", metavar="OUT", help="converted checkpoint to write: .safetensors")
+    convert.set_defaults(run=_convert)
+
+    _add_training(commands)
     return parser
+
+
+def _add_training(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="fine-tune or probe a model, with the pathway of another modality or without",
+        description="Train as a recipe says, evaluate, merge the pathway, and evaluate the merged model. Under "
+        "torchrun the same command uses every process.",
+    )
+    _add_recipe(train)
+    _add_output(train)
+    train.add_argument("--init", metavar="PATH", help="checkpoint to start from")
+    train.add_argument("--aux", metavar="PATH", help="checkpoint of the auxiliary model")
+    train.add_argument("--aux-modality", metavar="NAME", help="what the auxiliary model was trained on, for the log")
+    train.add_argument("--aux-dtype", choices=("float32", "bfloat16", "float16"), help="of the auxiliary weights")
+    train.add_argument("--train-aux", action="store_true", help="train the auxiliary weights too")
+    train.set_defaults(run=_train)
+
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="pretrain a masked autoencoder of a modality",
+        description="Pretrain as a recipe says; the file that it writes serves for --init and for --aux.",
+    )
+    _add_recipe(pretrain)
+    _add_output(pretrain)
+    pretrain.add_argument("--init", metavar="PATH", help="checkpoint to start from")
+    pretrain.set_defaults(run=_pretrain)
+
+    evaluation = commands.add_parser(
+        "eval",
+        help="evaluate a trained, interrupted or merged checkpoint",
+        description="Print the metrics of a checkpoint on the test split of a recipe's data.",
+    )
+    evaluation.add_argument("checkpoint", metavar="CHECKPOINT", help="last.pth or merged.safetensors of a run")
+    _add_recipe(evaluation, "--recipe", required=True)
+    evaluation.set_defaults(run=_eval)
+
+    matrix = commands.add_parser(
+        "matrix",
+        help="train targets with every auxiliary over several seeds, and report the gains",
+        description="Train every target of a configuration alone and with every auxiliary model, once for each seed, "
+        "and write a table of the gains with their spread. What is finished is not trained again.",
+    )
+    matrix.add_argument("configuration", metavar="TOML", type=Path, help="see m2pt.matrix")
+    matrix.add_argument("--out", type=Path, required=True, help="folder to write to")
+    matrix.set_defaults(run=_matrix)
+
+
+def _add_recipe(parser: argparse.ArgumentParser, name: str = "recipe", **settings: Any) -> None:
+    parser.add_argument(
+        name, metavar="RECIPE", help="a shipped recipe or a TOML file; key=value replaces its values", **settings
+    )
+    parser.add_argument("--data", metavar="ROOT", help="folder of the data set, unless the recipe's is embedded")
+    parser.epilog = "Every further argument key=value replaces a value of the recipe, such as schedule.epochs=10."
+    parser.set_defaults(replaced=[])
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--resume", action="store_true", help="continue the run in that folder")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -78,3 +160,65 @@ def _merge(arguments: argparse.Namespace) -> None:
     save_state_dict(merge_state_dict(state_dict), arguments.merged)
     layers = sum(name.endswith("cross_modal_scale") for name in state_dict)
     print(f"{layers} layers folded, written to {arguments.merged}")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from .checkpoint_formats import read_checkpoint
+    from .checkpoints import save_state_dict
+
+    state_dict, report = read_checkpoint(arguments.checkpoint)
+    save_state_dict(state_dict, arguments.converted)
+    print(f"{report}\nwritten to {arguments.converted}")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from .train import train
+
+    result = train(_recipe(arguments), arguments.out, arguments.resume)
+    _say(*(f"{model}: {_metrics(metrics)}" for model, metrics in result.items()), f"written to {arguments.out}")
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from .train import pretrain
+
+    pretrain(_recipe(arguments), arguments.out, arguments.resume)
+    _say(f"written to {arguments.out}")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from .train import evaluate_checkpoint
+
+    _say(_metrics(evaluate_checkpoint(_recipe(arguments), arguments.checkpoint)))
+
+
+def _matrix(arguments: argparse.Namespace) -> None:
+    from .matrix import load_matrix, run_matrix
+
+    _say(run_matrix(load_matrix(arguments.configuration), arguments.out))
+
+
+def _recipe(arguments: argparse.Namespace) -> "Recipe":
+    from .train import load_recipe, parse_assignment
+
+    keys = {
+        "data": "data.root",
+        "init": "model.init",
+        "aux": "auxiliary.path",
+        "aux_modality": "auxiliary.modality",
+        "aux_dtype": "auxiliary.dtype",
+        "train_aux": "auxiliary.trainable",
+    }
+    given = {key: value for option, key in keys.items() if (value := getattr(arguments, option, None))}
+    return load_recipe(arguments.recipe, given | dict(map(parse_assignment, arguments.replaced)))
+
+
+def _metrics(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+
+
+def _say(*lines: str) -> None:
+    """Print, in the first of several processes."""
+    from .train.distributed import is_first_process
+
+    if is_first_process():
+        print(*lines, sep="\n")

@@ -8,6 +8,7 @@ import timm
 import torch
 
 from m2pt import merge_pathways, reparameterize_aux_into_target_model
+from m2pt.checkpoint_formats import FORMATS
 from m2pt.checkpoints import load_state_dict, save_state_dict
 from m2pt.cli import main
 
@@ -37,9 +38,30 @@ def test_merge_folds_a_checkpoint_for_a_plain_model(connected, tmp_path, capsys)
     assert all(torch.equal(value, expected[name]) for name, value in plain.state_dict().items())
 
 
+def test_convert_writes_a_checkpoint_for_timm_and_reports_what_it_left_out(tmp_path, capsys):
+    model = vit()
+    decoder = {"decoder_embed.weight": torch.ones(2), "decoder_norm.bias": torch.ones(2)}
+    entries = model.state_dict() | decoder | {"mask_token": torch.ones(1)}
+    torch.save({"model": {f"module.{name}": value for name, value in entries.items()}}, tmp_path / "mae.pth")
+    assert main(["convert", str(tmp_path / "mae.pth"), str(tmp_path / "timm.safetensors")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"timm or MAE: {len(entries)} entries, {len(entries) - 3} used, 3 dropped",
+        "dropped (decoder): module.decoder_embed.weight, module.decoder_norm.bias",
+        "dropped (mask token): module.mask_token",
+        f"written to {tmp_path / 'timm.safetensors'}",
+    ]
+    converted = load_state_dict(tmp_path / "timm.safetensors")
+    assert converted.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, converted[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["convert", "missing.pth", "out.safetensors"], "missing.pth: no such file"),
+        (["convert", "plain.safetensors", "out.pth"], "ending in .safetensors"),
+        (["convert", "connected.safetensors", "out.safetensors"], "fold it first, with `m2pt merge`"),
+        (["convert", "other.safetensors", "out.safetensors"], "other.safetensors: expected transformer blocks"),
         (["merge", "missing.pth", "out.safetensors"], "missing.pth: no such file"),
         (["merge", "plain.safetensors", "out.safetensors"], "nothing to merge"),
         (["merge", "connected.safetensors", "out.pth"], "ending in .safetensors"),
@@ -52,6 +74,7 @@ def test_errors_are_one_line(connected, tmp_path, monkeypatch, capsys, arguments
     monkeypatch.chdir(tmp_path)
     save_state_dict(vit().state_dict(), "plain.safetensors")
     save_state_dict(connected.state_dict(), "connected.safetensors")
+    save_state_dict({"conv1.weight": torch.ones(2)}, "other.safetensors")
     files = sorted(tmp_path.iterdir())
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -68,11 +91,35 @@ def test_interrupt_is_quiet(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["merge", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["--version"]])
 def test_help_is_printed(arguments):
     code = f"import sys; sys.argv[1:] = {arguments}; from m2pt.cli import main; main()"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0 and "m2pt" in run.stdout and not run.stderr
+
+
+@pytest.mark.parametrize(
+    "command, word",
+    [
+        ("train", "--aux-dtype"),
+        ("pretrain", "--init"),
+        ("eval", "--recipe"),
+        ("matrix", "TOML"),
+        ("merge", "OUT"),
+        ("convert", "OUT"),
+    ],
+)
+def test_help_of_a_command_names_its_arguments(command, word, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"usage: m2pt {command}" in (out := capsys.readouterr().out) and word in out
+
+
+def test_help_of_convert_names_every_format(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["convert", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(name in out for source_format in FORMATS for name in source_format.name.split(" or "))
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["merge", "only-one"]])

@@ -117,6 +117,17 @@ def test_hopper_dequantises_in_registers_without_waiting(storage, weight_dtype):
         assert loop.instructions["tensor"] == 4 and loop.stores_to_shared == 0
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_the_largest_layer_and_more_results_than_32_bits_count(target):
+    x = torch.empty(100_000, 6144, dtype=HALF, requires_grad=True)
+    weight = torch.empty(24576, 6144, dtype=HALF, requires_grad=True)
+    with compiling_for(TARGETS[target]) as compiled:
+        y = cross_modal_linear(x, weight, torch.empty_like(weight), torch.empty(1, requires_grad=True))
+        y.backward(torch.empty_like(y))
+    assert y.numel() > 2**31 and len(compiled) == 3
+    assert all(resources(kernel).spilled == 0 for kernel in compiled)
+
+
 def compile_step(target, weight_dtype, aux_dtype):
     """Forward, grad_input and grad_parameters for bfloat16 activations."""
     tensors, grad_output = operands(600, 3088, 1040, HALF, weight_dtype)

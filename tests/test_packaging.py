@@ -57,7 +57,7 @@ def wheel(tmp_path_factory):
         "m2pt/__init__.py",
         "m2pt/py.typed",
         "m2pt/demo/__init__.py",
-        "m2pt/demo/japanese_vowels.npz",
+        "m2pt/data/japanese_vowels.npz",
         "m2pt_kernels/__init__.py",
         "m2pt_kernels/py.typed",
     ],

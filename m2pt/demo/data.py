@@ -1,28 +1,22 @@
 """The two modalities: speech, which is classified, and handwritten digits, whose only use is their transformer.
 
-Speech: UCI Machine Learning Repository, "Japanese Vowels", M. Kudo, J. Toyama, M. Shimbo (1999), licence CC BY 4.0:
-640 utterances of the vowel pair /ae/ by nine male speakers, 12 LPC cepstrum coefficients a frame, 7 to 29 frames.
-The task is which speaker; the first 270 utterances are the published training split, the other 370 the test split.
-
-Digits: scikit-learn's `load_digits`, 1797 images of 8x8 pixels.
+Both are described in `m2pt.data.embedded`. The task is which of nine speakers spoke.
 """
 
 from dataclasses import dataclass
-from importlib.resources import files
 
-import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from ..data.embedded import SPEAKERS, TRAIN_UTTERANCES, load_utterances
+
 ATTRIBUTION = (
     'Speech data: UCI Machine Learning Repository, "Japanese Vowels", M. Kudo, J. Toyama, M. Shimbo (1999), CC BY 4.0. '
     "Handwritten digits: scikit-learn's `load_digits`."
 )
-SPEAKERS = 9
 FRAMES = 30
-TRAIN_UTTERANCES = 270
 
 
 @dataclass(frozen=True)
@@ -37,14 +31,12 @@ class Speech:
 
 def load_speech() -> Speech:
     """Both published splits, every coefficient normalised by the training split's mean and standard deviation."""
-    with (files(__package__) / "japanese_vowels.npz").open("rb") as file, np.load(file) as content:
-        frames = torch.from_numpy(content["frames"]).float()
-        lengths, speakers = content["lens"].tolist(), torch.from_numpy(content["y"]).long()
-    train_frames = frames[: sum(lengths[:TRAIN_UTTERANCES])]
-    frames = (frames - train_frames.mean(0)) / train_frames.std(0)
-    utterances = torch.zeros(len(lengths), FRAMES, frames.shape[1])
-    for utterance, spoken in zip(utterances, frames.split(lengths), strict=True):
-        utterance[: len(spoken)] = spoken
+    cepstra, speakers = load_utterances()
+    train_frames = torch.cat(cepstra[:TRAIN_UTTERANCES])
+    mean, deviation = train_frames.mean(0), train_frames.std(0)
+    utterances = torch.zeros(len(cepstra), FRAMES, train_frames.shape[1])
+    for utterance, spoken in zip(utterances, cepstra, strict=True):
+        utterance[: len(spoken)] = (spoken - mean) / deviation
     train, test = utterances.mT.unsqueeze(1).contiguous().tensor_split([TRAIN_UTTERANCES])
     train_speakers, test_speakers = speakers.tensor_split([TRAIN_UTTERANCES])
     return Speech(train, train_speakers, test, test_speakers)

@@ -3,6 +3,7 @@
 import copy
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from torch.nn import functional as F
 
 from .. import cross_modal_scales, merge_pathways, reparameterize_aux_into_target_model
 from ..checkpoints import load_state_dict, save_state_dict
+from ..models import MaskedAutoencoder
 from ..saved_bytes import published_formulation, saved_for_backward_bytes
 from .data import SPEAKERS, Speech, labelled_subset, load_digit_images, load_speech
 from .models import digit_transformer, speech_transformer
-from .pretrain import pretrain
-from .settings import Settings
+from .settings import Settings, TrainingSettings
 from .training import train
 
 MERGE_TOLERANCE = 1e-4
@@ -82,7 +83,7 @@ def run_experiment(settings: Settings, merged_path: Path) -> Results:
     """
     start = time.perf_counter()
     speech = load_speech()
-    target, speech_error = pretrain(
+    target, speech_error = _pretrained(
         lambda: speech_transformer(0),
         speech.train,
         settings.mask_ratio,
@@ -90,7 +91,7 @@ def run_experiment(settings: Settings, merged_path: Path) -> Results:
         seed=0,
         description="pretraining on speech",
     )
-    auxiliary, digit_error = pretrain(
+    auxiliary, digit_error = _pretrained(
         digit_transformer,
         load_digit_images(),
         settings.mask_ratio,
@@ -120,6 +121,27 @@ def run_experiment(settings: Settings, merged_path: Path) -> Results:
         [_saved_bytes(models["baseline"], models["pathway"], batch, autocast) for autocast in (False, True)],
         Environment(torch.__version__, timm.__version__, os.cpu_count(), time.perf_counter() - start),
     )
+
+
+def _pretrained(
+    build: Callable[[], VisionTransformer],
+    images: Tensor,
+    mask_ratio: float,
+    settings: TrainingSettings,
+    seed: int,
+    description: str,
+) -> tuple[VisionTransformer, float]:
+    """The transformer that `build` makes, pretrained on images (N, 1, height, width), and its reconstruction error.
+
+    The error is the last epoch's mean squared error of hidden patches, as a fraction of the images' variance.
+    """
+    torch.manual_seed(seed)
+    encoder = build()
+    autoencoder = MaskedAutoencoder(
+        encoder, mask_ratio, decoder_width=64, decoder_depth=1, decoder_heads=2, normalize_targets=False
+    )
+    error = train(autoencoder, lambda batch: autoencoder(images[batch]), len(images), settings, seed, description)
+    return encoder, error / images.var().item()
 
 
 def permuted(model: nn.Module, seed: int) -> nn.Module:

@@ -1,0 +1,79 @@
+"""Datasets of the four modalities, read from the files that public code lays out, and augmented as the recipes ask."""
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from . import audio, embedded, image, point, video
+from .common import one_of
+
+LAYOUTS: Mapping[str, Mapping[str, tuple[Callable[..., Dataset], Callable]]] = {
+    modality: {**layouts, "embedded": embedded.LAYOUTS[modality]}
+    for modality, layouts in {
+        "image": image.LAYOUTS,
+        "audio": audio.LAYOUTS,
+        "point": point.LAYOUTS,
+        "video": video.LAYOUTS,
+    }.items()
+}
+
+
+def create_dataset(
+    modality: str, layout: str, root: str | os.PathLike | None, split: str, training: bool, **settings: Any
+) -> Dataset:
+    """The samples of one split as pairs `(input, target)`. Nothing is downloaded.
+
+    | modality | layouts | input, float32 | target |
+    |---|---|---|---|
+    | image | folder, webdataset, huggingface | (3, 224, 224) | class index |
+    | audio | list, esc50, speech_commands | (1, frames, 128 mel bins) | class index, or a float32 vector (classes,) |
+    | point | modelnet40, modelnet40_h5, modelnet40_few_shot, scanobjectnn | (points, 3) | class index |
+    | point | shapenetpart | (points, 3) and the category's index | part labels (points,), int64 |
+    | video | list | (3, 16 frames, 224, 224) | class index |
+    | all | embedded | small, see `m2pt.data.embedded` | class index |
+
+    A class index is an int, hence int64 in a collated batch. The attributes `num_classes` and `class_names` (None where
+    the files do not name them) describe the targets. Where the attribute `views` is V > 1, a sample holds V inputs of
+    the same thing on a new first axis. In training every one of them is a sample of its own, and the target has that
+    axis as well; in evaluation their logits are to be averaged.
+
+    Every random choice follows from torch's CPU generator, which a DataLoader seeds in each worker.
+
+    Args:
+        layout: how the files lie under `root`; the function of that name in the modality's module says what is read.
+            The layout "embedded" comes with the package, and its root is None or "".
+        split: the part of the data, in the names of the layout.
+        training: augment at random; otherwise prepare for evaluation.
+        settings: the keyword arguments of the layout's function, and of the dataset's class or, for images, of
+            `m2pt.data.image.image_transform`.
+
+    Raises:
+        ValueError: an unknown modality, layout, split or setting, no root, or a file that does not hold what it should.
+            A sample is read when it is asked for, and the error for a damaged one names its file.
+        FileNotFoundError: `root`, or a file that lists the samples, does not exist.
+        ImportError: the layout needs an optional dependency; the message says how to install it.
+    """
+    layouts = LAYOUTS[one_of("modality", modality, LAYOUTS)]
+    build, configured = layouts[one_of(f"layout of modality {modality}", layout, layouts)]
+    allowed = _keyword_arguments(build) | _keyword_arguments(configured)
+    for name in settings:
+        one_of(f"setting of layout {layout}", name, allowed)
+    if layout == "embedded":
+        if root:
+            raise ValueError(f"root: layout embedded comes with the package and reads no folder, got {root}")
+        return build(None, split, training, **settings)
+    if not root:
+        raise ValueError(f"root: layout {layout} of modality {modality} needs the folder of the data set, got none")
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"root: {root}: no such folder")
+    return build(root, split, training, **settings)
+
+
+def _keyword_arguments(function: Callable) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}

@@ -1,0 +1,257 @@
+"""Log-mel filterbanks of sound files, prepared and augmented as AudioMAE does (Huang et al., NeurIPS 2022)."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .common import Samples, check_positive, check_probability, listed, one_of, require
+
+SAMPLE_RATE = 16_000
+WINDOW = SAMPLE_RATE * 25 // 1000
+MEL_BINS = 128
+
+
+def read_wave(path: Path) -> Tensor:
+    """The sound file's mean over channels at 16 kHz, with its own mean removed: (samples,), float32, full scale 1.
+
+    Raises:
+        ValueError: the file is missing, damaged, shorter than a window of 25 ms, or holds values that are not finite.
+    """
+    soundfile, resampling = require("soundfile", "audio"), require("torchaudio.functional", "audio")
+    try:
+        values, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path}: cannot be read as sound: {error}") from error
+    wave = resampling.resample(torch.from_numpy(values).mean(dim=1), rate, SAMPLE_RATE)
+    if len(wave) < WINDOW:
+        raise ValueError(f"{path}: expected at least 25 ms of sound, got {1000 * len(wave) / SAMPLE_RATE:.1f} ms")
+    if not wave.isfinite().all():
+        raise ValueError(f"{path}: holds values that are not finite")
+    return wave - wave.mean()
+
+
+def log_mel(wave: Tensor, frames: int) -> Tensor:
+    """Kaldi's log-mel filterbank of `wave` (samples,) at 16 kHz: (frames, 128), cut, or padded with zeros, at the end.
+
+    Hanning windows of 25 ms every 10 ms, HTK-compatible, without dither.
+    """
+    features = require("torchaudio.compliance.kaldi", "audio").fbank(
+        wave[None],
+        sample_frequency=SAMPLE_RATE,
+        num_mel_bins=MEL_BINS,
+        window_type="hanning",
+        frame_shift=10,
+        htk_compat=True,
+        use_energy=False,
+        dither=0.0,
+    )
+    return functional.pad(features, (0, 0, 0, frames - len(features)))
+
+
+class AudioDataset(Samples):
+    """Filterbanks `(x - mean) / (2 std)` of shape (1, frames, 128) and their targets.
+
+    The target is a class index where a file has one class and no two files are mixed. Otherwise it is a float32 vector
+    (classes,), as a batch needs one form: with several classes, and in training with `mixup` above 0.
+
+    In training, a wave is rolled by a random shift and amplified by 1/2 + Beta(10, 10); two waves are mixed with a
+    share of Beta(10, 10), the second cut or padded to the first; and a band of mel bins and one of frames are zeroed
+    before normalization (SpecAugment, Park et al., Interspeech 2019). AudioMAE's own shift is always 0: it measures the
+    axis of channels.
+
+    Args:
+        files: the sound files.
+        labels: the class indices of each.
+        frames: length of the input, 10 ms each.
+        mean, std: of the data set's filterbanks.
+        time_mask, frequency_mask: the largest widths of the zeroed bands; by default 3/16 of the frames, AudioMAE's 192
+            of 1024, and 48 mel bins.
+        mixup: probability to mix a sample with another.
+        roll: whether to shift and amplify.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        labels: Sequence[Sequence[int]],
+        class_names: Sequence[str],
+        multi_label: bool,
+        training: bool,
+        *,
+        frames: int,
+        mean: float,
+        std: float,
+        time_mask: int | None = None,
+        frequency_mask: int = 48,
+        mixup: float = 0.0,
+        roll: bool = True,
+    ) -> None:
+        super().__init__(len(class_names), class_names)
+        check_positive(frames=frames)
+        check_probability(mixup=mixup)
+        if not std > 0:
+            raise ValueError(f"std: expected a positive number, got {std!r}")
+        if time_mask is None:
+            time_mask = frames * 3 // 16
+        for name, width, largest in ("time_mask", time_mask, frames), ("frequency_mask", frequency_mask, MEL_BINS):
+            if not 0 <= width <= largest:
+                raise ValueError(f"{name}: expected an integer from 0 to {largest}, got {width!r}")
+        self.files, self.labels, self.multi_label, self.training = files, labels, multi_label, training
+        self.frames, self.mean, self.std = frames, mean, std
+        self.time_mask, self.frequency_mask, self.mixup, self.roll = time_mask, frequency_mask, mixup, roll
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | int]:
+        wave, target = self._wave(index), self._multi_hot(index)
+        if self.training and torch.rand(()) < self.mixup:
+            wave, target = self._mix(wave, target, int(torch.randint(len(self), ())))
+        features = log_mel(wave, self.frames)
+        if self.training:
+            features = self._mask(features)
+        features = (features - self.mean) / (2 * self.std)
+        is_vector = self.multi_label or (self.training and self.mixup > 0)
+        return features[None], target if is_vector else self.labels[index][0]
+
+    def _wave(self, index: int) -> Tensor:
+        wave = read_wave(self.files[index])
+        if self.training and self.roll:
+            wave = wave.roll(int(torch.randint(len(wave), ()))) * (0.5 + _beta())
+        return wave
+
+    def _multi_hot(self, index: int) -> Tensor:
+        target = torch.zeros(self.num_classes)
+        target[self.labels[index]] = 1
+        return target
+
+    def _mix(self, wave: Tensor, target: Tensor, partner: int) -> tuple[Tensor, Tensor]:
+        share = _beta()
+        other = self._wave(partner)
+        other = functional.pad(other, (0, len(wave) - len(other)))
+        mixed = share * wave + (1 - share) * other
+        return mixed - mixed.mean(), share * target + (1 - share) * self._multi_hot(partner)
+
+    def _mask(self, features: Tensor) -> Tensor:
+        transforms = require("torchaudio.functional", "audio")
+        batch = features[None]
+        if self.time_mask:
+            batch = transforms.mask_along_axis(batch, self.time_mask, mask_value=0.0, axis=1)
+        if self.frequency_mask:
+            batch = transforms.mask_along_axis(batch, self.frequency_mask, mask_value=0.0, axis=2)
+        return batch[0]
+
+
+def _beta() -> Tensor:
+    return torch.distributions.Beta(10.0, 10.0).sample()
+
+
+def file_list(root: Path, split: str, training: bool, **settings: Any) -> AudioDataset:
+    """Lists of files with several classes each, in the form that AudioMAE and AST read for AudioSet.
+
+    `root/class_labels_indices.csv` has the columns `index`, `mid` and `display_name`. `root/split.json` is
+    `{"data": [{"wav": path, "labels": "mid,mid"}, ...]}`; `root/split.csv` has the columns `wav` and `labels`. Paths
+    are relative to `root`. The settings are AudioSet's, with `mixup` 0.5.
+    """
+    classes_csv = listed(root / "class_labels_indices.csv")
+    lists = {path.stem: path for path in sorted(root.glob("*.csv")) if path != classes_csv}
+    lists |= {path.stem: path for path in sorted(root.glob("*.json"))}
+    path = lists[one_of("split", split, lists)]
+    classes = sorted(_rows(classes_csv, "index", "mid", "display_name"), key=lambda row: int(row["index"]))
+    if [int(row["index"]) for row in classes] != list(range(len(classes))):
+        raise ValueError(f"{classes_csv}: expected the column index to count from 0 to {len(classes) - 1}")
+    index_of = {row["mid"]: int(row["index"]) for row in classes}
+    rows = _rows(path, "wav", "labels") if path.suffix == ".csv" else _json_rows(path)
+    for row in rows:
+        for label in row["labels"].split(","):
+            if label not in index_of:
+                raise ValueError(f"{path}: {row['wav']}: the label {label!r} is not in {classes_csv}")
+    return AudioDataset(
+        [root / row["wav"] for row in rows],
+        [[index_of[label] for label in row["labels"].split(",")] for row in rows],
+        [row["display_name"] for row in classes],
+        True,
+        training,
+        **({"frames": 1024, "mean": -4.2677393, "std": 4.5689974, "mixup": 0.5} | settings),
+    )
+
+
+def esc50(root: Path, split: str, training: bool, *, fold: int = 1, **settings: Any) -> AudioDataset:
+    """ESC-50 as distributed: `root/meta/esc50.csv` (its columns `filename`, `fold`, `target`, `category`) and
+    `root/audio`.
+
+    Args:
+        split: `test` is the fold `fold`, `train` the other four.
+        fold: 1 to 5.
+    """
+    one_of("split", split, ("train", "test"))
+    if fold not in range(1, 6):
+        raise ValueError(f"fold: expected an integer from 1 to 5, got {fold!r}")
+    rows = _rows(listed(root / "meta" / "esc50.csv"), "filename", "fold", "target", "category")
+    names = {int(row["target"]): row["category"] for row in rows}
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(f"{root}: expected the targets in meta/esc50.csv to count from 0, got {sorted(names)}")
+    rows = [row for row in rows if (int(row["fold"]) == fold) == (split == "test")]
+    return AudioDataset(
+        [root / "audio" / row["filename"] for row in rows],
+        [[int(row["target"])] for row in rows],
+        [names[index] for index in range(len(names))],
+        False,
+        training,
+        **({"frames": 512, "mean": -6.6268077, "std": 5.358466} | settings),
+    )
+
+
+def speech_commands(root: Path, split: str, training: bool, **settings: Any) -> AudioDataset:
+    """Speech Commands as distributed: `root/word/*.wav`, with `validation_list.txt` and `testing_list.txt` beside.
+
+    Args:
+        split: `validation` and `test` are the files in those lists, `train` the others.
+    """
+    one_of("split", split, ("train", "validation", "test"))
+    lists = {"validation": "validation_list.txt", "test": "testing_list.txt"}
+    members = {name: set(listed(root / file).read_text("utf-8").split()) for name, file in lists.items()}
+    words = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("_"))
+    every = {f"{word}/{file.name}": index for index, word in enumerate(words) for file in (root / word).glob("*.wav")}
+    chosen = members.get(split, every.keys() - members["validation"] - members["test"])
+    files = sorted(chosen)
+    return AudioDataset(
+        [root / file for file in files],
+        [[every[file]] for file in files],
+        words,
+        False,
+        training,
+        **({"frames": 128, "mean": -6.845978, "std": 5.5654526} | settings),
+    )
+
+
+def _rows(path: Path, *columns: str) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = set(columns) - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(
+                f"{path}: expected the columns {', '.join(columns)}; missing: {', '.join(sorted(missing))}"
+            )
+        return list(reader)
+
+
+def _json_rows(path: Path) -> list[dict[str, str]]:
+    try:
+        rows = json.loads(path.read_text("utf-8"))["data"]
+        return [{"wav": row["wav"], "labels": row["labels"]} for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path}: expected {{"data": [{{"wav": ..., "labels": ...}}, ...]}}: {error!r}') from error
+
+
+LAYOUTS = {
+    "list": (file_list, AudioDataset),
+    "esc50": (esc50, AudioDataset),
+    "speech_commands": (speech_commands, AudioDataset),
+}

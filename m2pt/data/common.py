@@ -1,0 +1,93 @@
+"""What the modalities share: attributes of a dataset, random numbers, argument checks and optional dependencies."""
+
+import importlib
+import random
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+
+class Samples(Dataset):
+    """A map-style dataset that says what its targets mean.
+
+    Attributes:
+        num_classes: length of the logits; of the parts in segmentation.
+        class_names: their names in the order of the logits, or None where the files do not say.
+        views: how many inputs a sample holds, see `m2pt.data.create_dataset`.
+        multi_label: whether a sample may have several classes.
+    """
+
+    views = 1
+    multi_label = False
+
+    def __init__(self, num_classes: int, class_names: Sequence[str] | None) -> None:
+        self.num_classes = num_classes
+        self.class_names = None if class_names is None else tuple(class_names)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or raise an ImportError that says which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} cannot be imported ({error}): pip install 'm2pt-triton[{extra}]'") from error
+
+
+def one_of(argument: str, value: str, allowed: Collection[str]) -> str:
+    """`value`, if it is allowed; otherwise a ValueError that lists what is."""
+    if value not in allowed:
+        raise ValueError(f"{argument}: expected one of {', '.join(sorted(allowed))}; got {value!r}")
+    return value
+
+
+def check_positive(**settings: int) -> None:
+    """Raise a ValueError for a setting that is no positive integer."""
+    for name, value in settings.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def check_probability(**settings: float) -> None:
+    """Raise a ValueError for a setting that is outside [0, 1]."""
+    for name, value in settings.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a probability in [0, 1], got {value!r}")
+
+
+def listed(path: Path) -> Path:
+    """`path`, if it is a file; otherwise a FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return path
+
+
+def draw_seed() -> int:
+    """A seed from torch's CPU generator."""
+    return int(torch.randint(2**31, ()))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Start torch's CPU generator, `random` and numpy's from `seed`; afterwards all three are as they were.
+
+    timm's transforms draw from all three. Within this, one number decides what they do.
+    """
+    states: tuple[Any, ...] = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])

@@ -1,0 +1,172 @@
+"""Every target with every auxiliary model over several seeds: what a pathway gains, and how sure that is.
+
+A configuration is a TOML file:
+
+    seeds = [0, 1, 2]
+
+    [auxiliaries]                       # by modality
+    audio = "zoo/audio.safetensors"
+    point = "zoo/point.safetensors"
+
+    [targets.image]
+    recipe = "image_imagenet"           # a shipped one, or a file
+    data = "data/imagenet"
+    replaced.model.init = "zoo/image.safetensors"
+    replaced.schedule.epochs = 20
+
+An auxiliary model of the target's own modality is left out.
+"""
+
+import json
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from .train import Recipe, load_recipe, train
+from .train.distributed import is_first_process
+from .train.files import CHECKPOINT, flat, write_json
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Recipes by target, paths of checkpoints by auxiliary modality, and seeds."""
+
+    targets: dict[str, Recipe]
+    auxiliaries: dict[str, str]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What an auxiliary model changed, in percentage points, compared with the same seed's run without one.
+
+    Attributes:
+        metric: the figure compared.
+        alone, connected: its value for each seed.
+        mean, standard_deviation, standard_error: of the differences; of a single one there is no deviation.
+    """
+
+    target: str
+    auxiliary: str
+    metric: str
+    alone: list[float]
+    connected: list[float]
+    mean: float
+    standard_deviation: float | None
+    standard_error: float | None
+
+
+def load_matrix(path: Path) -> Matrix:
+    """A configuration, all of whose recipes have been read.
+
+    Raises:
+        FileNotFoundError: no such file or recipe.
+        TypeError, ValueError: a key is missing, unknown, or holds what it should not.
+    """
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    _require_keys(table, ("seeds", "targets", "auxiliaries"), str(path))
+    seeds = table["seeds"]
+    if not isinstance(seeds, list) or not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"{path}: seeds: expected a list of different numbers, got {seeds!r}")
+    targets = {}
+    for name, target in table["targets"].items():
+        _require_keys(target, ("recipe",), f"{path}: targets.{name}", optional=("data", "replaced"))
+        root = {"data.root": target["data"]} if "data" in target else {}
+        targets[name] = load_recipe(target["recipe"], root | flat(target.get("replaced", {})))
+    return Matrix(targets, table["auxiliaries"], seeds)
+
+
+def _require_keys(table: Any, required: Sequence[str], place: str, optional: Sequence[str] = ()) -> None:
+    if not isinstance(table, dict) or table.keys() - set(optional) != set(required):
+        got = ", ".join(table) if isinstance(table, dict) else repr(table)
+        raise ValueError(f"{place}: expected the keys {', '.join((*required, *optional))}; got {got}")
+
+
+def run_matrix(matrix: Matrix, out: Path) -> str:
+    """Train what is not trained yet, and report.
+
+    Written to `out`: a folder `target/auxiliary/seed` for every run, and `gains.md`, `gains.json`, `gains.png`.
+
+    Returns:
+        The report in Markdown.
+
+    Raises:
+        ValueError: a folder holds a run of another recipe. For others see `m2pt.train.train`.
+    """
+    gains = []
+    for name, recipe in matrix.targets.items():
+        alone = [_result(recipe, "", "", seed, out / name / "alone" / str(seed)) for seed in matrix.seeds]
+        for modality, path in matrix.auxiliaries.items():
+            if modality != recipe.model.modality:
+                folder = out / name / modality
+                connected = [_result(recipe, modality, path, seed, folder / str(seed)) for seed in matrix.seeds]
+                gains.append(compare(name, modality, alone, connected))
+    report = markdown(gains)
+    if is_first_process():
+        (out / "gains.md").write_text(f"{report}\n\n![Gains](gains.png)\n", encoding="utf-8")
+        write_json(out / "gains.json", [asdict(gain) for gain in gains])
+        plot(gains, out / "gains.png")
+    return report
+
+
+def _result(recipe: Recipe, modality: str, path: str, seed: int, folder: Path) -> dict[str, float]:
+    """The merged model's metrics of one run: read if it is finished, otherwise trained, from where it stopped."""
+    recipe = recipe.replaced({"auxiliary.modality": modality, "auxiliary.path": path, "run.seed": seed})
+    if (folder / "result.json").exists():
+        if json.loads((folder / "recipe.json").read_text("utf-8")) != recipe.as_dict():
+            raise ValueError(f"{folder}: holds a run of another recipe")
+        return json.loads((folder / "result.json").read_text("utf-8"))["merged"]
+    return train(recipe, folder, resume=(folder / CHECKPOINT).exists())["merged"]
+
+
+def compare(
+    target: str, auxiliary: str, alone: Sequence[dict[str, float]], connected: Sequence[dict[str, float]]
+) -> Gain:
+    """The gain in the first of the metrics, seed by seed."""
+    metric = next(iter(alone[0]))
+    before, after = ([metrics[metric] for metrics in runs] for runs in (alone, connected))
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    deviation = stdev(differences) if len(differences) > 1 else None
+    error = None if deviation is None else deviation / math.sqrt(len(differences))
+    return Gain(target, auxiliary, metric, before, after, fmean(differences), deviation, error)
+
+
+def markdown(gains: Sequence[Gain]) -> str:
+    """The table of gains."""
+    lines = [
+        "| target | auxiliary | metric | alone, % | connected, % | gain, points | standard deviation | standard error"
+        " | seeds |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for gain in gains:
+        spread = ["" if value is None else f"{value:.2f}" for value in (gain.standard_deviation, gain.standard_error)]
+        lines.append(
+            f"| {gain.target} | {gain.auxiliary} | {gain.metric} | {fmean(gain.alone):.2f} |"
+            f" {fmean(gain.connected):.2f} | {gain.mean:+.2f} | {' | '.join(spread)} | {len(gain.alone)} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(gains: Sequence[Gain], path: Path) -> None:
+    """Every gain with its standard error, and the differences of single seeds."""
+    figure = Figure(figsize=(6, 1 + 0.5 * len(gains)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for place, gain in enumerate(gains):
+        differences = [b - a for a, b in zip(gain.alone, gain.connected, strict=True)]
+        axes.plot(differences, [place] * len(differences), "o", color="#999999", markersize=4, alpha=0.6)
+        axes.errorbar(gain.mean, place, xerr=gain.standard_error, fmt="D", color="#4477aa", capsize=4)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(gains)), [f"{gain.auxiliary} to {gain.target}" for gain in gains])
+    axes.invert_yaxis()
+    axes.set_xlabel("gain, percentage points; diamonds: mean and standard error, dots: seeds")
+    axes.grid(axis="x", color="#e6e6e6")
+    figure.savefig(path)

@@ -1,0 +1,80 @@
+"""The four modalities: a tokenizer, timm's blocks, a head. Blocks of one size fit each other in any two modalities."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .mae import MaskedAutoencoder
+from .part_segmentation import PartSegmenter
+from .point import PointClassifier
+from .video import video_transformer
+from .vit import audio_transformer, mean_pooled_transformer
+
+__all__ = ["MODALITIES", "SIZES", "MaskedAutoencoder", "create_model"]
+
+MODALITIES = ("image", "audio", "point", "video")
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "giant": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
+}
+"""timm's ViTs."""
+
+PUBLISHED: dict[tuple[str, str], dict[str, Any]] = {
+    ("image", "huge"): {"patch_size": 14},
+    ("image", "giant"): {"patch_size": 14},
+    ("point", "base"): {"num_heads": 6},
+}
+"""Where the published model of a modality and size is not `SIZES` with the modality's own defaults."""
+
+BUILDERS: dict[tuple[str, str], Callable[..., nn.Module]] = {
+    ("image", "classification"): mean_pooled_transformer,
+    ("audio", "classification"): audio_transformer,
+    ("point", "classification"): PointClassifier,
+    ("point", "segmentation"): PartSegmenter,
+    ("video", "classification"): video_transformer,
+}
+
+
+def create_model(
+    modality: str, size: str = "base", task: str = "classification", *, num_classes: int, **overrides: Any
+) -> nn.Module:
+    """A randomly initialised model of one modality.
+
+    Every model has `blocks` (an `nn.Sequential` of timm Blocks), `head`, `forward_features`, and what timm's optimizer
+    factory and checkpointing ask for: `no_weight_decay`, `group_matcher`, `set_grad_checkpointing`.
+
+    Args:
+        modality: with its input, float32:
+            "image": (B, 3, 224, 224) (MAE);
+            "audio": (B, 1, 1024 frames, 128 mel bins) (AudioMAE);
+            "point": (B, N, 3), N points (Point-MAE); for segmentation the tuple of it and categories (B,), int64;
+            "video": (B, 3, 16, 224, 224) (VideoMAE).
+        size: a key of `SIZES`.
+        task: "classification", logits (B, num_classes); for points also "segmentation", logits (B, N, num_classes).
+        num_classes: 0 leaves the head out, for pretraining and auxiliary models.
+        overrides: image, audio, video: arguments of timm's VisionTransformer, such as `img_size` (for audio frames and
+            mel bins), `drop_path_rate`, `depth`; audio: `time_masking`, `frequency_masking`; video: `num_frames`,
+            `tubelet_size`; point: `num_groups`, `group_size`, `drop_path_rate`, `depth`, for segmentation
+            `num_categories`.
+
+    Raises:
+        ValueError: an unknown modality, size or task, or a negative number of classes.
+        TypeError: an override that the model does not have.
+    """
+    if modality not in MODALITIES:
+        raise ValueError(f"modality: expected one of {', '.join(MODALITIES)}, got {modality!r}")
+    if size not in SIZES:
+        raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
+    if (modality, task) not in BUILDERS:
+        tasks = ", ".join(known for of, known in BUILDERS if of == modality)
+        raise ValueError(f"task: expected one of {tasks} for {modality!r}, got {task!r}")
+    if num_classes < 0:
+        raise ValueError(f"num_classes: expected 0 or more, got {num_classes}")
+    settings = {**SIZES[size], **PUBLISHED.get((modality, size), {}), **overrides}
+    return BUILDERS[modality, task](num_classes=num_classes, **settings)

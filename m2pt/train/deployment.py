@@ -1,0 +1,77 @@
+"""From a trained state dict to a plain model: pathways merged, the probe's normalisation folded."""
+
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from ..checkpoints import merge_state_dict
+from ..models import create_model
+from .recipe import Recipe
+
+PROBE_EPS = 1e-6
+TRAINING_ONLY = ("drop_path_rate", "time_masking", "frequency_masking")
+
+
+def probe_head(head: nn.Module) -> nn.Sequential:
+    """A linear head behind a batch normalisation without parameters (MAE's linear probe, CVPR 2022).
+
+    Raises:
+        ValueError: the head is not linear.
+    """
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"model.trainable: a linear probe needs a linear head, this model's is a {type(head).__name__}"
+        )
+    nn.init.trunc_normal_(head.weight, std=0.01)
+    return nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False, eps=PROBE_EPS), head)
+
+
+def deployed(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the plain model that computes what the trained one computes in evaluation.
+
+    Raises:
+        ValueError: a merged weight is not finite.
+    """
+    if any(name.endswith(".cross_modal_scale") for name in state_dict):
+        state_dict = merge_state_dict(state_dict)
+    if "head.0.running_mean" in state_dict:
+        state_dict = _fold_probe_head(state_dict)
+    return state_dict
+
+
+def _fold_probe_head(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    folded = {name: tensor for name, tensor in state_dict.items() if not name.startswith("head.")}
+    inverse = (state_dict["head.0.running_var"].double() + PROBE_EPS).rsqrt()
+    weight = state_dict["head.1.weight"].double() * inverse
+    bias = state_dict["head.1.bias"] - weight @ state_dict["head.0.running_mean"].double()
+    return folded | {"head.weight": weight.float(), "head.bias": bias.float()}
+
+
+def description(recipe: Recipe, num_classes: int) -> dict[str, Any]:
+    """The function that builds the plain model, by its dotted name, and its arguments: for images timm's own."""
+    model = recipe.model
+    overrides = {name: value for name, value in model.overrides.items() if name not in TRAINING_ONLY}
+    if model.modality == "image":
+        patch_size = 14 if model.size in ("huge", "giant") else 16
+        name = f"vit_{model.size}_patch{patch_size}_224"
+        arguments = {"model_name": name, "num_classes": num_classes, "global_pool": "avg", **overrides}
+        return {"function": "timm.create_model", "arguments": arguments}
+    arguments = {"modality": model.modality, "size": model.size, "task": model.task, "num_classes": num_classes}
+    return {"function": "m2pt.models.create_model", "arguments": arguments | overrides}
+
+
+def build_plain(recipe: Recipe, num_classes: int, state_dict: dict[str, Tensor]) -> nn.Module:
+    """The plain model of `description`, with a deployed state dict.
+
+    Raises:
+        ValueError: the state dict is another model's; the message names the entries.
+    """
+    described = description(recipe, num_classes)
+    create = timm.create_model if described["function"] == "timm.create_model" else create_model
+    model = create(**described["arguments"])
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    return model

@@ -1,0 +1,117 @@
+"""One process or many: the same program alone and under `torchrun`."""
+
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from .recipe import Machine
+
+MEETINGS = itertools.count()
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its number, how many there are, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a value over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def interleave(self, rows: Tensor) -> Tensor:
+        """Rows that were dealt out one by one, as many to every process, in their order, in every process."""
+        if self.size == 1:
+            return rows
+        gathered = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.stack(gathered, dim=1).flatten(0, 1)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def processes() -> Iterator[World]:
+    """The processes that `torchrun` started, with their communication set up; otherwise this process alone."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_torchelastic_launched():
+        yield World(0, 1, device)
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"m2pt/{next(MEETINGS)}", store)  # torch leaves addresses of an earlier meeting there
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if on_gpu else None)
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def distribute(module: nn.Module, machine: Machine, world: World, has_unused_parameters: bool) -> nn.Module:
+    """What to call instead of `module`, so that the processes train one model.
+
+    DDP wraps the module; FSDP2 divides every block's parameters, and the rest's, in place. Its parameters stay float32
+    where autocast computes in bfloat16; they are rounded when a block gathers them. Batch normalisation, of points and
+    of a linear probe, sees a process's own samples.
+
+    Raises:
+        ValueError: FSDP without processes to divide the model among.
+    """
+    if machine.sharding == "fsdp":
+        if world.size == 1:
+            raise ValueError("machine.sharding: 'fsdp' needs several processes: start the command with torchrun")
+        return shard(module, machine)
+    if world.size == 1:
+        return module
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(module, devices, find_unused_parameters=has_unused_parameters)
+
+
+def shard(module: nn.Module, machine: Machine) -> nn.Module:
+    """`module`, its transformer blocks and what is left of it divided among the processes, in place (FSDP2)."""
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if machine.precision == "bfloat16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Sequential) and name.rpartition(".")[2] in ("blocks", "decoder"):
+            for block in child:
+                fully_shard(block, mp_policy=policy)
+    fully_shard(module, mp_policy=policy)
+    return module
+
+
+def synchronised(model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+    """Whether backward adds the gradients of all processes together: only in the last pass of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+    elif isinstance(model, DistributedDataParallel) and not enabled:
+        return cast(AbstractContextManager[None], model.no_sync())
+    return nullcontext()

@@ -1,0 +1,193 @@
+"""Training steps, the state that continues them, and evaluation."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from timm.utils import ModelEmaV3, random_seed
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.utils.data import IterableDataset
+
+from .batches import derived_seed, to_device
+from .distributed import World, distribute, shard, synchronised
+from .metrics import Metric
+from .optimization import create_mixing, create_optimizer, create_scheduler
+from .recipe import Machine, Recipe
+
+Objective = Callable[[nn.Module, Any], Tensor]
+"""The loss of a model for a collated batch, both on the device."""
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def classification_objective(
+    recipe: Recipe, num_classes: int, views: int, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Objective:
+    """The loss of logits for targets, of mixed inputs where the recipe asks for it; every view is a sample."""
+    mixing = create_mixing(recipe.loss, num_classes)
+
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        input, target = batch
+        if views > 1:
+            input, target = input.flatten(0, 1), target.flatten(0, 1)
+        if mixing is not None:
+            input, target = mixing(input, target)
+        return loss(model(input), target)
+
+    return objective
+
+
+def autocast(machine: Machine, device: torch.device) -> torch.autocast:
+    """The recipe's precision."""
+    return torch.autocast(device.type, getattr(torch, machine.precision), enabled=machine.precision != "float32")
+
+
+class Trainer:
+    """A model in training: its optimizer steps, and the state from which they continue bit for bit on a CPU.
+
+    Everything random in a step follows from the seed, the step and the process, so that there is no generator to save;
+    the learning rate follows from the step.
+
+    Args:
+        module: the model, on the device.
+        objective: its loss.
+        recipe: of the run.
+        world: this process among all.
+        updates_per_epoch: steps of an epoch.
+        has_unused_parameters: whether some trainable parameters get no gradient.
+
+    Attributes:
+        evaluated: the model to evaluate: `module`, or the moving average of its weights.
+        step: how many steps are done.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        recipe: Recipe,
+        world: World,
+        updates_per_epoch: int,
+        has_unused_parameters: bool = False,
+    ) -> None:
+        self.module, self.objective, self.recipe, self.world = module, objective, recipe, world
+        sharded = recipe.machine.sharding == "fsdp"
+        decay = recipe.run.ema_decay
+        # in float32 timm needs no random rounding of bfloat16 weights, and one by one it leaves frozen ones exact
+        self.ema = ModelEmaV3(module, decay, dtype=torch.float32, foreach=False) if decay else None
+        if recipe.machine.compile:
+            module.compile()
+        self.model = distribute(module, recipe.machine, world, has_unused_parameters)
+        if self.ema is not None and sharded:
+            shard(self.ema.module, recipe.machine)
+        self.optimizer = create_optimizer(module, recipe)
+        self.scheduler = create_scheduler(self.optimizer, recipe, updates_per_epoch)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.machine.precision == "float16")
+        self.step = 0
+
+    @property
+    def evaluated(self) -> nn.Module:
+        return self.module if self.ema is None else self.ema.module
+
+    def update(self, batches: Iterable[Any]) -> dict[str, float]:
+        """One optimizer step over the passes in `batches`, as many as the recipe accumulates.
+
+        Returns:
+            The loss, averaged over all passes and processes, the norm of its gradient before clipping, and the
+            learning rate of the head.
+
+        Raises:
+            FloatingPointError: the loss is not finite. The weights are as they were.
+        """
+        random_seed(derived_seed(self.recipe.run.seed, self.step, self.world.rank))
+        self.scheduler.step_update(self.step)
+        self.optimizer.zero_grad()
+        self.model.train()
+        loss = torch.zeros((), device=self.world.device)
+        for number, batch in enumerate(batches, 1):
+            loss += self._backward(
+                to_device(batch, self.world.device), is_last=number == self.recipe.machine.accumulation
+            )
+        mean = self.world.mean(loss).item()
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"step {self.step}: the loss is {mean}")
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clip()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(self.module)
+        self.step += 1
+        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
+        return {"loss": mean, "gradient_norm": norm, "learning_rate": learning_rate}
+
+    def _backward(self, batch: Any, is_last: bool) -> Tensor:
+        with synchronised(self.model, enabled=is_last):
+            with autocast(self.recipe.machine, self.world.device):
+                loss = self.objective(self.model, batch) / self.recipe.machine.accumulation
+            self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _clip(self) -> float:
+        largest = self.recipe.optimizer.clip_grad or math.inf
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), largest)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole state dict of `evaluated`, on the CPU; where it is sharded, in the first process only."""
+        return cast(dict[str, Tensor], get_model_state_dict(self.evaluated, options=WHOLE))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state in plain containers, on the CPU; where it is sharded, in the first process only."""
+        model, optimizer = get_state_dict(self.module, self.optimizer, options=WHOLE)
+        state = {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict(), "step": self.step}
+        return state if self.ema is None else state | {"ema": get_model_state_dict(self.ema.module, options=WHOLE)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state, whatever the number of processes that saved it."""
+        set_state_dict(
+            self.module,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=WHOLE,
+        )
+        if self.ema is not None:
+            set_model_state_dict(self.ema.module, state["ema"], options=WHOLE)
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, dataset: Any, batches: Iterable[Any], metric: Metric, machine: Machine, world: World
+) -> dict[str, float]:
+    """The metrics of a model on a test split, the same in every process; logits are averaged over a sample's views."""
+    model.eval()
+    views = dataset.views
+    kept: list[tuple[Tensor, Tensor]] = []
+    for batch in batches:
+        input, target = to_device(batch, world.device)
+        with autocast(machine, world.device):
+            logits = model(input.flatten(0, 1) if views > 1 else input).float()
+        if views > 1:
+            logits = logits.unflatten(0, (-1, views)).mean(1)
+        kept.append(metric.rows(logits, input, target))
+    rows, targets = (_in_order(parts, dataset, world) for parts in zip(*kept, strict=True))
+    return metric.summary(rows, targets)
+
+
+def _in_order(parts: Sequence[Tensor], dataset: Any, world: World) -> Tensor:
+    rows = torch.cat(list(parts))
+    if not isinstance(dataset, IterableDataset):
+        rows = world.interleave(rows)[: len(dataset)]
+    return rows.cpu()

@@ -1,0 +1,318 @@
+"""Recipes: small TOML files of published figures, every one of which the command line can replace."""
+
+import importlib.resources
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ..data.common import check_positive, check_probability
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained.
+
+    Attributes:
+        modality, size, task, overrides: of `m2pt.models.create_model`.
+        init: a checkpoint of any format that `m2pt convert` reads, to start from; none if empty.
+        trainable: "all", or "head" for a linear probe: the head, after a batch normalisation, and the scales.
+    """
+
+    modality: str
+    size: str = "base"
+    task: str = "classification"
+    init: str = ""
+    trainable: Literal["all", "head"] = "all"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """The transformer of another modality.
+
+    Attributes:
+        path: its checkpoint; without one the target is trained alone.
+        modality: its name in logs and reports.
+        dtype: of its weights; the checkpoint's own if empty.
+        trainable: whether its weights are trained too, as in the published code.
+    """
+
+    path: str = ""
+    modality: str = ""
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    trainable: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.path and (self.modality or self.dtype or self.trainable):
+            raise ValueError("path: missing, but modality, dtype or trainable is given")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What it is trained on.
+
+    Attributes:
+        layout, root, settings: of `m2pt.data.create_dataset`.
+        train_split, test_split: names of the layout's splits.
+        batch_size: samples of one optimizer step, over all processes and accumulated passes.
+        test_batch_size: samples of one forward pass of a process in evaluation.
+    """
+
+    layout: str
+    batch_size: int
+    root: str = ""
+    train_split: str = "train"
+    test_split: str = "test"
+    test_batch_size: int = 64
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_positive(batch_size=self.batch_size, test_batch_size=self.test_batch_size)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """timm's optimizer.
+
+    Attributes:
+        base_lr: the learning rate for a batch of 256; it is multiplied by `data.batch_size / 256`.
+        name, weight_decay, layer_decay, options: of `timm.optim.create_optimizer_v2`; the options are the optimizer's.
+        scale_learning_rate: factor of the cross-modal scales' learning rate over that of their block.
+        clip_grad: the largest norm of the gradient; 0 for any.
+    """
+
+    base_lr: float
+    name: str = "adamw"
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    scale_learning_rate: float = 1.0
+    clip_grad: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """timm's scheduler, stepped every update; `epochs` counts the warm-up in."""
+
+    epochs: int
+    name: str = "cosine"
+    warmup_epochs: int = 0
+    warmup_lr: float = 0.0
+    min_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive(epochs=self.epochs)
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f"warmup_epochs: expected 0 to {self.epochs - 1}, got {self.warmup_epochs}")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss, and timm's mixing of a batch's samples: `mixup` and `cutmix` are the parameters of Beta, 0 for none."""
+
+    name: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {self.label_smoothing}")
+        if min(self.mixup, self.cutmix) < 0:
+            raise ValueError(f"mixup, cutmix: expected 0 or more, got {self.mixup}, {self.cutmix}")
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Of `m2pt.models.MaskedAutoencoder`."""
+
+    mask_ratio: float
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    normalize_targets: bool = True
+
+
+@dataclass(frozen=True)
+class Run:
+    """How often what happens.
+
+    Attributes:
+        seed: everything random follows from it.
+        log_steps: steps from one line of metrics to the next.
+        eval_epochs: epochs from one evaluation to the next; after the last epoch there is always one.
+        checkpoint_steps: steps from one checkpoint to the next, beside those at the end of every epoch; 0 for none.
+        ema_decay: of the moving average of the weights, which is then what is evaluated and merged; 0 for none.
+    """
+
+    seed: int = 0
+    log_steps: int = 50
+    eval_epochs: int = 1
+    checkpoint_steps: int = 0
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive(log_steps=self.log_steps, eval_epochs=self.eval_epochs)
+        check_probability(ema_decay=self.ema_decay)
+        if min(self.seed, self.checkpoint_steps) < 0:
+            raise ValueError(f"seed, checkpoint_steps: expected 0 or more, got {self.seed}, {self.checkpoint_steps}")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What depends on the machine and not on the recipe; a run may be resumed with other values.
+
+    Attributes:
+        accumulation: forward and backward passes of one optimizer step.
+        workers: processes of each process that read data; 0 to read in the training process.
+        precision: of autocast; "float32" for none.
+        checkpoint_activations: compute the blocks' activations again in backward.
+        compile: torch.compile the model.
+        sharding: what several processes do: "ddp" keeps the model in each, "fsdp" divides it among them.
+    """
+
+    accumulation: int = 1
+    workers: int = 8
+    precision: Dtype = "bfloat16"
+    checkpoint_activations: bool = False
+    compile: bool = False
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+
+    def __post_init__(self) -> None:
+        check_positive(accumulation=self.accumulation)
+        if self.workers < 0:
+            raise ValueError(f"workers: expected 0 or more, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a run depends on. With `pretraining` it is one for `pretrain`, without it one for `train`."""
+
+    model: Model
+    data: Data
+    optimizer: Optimizer
+    schedule: Schedule
+    auxiliary: Auxiliary = Auxiliary()
+    loss: Loss = Loss()
+    pretraining: Pretraining | None = None
+    run: Run = Run()
+    machine: Machine = Machine()
+
+    def __post_init__(self) -> None:
+        if self.model.trainable == "head" and self.auxiliary.trainable:
+            raise ValueError(
+                "auxiliary.trainable: a linear probe (model.trainable = 'head') trains head and scales only"
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.base_lr * self.data.batch_size / 256
+
+    def replaced(self, values: Mapping[str, Any]) -> "Recipe":
+        """This recipe with the values of some dotted keys replaced, see `load_recipe`."""
+        return _build_replaced(self.as_dict(), values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers, as in the TOML file."""
+        return {name: table for name, table in asdict(self).items() if table is not None}
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    folder = importlib.resources.files("m2pt") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(recipe: str, replaced: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by its shipped name or its path, with some values replaced.
+
+    Args:
+        recipe: a name in `shipped_recipes()`, or the path of a `.toml` file.
+        replaced: dotted key -> value, e.g. `{"optimizer.base_lr": 1e-3, "model.overrides.depth": 2}`.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        TypeError, ValueError: an unknown or missing key, or a value of the wrong type or out of range; the message
+            names the key and what is allowed.
+    """
+    return _build_replaced(_read(recipe), replaced or {})
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`key.subkey=value`, the value in TOML; a string needs no quotes.
+
+    Raises:
+        ValueError: there is no key or no `=`.
+    """
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ValueError(f"expected key.subkey=value, got {text!r}")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def _build_replaced(table: dict[str, Any], replaced: Mapping[str, Any]) -> Recipe:
+    for key, value in replaced.items():
+        *path, last = key.split(".")
+        inner = table
+        for part in path:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{key}: {part} is a value, not a table")
+        inner[last] = value
+    return _build(Recipe, table, "")
+
+
+def _read(recipe: str) -> dict[str, Any]:
+    if recipe in shipped_recipes():
+        text = (importlib.resources.files("m2pt") / "recipes" / f"{recipe}.toml").read_text("utf-8")
+    elif Path(recipe).is_file():
+        text = Path(recipe).read_text("utf-8")
+    else:
+        shipped = ", ".join(shipped_recipes())
+        raise FileNotFoundError(f"recipe: {recipe}: no such file, and none of those shipped: {shipped}")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe: {recipe}: {error}") from None
+
+
+def _build(kind: Any, table: dict[str, Any], place: str) -> Any:
+    kinds = get_type_hints(kind)
+    for key in table:
+        if key not in kinds:
+            raise ValueError(f"{place}{key}: unknown key; allowed: {', '.join(kinds)}")
+    for entry in fields(kind):
+        if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in table:
+            raise ValueError(f"{place}{entry.name}: missing")
+    values = {key: _value(kinds[key], value, f"{place}{key}") for key, value in table.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{place}{error}") from None
+
+
+def _value(kind: Any, value: Any, place: str) -> Any:
+    if isinstance(kind, UnionType):
+        kind = get_args(kind)[0]
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise TypeError(f"{place}: expected a table, got {value!r}")
+        return _build(kind, value, f"{place}.")
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{place}: expected one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    expected = get_origin(kind) or kind
+    if type(value) is not expected:
+        raise TypeError(f"{place}: expected {expected.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,238 @@
+"""Runs: fine-tuning or probing with a pathway, masked pretraining, and evaluation of what came out."""
+
+import itertools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from timm.utils import random_seed
+from torch import Tensor, nn
+
+from .. import freeze_for_linear_probe, reparameterize_aux_into_target_model
+from ..checkpoint_formats import load_auxiliary, load_pretrained
+from ..checkpoints import load_state_dict, save_state_dict
+from ..data import create_dataset
+from ..models import MaskedAutoencoder, create_model
+from .batches import pass_size, samples_of, steps_per_epoch, test_batches, training_batches
+from .deployment import build_plain, deployed, description, probe_head
+from .distributed import World, is_first_process, processes
+from .engine import Trainer, classification_objective, evaluate
+from .files import CHECKPOINT, load_checkpoint, load_weights, save_checkpoint, write_json
+from .log import Log, plot_curves, plot_scales
+from .metrics import metric_of
+from .optimization import create_loss
+from .recipe import Recipe
+
+SCALE = ".cross_modal_scale"
+
+Metrics = dict[str, float]
+
+
+def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Metrics]:
+    """Train a model as the recipe says, evaluate it, merge its pathway, and evaluate a plain model with that file.
+
+    Under `torchrun` every process calls this; they all see `out`. Written there: `recipe.json`, `log.jsonl`,
+    `last.pth` (to resume from), `merged.safetensors`, `merged.json` (how to build the model for it), `result.json`,
+    `curves.png`, and with a pathway `scales.png`.
+
+    Args:
+        recipe: one without `pretraining`.
+        out: folder to write to, made if it is missing.
+        resume: continue the run in `out` from its last checkpoint.
+
+    Returns:
+        The metrics in percent of the model in training, "trained", and of the plain one, "merged".
+
+    Raises:
+        FloatingPointError: the loss is not finite; the message names the step.
+        FileNotFoundError, TypeError, ValueError: recipe, data and checkpoints do not fit, or `out` holds a run already.
+    """
+    if recipe.pretraining is not None:
+        raise ValueError("recipe: this one is for pretraining, with `m2pt pretrain`")
+    _require_free(out, resume)
+    test_set = _test_set(recipe)
+    with processes() as world:
+        train_set = _training_set(recipe, world)
+        num_classes, views = train_set.num_classes, train_set.views
+        module = create_trained_model(recipe, num_classes, train_set.multi_label)
+        objective = classification_objective(recipe, num_classes, views, create_loss(recipe.loss))
+        steps = steps_per_epoch(samples_of(train_set), recipe.data)
+        trainer = Trainer(module.to(world.device), objective, recipe, world, steps)
+        metric, batches = metric_of(test_set), test_batches(test_set, recipe, world)
+
+        def measure(model: nn.Module) -> Metrics:
+            return evaluate(model, test_set, batches, metric, recipe.machine, world)
+
+        with _log_of(trainer, out, resume, steps) as log:
+            _fit(trainer, train_set, out, log, steps, lambda: measure(trainer.evaluated))
+            trained = measure(trainer.evaluated)
+            weights = trainer.weights()
+            if world.is_first:
+                save_state_dict(deployed(weights), out / "merged.safetensors")
+            world.barrier()
+            plain = build_plain(recipe, num_classes, load_state_dict(out / "merged.safetensors"))
+            merged = measure(plain.to(world.device))
+            log.write(trainer.step, model="trained", **trained)
+            log.write(trainer.step, model="merged", **merged, **description(recipe, num_classes))
+        result = {"trained": trained, "merged": merged}
+        if world.is_first:
+            write_json(out / "merged.json", description(recipe, num_classes))
+            write_json(out / "result.json", result)
+            plot_curves(out)
+            plot_scales({name: value.item() for name, value in weights.items() if name.endswith(SCALE)}, out)
+    return result
+
+
+def pretrain(recipe: Recipe, out: Path, resume: bool = False) -> None:
+    """Pretrain a masked autoencoder as the recipe says.
+
+    Written to `out`: `pretrained.safetensors`, the transformer without its decoder, which `load_auxiliary` and
+    `load_pretrained` read, and `recipe.json`, `log.jsonl`, `last.pth` and `curves.png` as by `train`.
+
+    Args:
+        recipe: one with `pretraining`.
+        out: folder to write to, made if it is missing.
+        resume: continue the run in `out` from its last checkpoint.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the message names the step.
+        FileNotFoundError, TypeError, ValueError: recipe and data do not fit, or `out` holds a run already.
+    """
+    if recipe.pretraining is None:
+        raise ValueError("recipe: expected one with a table [pretraining]; this one is for `m2pt train`")
+    if recipe.auxiliary.path or recipe.model.trainable != "all":
+        raise ValueError("recipe: pretraining has no auxiliary model and no probe")
+    _require_free(out, resume)
+    with processes() as world:
+        train_set = _training_set(recipe, world)
+        steps = steps_per_epoch(samples_of(train_set), recipe.data)
+        views = train_set.views
+        random_seed(recipe.run.seed)
+        model = _initialised(recipe, num_classes=0)
+        autoencoder = MaskedAutoencoder(model, **vars(recipe.pretraining)).to(world.device)
+
+        def objective(model: nn.Module, batch: Any) -> Tensor:
+            input, _ = batch
+            return model(input.flatten(0, 1) if views > 1 else input)
+
+        trainer = Trainer(autoencoder, objective, recipe, world, steps, has_unused_parameters=True)
+        with _log_of(trainer, out, resume, steps) as log:
+            _fit(trainer, train_set, out, log, steps, None)
+        weights = trainer.weights()
+        if world.is_first:
+            (prefix,) = (f"{name}." for name, module in autoencoder.named_modules() if module is model)
+            inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            save_state_dict(inside, out / "pretrained.safetensors")
+            plot_curves(out)
+
+
+def evaluate_checkpoint(recipe: Recipe, checkpoint: str | os.PathLike) -> Metrics:
+    """The metrics in percent of a checkpoint of `train`: `last.pth`, also of an unfinished run, or a merged file.
+
+    Raises:
+        FileNotFoundError: no such file, or no data.
+        ValueError: the checkpoint is not of the recipe's model, or has other classes than the data.
+    """
+    test_set = _test_set(recipe)
+    plain = build_plain(recipe, test_set.num_classes, deployed(load_weights(checkpoint)))
+    with processes() as world:
+        batches = test_batches(test_set, recipe, world)
+        return evaluate(plain.to(world.device), test_set, batches, metric_of(test_set), recipe.machine, world)
+
+
+def create_trained_model(recipe: Recipe, num_classes: int, multi_label: bool) -> Any:
+    """The recipe's model with its pathway, on the CPU; what the recipe does not train is frozen.
+
+    Raises:
+        FileNotFoundError, ValueError: a checkpoint is missing or does not fit, or the loss does not fit the targets.
+    """
+    if multi_label and recipe.loss.name != "binary_cross_entropy":
+        raise ValueError("loss.name: samples with several classes need 'binary_cross_entropy'")
+    random_seed(recipe.run.seed)
+    module = _initialised(recipe, num_classes)
+    if recipe.auxiliary.path:
+        aux_model = load_auxiliary(recipe.auxiliary.path)
+        if recipe.auxiliary.dtype:
+            aux_model.to(getattr(torch, recipe.auxiliary.dtype))
+        reparameterize_aux_into_target_model(module, aux_model, is_aux_trainable=recipe.auxiliary.trainable)
+    if recipe.model.trainable == "head":
+        module.head = probe_head(module.head)
+        module.requires_grad_(False)
+        module.head.requires_grad_(True)
+        if recipe.auxiliary.path:
+            freeze_for_linear_probe(module)
+    return module
+
+
+def _initialised(recipe: Recipe, num_classes: int) -> Any:
+    settings = recipe.model
+    arguments = (settings.modality, settings.size, settings.task)
+    model = cast(Any, create_model(*arguments, num_classes=num_classes, **settings.overrides))
+    if settings.init:
+        report = load_pretrained(model, settings.init)
+        if is_first_process():
+            print(report)
+    if recipe.machine.checkpoint_activations:
+        model.set_grad_checkpointing()
+    return model
+
+
+def _fit(
+    trainer: Trainer, dataset: Any, out: Path, log: Log, steps_per_epoch: int, measure: Callable[[], Metrics] | None
+) -> None:
+    """Train to the end of the schedule."""
+    recipe, world = trainer.recipe, trainer.world
+    steps = recipe.schedule.epochs * steps_per_epoch
+    passes = training_batches(dataset, recipe, world, trainer.step)
+    start, since = time.perf_counter(), trainer.step
+    while trainer.step < steps:
+        figures = trainer.update(itertools.islice(passes, recipe.machine.accumulation))
+        step = trainer.step
+        log.bar.update()
+        if step % recipe.run.log_steps == 0 or step == steps:
+            rate = (step - since) * recipe.data.batch_size / (time.perf_counter() - start)
+            log.write(step, **figures, samples_per_second=rate)
+            start, since = time.perf_counter(), step
+        paused = time.perf_counter()
+        epoch, is_inside = divmod(step, steps_per_epoch)
+        if measure is not None and step < steps and not is_inside and epoch % recipe.run.eval_epochs == 0:
+            log.write(step, **measure())
+        if not is_inside or (recipe.run.checkpoint_steps and step % recipe.run.checkpoint_steps == 0):
+            state = trainer.state_dict()
+            if world.is_first:
+                save_checkpoint(out, state, recipe)
+        start += time.perf_counter() - paused
+
+
+def _log_of(trainer: Trainer, out: Path, resume: bool, steps_per_epoch: int) -> Log:
+    """The log of a run that begins, or that goes on from its last checkpoint."""
+    if resume:
+        trainer.load_state_dict(load_checkpoint(out, trainer.recipe))
+    if trainer.world.is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "recipe.json", trainer.recipe.as_dict())
+    return Log(out, trainer.world.is_first, trainer.step, trainer.recipe.schedule.epochs * steps_per_epoch)
+
+
+def _require_free(out: Path, resume: bool) -> None:
+    if not resume and (out / CHECKPOINT).exists():
+        raise ValueError(f"{out}: there is a run in it already; continue it with resume, or choose another folder")
+
+
+def _training_set(recipe: Recipe, world: World) -> Any:
+    data = recipe.data
+    size = pass_size(recipe, world)
+    stream = {"batch_size": size, "seed": recipe.run.seed} if data.layout == "webdataset" else {}
+    return create_dataset(
+        recipe.model.modality, data.layout, data.root, data.train_split, True, **{**data.settings, **stream}
+    )
+
+
+def _test_set(recipe: Recipe) -> Any:
+    """The test split. It has to be opened before the processes know of each other: timm would divide a stream among
+    them, and not evenly."""
+    data = recipe.data
+    return create_dataset(recipe.model.modality, data.layout, data.root, data.test_split, False, **data.settings)

@@ -1,0 +1,139 @@
+"""Two processes under torchrun, DDP and FSDP2, against one process on the same batches."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_runs import assignments, make_data, tiny_model
+
+from m2pt.checkpoints import load_state_dict, save_state_dict
+from m2pt.cli import main
+from m2pt.train.engine import Trainer
+from m2pt.train.log import read_log
+
+PROGRAM = """
+import json, sys
+import m2pt.train.run as run
+from m2pt.cli import main
+run.plot_curves = run.plot_scales = lambda *arguments: None
+for arguments in json.loads(sys.argv[1]):
+    if code := main(arguments):
+        sys.exit(code)
+"""
+
+# plain steps along the gradient: equal weights after them are equal gradients
+STEPS = [
+    "optimizer.name=momentum",
+    "optimizer.options.momentum=0.0",
+    "optimizer.base_lr=10.0",
+    "optimizer.clip_grad=1.0",
+]
+SETTINGS = [*STEPS, "loss.mixup=0.0", "loss.cutmix=0.0", "model.overrides.drop_path_rate=0.0", "run.ema_decay=0.5"]
+MOMENTUM = ["optimizer.options.momentum=0.9", "run.checkpoint_steps=1"]
+
+
+def command(folder, out, *more):
+    data = ["--data", str(folder / "image"), "--aux", str(folder / "aux.safetensors"), "--aux-dtype", "bfloat16"]
+    return ["train", "image_imagenet", *data, "--out", str(folder / out), *assignments("image"), *SETTINGS, *more]
+
+
+def interrupted(stop):
+    """`Trainer.update` until a step, then Ctrl-C."""
+    update = Trainer.update
+
+    def wrapper(trainer, batches):
+        if trainer.step == stop:
+            raise KeyboardInterrupt
+        return update(trainer, batches)
+
+    return wrapper
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs of one process and of two, under their names."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_data("image", folder / "image", train=12, test=5)
+    make_data("point", folder / "point", train=8, test=2)
+    torch.manual_seed(1)
+    save_state_dict(tiny_model("audio", 0).state_dict(), folder / "aux.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr("m2pt.train.run.plot_curves", lambda *arguments: None)
+        patch.setattr("m2pt.train.run.plot_scales", lambda *arguments: None)
+        assert main(command(folder, "one")) == 0
+        patch.setattr(Trainer, "update", interrupted(4))
+        assert main(command(folder, "resumed_one", *MOMENTUM)) == 130
+        shutil.copytree(folder / "resumed_one", folder / "resumed_fsdp")
+        patch.undo()
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        assert main([*command(folder, "resumed_one", *MOMENTUM), "--resume"]) == 0
+    decoder = ["pretraining.decoder_width=48", "pretraining.decoder_depth=1", "pretraining.decoder_heads=3"]
+    pretraining = ["pretrain", "pretrain_point", "--data", str(folder / "point"), "--out", str(folder / "mae")]
+    together(
+        command(folder, "ddp"),
+        command(folder, "fsdp", "machine.sharding=fsdp"),
+        command(folder, "fsdp_bfloat16", "machine.sharding=fsdp", "machine.precision=bfloat16"),
+        [*command(folder, "resumed_fsdp", *MOMENTUM, "machine.sharding=fsdp"), "--resume"],
+        [*pretraining, *assignments("point"), *decoder],
+    )
+    return folder
+
+
+def together(*commands):
+    """Run commands one after the other in two processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
+    run = subprocess.run([*torchrun, *program], capture_output=True, text=True, env=environment, timeout=200)
+    assert run.returncode == 0, run.stderr
+
+
+def checkpoint(out):
+    return torch.load(out / "last.pth", weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_processes_compute_what_one_computes(folder, name):
+    one, two = (read_log(folder / out) for out in ("one", name))
+    figures = ("step", "loss", "gradient_norm", "learning_rate", "top1")
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert {key: a[key] for key in figures if key in a} == pytest.approx(
+            {key: b[key] for key in figures if key in b}, rel=1e-5
+        )
+    start = tiny_model("image", 2).state_dict()
+    one, two = checkpoint(folder / "one"), checkpoint(folder / name)
+    torch.testing.assert_close(two["model"], one["model"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(two["ema"], one["ema"], rtol=1e-5, atol=1e-7)
+    assert any((one["model"][key] - value).abs().max() > 1e-3 for key, value in start.items())
+    results = [json.loads((folder / out / "result.json").read_text()) for out in ("one", name)]
+    assert results[0] == results[1]
+
+
+def test_shards_of_bfloat16_have_float32_masters(folder):
+    one, two = checkpoint(folder / "one")["model"], checkpoint(folder / "fsdp_bfloat16")["model"]
+    assert two["blocks.0.attn.qkv.aux_weight"].dtype == torch.bfloat16
+    assert two["blocks.0.attn.qkv.weight"].dtype == torch.float32
+    assert not torch.equal(two["blocks.0.attn.qkv.weight"], two["blocks.0.attn.qkv.weight"].bfloat16().float())
+    torch.testing.assert_close(two, one, rtol=0.1, atol=5e-3)
+    assert not all(torch.equal(two[name], value) for name, value in one.items())
+
+
+def test_shards_continue_what_one_process_began(folder):
+    one, two = (checkpoint(folder / name) for name in ("resumed_one", "resumed_fsdp"))
+    torch.testing.assert_close(two["model"], one["model"], rtol=1e-5, atol=1e-6)
+    assert two["optimizer"]["state"].keys() == one["optimizer"]["state"].keys() != set()
+    for name, state in one["optimizer"]["state"].items():
+        torch.testing.assert_close(two["optimizer"]["state"][name], state, rtol=1e-5, atol=1e-6)
+
+
+def test_pretraining_in_two_processes(folder):
+    pretrained = load_state_dict(folder / "mae" / "pretrained.safetensors")
+    assert pretrained.keys() == {name for name in tiny_model("point", 0).state_dict()}
+    assert [line["step"] for line in read_log(folder / "mae")] == [1, 2, 3, 4]

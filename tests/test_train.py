@@ -1,0 +1,550 @@
+"""Training from the command line: four modalities, resuming, merging, pretraining, evaluation and what is refused."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import timm
+import torch
+import webdataset
+from sklearn.metrics import jaccard_score
+from tiny_runs import RECIPES, SIZES, WIDTH, assignments, make_data, tiny_model
+from torch import nn
+
+from m2pt import reparameterize_aux_into_target_model
+from m2pt.checkpoint_formats import load_auxiliary, load_pretrained
+from m2pt.checkpoints import load_state_dict, save_state_dict
+from m2pt.cli import main
+from m2pt.data import create_dataset
+from m2pt.train import load_recipe, parse_assignment
+from m2pt.train.batches import training_batches
+from m2pt.train.deployment import deployed, probe_head
+from m2pt.train.distributed import World
+from m2pt.train.engine import Trainer, evaluate
+from m2pt.train.files import load_weights
+from m2pt.train.log import read_log
+from m2pt.train.metrics import Metric, mean_average_precision, mious, part_ious, top_accuracies
+from m2pt.train.optimization import create_loss, create_mixing, create_optimizer, create_scheduler, parameter_groups
+
+OTHER = {"image": "audio", "audio": "point", "point": "video", "video": "image"}
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data of every modality under its name, and an auxiliary checkpoint of each."""
+    folder = tmp_path_factory.mktemp("data")
+    torch.manual_seed(1)
+    for modality in RECIPES:
+        make_data(modality, folder / modality)
+        save_state_dict(tiny_model(modality, 0).state_dict(), folder / f"{modality}.safetensors")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(request, monkeypatch):
+    """Figures take longer than these runs."""
+    if request.node.name != "test_curves_and_scales_are_drawn":
+        for plot in ("plot_curves", "plot_scales"):
+            monkeypatch.setattr(f"m2pt.train.run.{plot}", lambda *arguments: None)
+
+
+def arguments(modality, folder, *more):
+    return [RECIPES[modality], "--data", str(folder / modality), *assignments(modality), *more]
+
+
+def run(modality, folder, out, *more, code=0):
+    """Train with the other modality's auxiliary model; the folder that it wrote to."""
+    aux = ["--aux", str(folder / f"{OTHER[modality]}.safetensors"), "--aux-modality", OTHER[modality]]
+    assert main(["train", *arguments(modality, folder, *aux, *more), "--out", str(out)]) == code
+    return out
+
+
+def tiny_recipe(modality, folder, *more):
+    values = dict(map(parse_assignment, [*assignments(modality), *more]))
+    return load_recipe(RECIPES[modality], {"data.root": str(folder / modality), **values})
+
+
+def checkpoint(out):
+    return torch.load(out / "last.pth", weights_only=True)
+
+
+def assert_equal(a, b):
+    """Nested containers with the same tensors, bit for bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for left, right in zip(a, b, strict=True):
+            assert_equal(left, right)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("modality", RECIPES)
+def test_train_evaluate_and_merge(modality, folder, tmp_path, capsys):
+    out = run(modality, folder, tmp_path / "run", "optimizer.base_lr=0.1")
+    result = json.loads((out / "result.json").read_text())
+    assert result["trained"] == result["merged"]
+    expected = ", ".join(f"{name} {value:.2f}" for name, value in result["merged"].items())
+    assert f"trained: {expected}\nmerged: {expected}\n" in capsys.readouterr().out
+    for file in ("last.pth", "merged.safetensors"):
+        evaluation = arguments(modality, folder)[1:]
+        assert main(["eval", str(out / file), "--recipe", RECIPES[modality], *evaluation]) == 0
+        assert capsys.readouterr().out == f"{expected}\n"
+
+    trained = checkpoint(out)["model"]
+    scales = [value for name, value in trained.items() if name.endswith("cross_modal_scale")]
+    assert len(scales) == 8 and all(scale != 0 for scale in scales)
+    auxiliary = load_state_dict(folder / f"{OTHER[modality]}.safetensors")
+    merged = load_state_dict(out / "merged.safetensors")
+    for layer in ("blocks.0.attn.qkv", "blocks.1.mlp.fc2"):
+        assert torch.equal(trained[f"{layer}.aux_weight"], auxiliary[f"{layer}.weight"])
+        expected = trained[f"{layer}.weight"] + trained[f"{layer}.cross_modal_scale"] * auxiliary[f"{layer}.weight"]
+        torch.testing.assert_close(merged[f"{layer}.weight"], expected)
+
+    lines = read_log(out)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert {line["model"] for line in lines if "model" in line} == {"trained", "merged"}
+
+
+def test_curves_and_scales_are_drawn(folder, tmp_path):
+    out = run("point", folder, tmp_path / "run")
+    assert (out / "curves.png").stat().st_size and (out / "scales.png").stat().st_size
+
+
+def test_merged_image_model_is_timms(folder, tmp_path):
+    out = run("image", folder, tmp_path / "run", "optimizer.base_lr=0.1")
+    described = json.loads((out / "merged.json").read_text())
+    assert described["function"] == "timm.create_model"
+    assert described["arguments"]["model_name"] == "vit_base_patch16_224"
+    model = timm.create_model(**described["arguments"]).eval()
+    assert "drop_path_rate" not in described["arguments"] and all(
+        type(block.attn.qkv) is nn.Linear for block in model.blocks
+    )
+    model.load_state_dict(load_state_dict(out / "merged.safetensors"))
+    connected = tiny_model("image", 2)
+    reparameterize_aux_into_target_model(connected, load_auxiliary(folder / "audio.safetensors"))
+    connected.load_state_dict(checkpoint(out)["model"])
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(images), connected.eval()(images))
+
+
+def test_training_learns(folder, tmp_path):
+    more = ("optimizer.base_lr=0.2", "loss.mixup=0.0", "loss.cutmix=0.0", "schedule.epochs=8", "run.eval_epochs=4")
+    lines = read_log(run("image", folder, tmp_path / "run", *more, "data.settings.rand_augment="))
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert [line["step"] for line in lines if "top1" in line] == [8, 16, 16]
+    assert lines[-1]["top1"] == 100
+
+
+@pytest.mark.parametrize("stop", [3, 4])  # the end of the first epoch; inside the second
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_resumed_training_is_the_same_bit_for_bit(modality, stop, tmp_path, monkeypatch):
+    make_data(modality, tmp_path / modality, train=12, test=3)
+    save_state_dict(tiny_model(OTHER[modality], 0).state_dict(), tmp_path / f"{OTHER[modality]}.safetensors")
+    settings = [
+        "run.ema_decay=0.5",
+        "run.checkpoint_steps=1",
+        "machine.accumulation=2",
+        "model.overrides.drop_path_rate=0.5",
+    ]
+    whole = run(modality, tmp_path, tmp_path / "whole", *settings)
+
+    update = Trainer.update
+
+    def interrupted(trainer, batches):
+        if trainer.step == stop:
+            raise KeyboardInterrupt
+        return update(trainer, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", interrupted)
+        parts = run(modality, tmp_path, tmp_path / "parts", *settings, code=130)
+    assert checkpoint(parts)["step"] == stop
+    torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
+    run(modality, tmp_path, parts, *settings, "--resume")
+
+    assert checkpoint(whole)["step"] == 6
+    assert_equal(checkpoint(whole), checkpoint(parts))
+    assert_equal(load_state_dict(whole / "merged.safetensors"), load_state_dict(parts / "merged.safetensors"))
+    logs = (
+        [{k: v for k, v in line.items() if k != "samples_per_second"} for line in read_log(out)]
+        for out in (whole, parts)
+    )
+    assert next(logs) == next(logs)
+
+
+def test_the_moving_average_is_what_is_evaluated_and_merged(folder, tmp_path):
+    out = run("image", folder, tmp_path / "run", "run.ema_decay=0.5", "optimizer.base_lr=1.0")
+    average, last = (deployed(checkpoint(out)[key]) for key in ("ema", "model"))
+    assert_equal(load_state_dict(out / "merged.safetensors"), average)
+    assert_equal(deployed(load_weights(out / "last.pth")), average)
+    assert not torch.equal(average["head.weight"], last["head.weight"])
+
+
+def test_resume_wants_the_same_recipe_but_not_the_same_machine(folder, tmp_path, capsys):
+    out = run("image", folder, tmp_path / "run")
+    before = checkpoint(out)
+    run("image", folder, out, code=2)
+    assert "there is a run in it already" in capsys.readouterr().err
+    run("image", folder, out, "--resume", "optimizer.weight_decay=0.1", code=2)
+    assert "optimizer.weight_decay is 0.1, was 0.05" in capsys.readouterr().err
+    run("image", folder, tmp_path / "none", "--resume", code=2)
+    assert "there is no run to resume" in capsys.readouterr().err
+    run("image", folder, out, "--resume", "machine.accumulation=2")
+    assert_equal(checkpoint(out), before)
+
+
+def test_interrupted_while_saving_keeps_the_last_complete_checkpoint(folder, tmp_path, monkeypatch):
+    save, saved = torch.save, []
+
+    def interrupted(state, path):
+        if saved:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        saved.append(state["step"])
+        save(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", interrupted)
+        out = run("point", folder, tmp_path / "run", code=130)
+    assert checkpoint(out)["step"] == saved[0] == 2
+    run("point", folder, out, "--resume")
+    assert checkpoint(out)["step"] == 4
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(folder, tmp_path, capsys):
+    out = run("point", folder, tmp_path / "run", "optimizer.base_lr=1e30", "schedule.warmup_lr=0.0", code=2)
+    assert "m2pt: error: step 1: the loss is nan" in capsys.readouterr().err
+    assert not (out / "result.json").exists()
+
+
+def test_auxiliary_weights_are_trained_on_demand_in_their_dtype(folder, tmp_path):
+    auxiliary = load_state_dict(folder / "audio.safetensors")["blocks.0.mlp.fc1.weight"].bfloat16()
+    fast = "optimizer.base_lr=1.0"
+    frozen = run("image", folder, tmp_path / "frozen", fast, "--aux-dtype", "bfloat16")
+    trained = run("image", folder, tmp_path / "trained", fast, "--aux-dtype", "bfloat16", "--train-aux")
+    weights = [checkpoint(out)["model"]["blocks.0.mlp.fc1.aux_weight"] for out in (frozen, trained)]
+    assert torch.equal(weights[0], auxiliary)
+    assert weights[1].dtype == torch.bfloat16 and not torch.equal(weights[1], auxiliary)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision(precision, folder, tmp_path):
+    out = run("image", folder, tmp_path / "run", f"machine.precision={precision}", "schedule.epochs=1")
+    state = checkpoint(out)
+    assert all(value.dtype == torch.float32 for value in state["model"].values())
+    assert bool(state["scaler"]) == (precision == "float16")
+    run("image", folder, out, "--resume", f"machine.precision={precision}", "schedule.epochs=1")
+    assert_equal(checkpoint(out), state)
+
+
+def test_activation_checkpointing_changes_nothing(folder, tmp_path):
+    plain = run("image", folder, tmp_path / "plain", "schedule.epochs=1")
+    again = run("image", folder, tmp_path / "again", "schedule.epochs=1", "machine.checkpoint_activations=true")
+    torch.testing.assert_close(checkpoint(again)["model"], checkpoint(plain)["model"])
+
+
+def test_accumulated_passes_are_one_batch(folder, tmp_path):
+    settings = ["loss.mixup=0.0", "loss.cutmix=0.0", "model.overrides.drop_path_rate=0.0"]
+    settings += ["optimizer.name=momentum", "optimizer.base_lr=1.0"]
+    whole = run("image", folder, tmp_path / "whole", *settings)
+    parts = run("image", folder, tmp_path / "parts", *settings, "machine.accumulation=4")
+    torch.testing.assert_close(checkpoint(parts)["model"], checkpoint(whole)["model"])
+
+
+def test_linear_probe_trains_head_and_scales_and_folds_the_normalisation(folder, tmp_path):
+    tiny = assignments("image")
+    aux = ["--aux", str(folder / "audio.safetensors")]
+    init = ["--init", str(folder / "image.safetensors"), "model.overrides.global_pool=avg"]
+    command = ["train", "image_imagenet_probe", "--data", str(folder / "image"), *aux, *init, *tiny]
+    assert main([*command, "--out", str(tmp_path), "optimizer.base_lr=20.0"]) == 0
+    trained, start = checkpoint(tmp_path)["model"], load_state_dict(folder / "image.safetensors")
+    changed = {name for name, value in trained.items() if name in start and not torch.equal(value, start[name])}
+    assert not changed and all(value != 0 for name, value in trained.items() if name.endswith("_scale"))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["trained"] == result["merged"]
+    assert load_state_dict(tmp_path / "merged.safetensors")["head.weight"].shape == (2, 48)
+
+
+def test_folded_probe_head_computes_the_same():
+    head = probe_head(nn.Linear(5, 3)).train()
+    for _ in range(20):
+        head(3 * torch.randn(16, 5) + 1)
+    head.eval()
+    folded = deployed({f"head.{name}": value for name, value in head.state_dict().items()})
+    features = torch.randn(4, 5)
+    expected = nn.functional.linear(features, folded["head.weight"], folded["head.bias"])
+    torch.testing.assert_close(expected, head(features))
+
+
+def test_part_segmentation(tmp_path, folder, capsys):
+    make_data("parts", tmp_path / "data")
+    settings = [*assignments("point"), "optimizer.base_lr=1.0"]
+    command = ["train", "point_shapenetpart", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    assert main([*command, "--aux", str(folder / "image.safetensors"), *settings]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["trained"] == result["merged"] and result["merged"].keys() == {"instance_miou", "class_miou"}
+
+
+def test_few_shot(tmp_path, folder):
+    make_data("point", tmp_path / "data", train=8, test=40)
+    settings = [*assignments("point"), "data.settings.way=2", "data.settings.shot=3"]
+    command = ["train", "point_modelnet40_few_shot", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    assert main([*command, "--aux", str(folder / "image.safetensors"), *settings]) == 0
+    assert checkpoint(tmp_path / "run")["step"] == 2  # 6 samples are one batch of 4 an epoch
+
+
+@pytest.mark.parametrize("modality", RECIPES)
+def test_pretraining_serves_as_start_and_as_auxiliary(modality, folder, tmp_path):
+    out, decoder = tmp_path / "mae", {"decoder_width": 48, "decoder_depth": 1, "decoder_heads": 3}
+    settings = [entry for entry in assignments(modality) if "clips" not in entry and "crops" not in entry]
+    layout = ["data.layout=esc50", "data.train_split=train"] if modality == "audio" else []
+    settings += [*layout, *(f"pretraining.{name}={value}" for name, value in decoder.items())]
+    command = ["pretrain", f"pretrain_{modality}", "--data", str(folder / modality), "--out", str(out), *settings]
+    assert main([*command, "optimizer.base_lr=0.05", "schedule.epochs=3"]) == 0
+    losses = [line["loss"] for line in read_log(out)]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    model = tiny_model(modality, 2)
+    load_pretrained(model, out / "pretrained.safetensors")
+    pretrained = load_state_dict(out / "pretrained.safetensors")
+    assert torch.equal(model.blocks[1].mlp.fc2.weight, pretrained["blocks.1.mlp.fc2.weight"])
+    assert torch.equal(
+        load_auxiliary(out / "pretrained.safetensors").blocks[1].mlp.fc2.weight, model.blocks[1].mlp.fc2.weight
+    )
+
+
+def test_recipes_are_for_one_command(folder, tmp_path, capsys):
+    data = ["--data", str(folder / "image"), "--out", str(tmp_path)]
+    assert main(["train", "pretrain_image", *data]) == 2
+    assert "m2pt pretrain" in capsys.readouterr().err
+    assert main(["pretrain", "image_imagenet", *data]) == 2
+    assert "m2pt train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["data.batch_size=10"], "data.batch_size: 10, but split 'train' has 8 samples"),
+        (
+            ["machine.accumulation=3"],
+            "data.batch_size: expected a multiple of 6 for 1 processes, 3 passes and mixed pairs",
+        ),
+        (["machine.sharding=fsdp"], "machine.sharding: 'fsdp' needs several processes"),
+        (["model.overrides.depth=3"], "aux_model: expected 3 blocks"),
+        (["data.settings.colour=1"], "setting of layout folder: expected one of"),
+        (["data.test_split=none"], "split: expected one of"),
+        (["model.init=none.pth"], "none.pth: no such file"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(more, message, folder, tmp_path, capsys):
+    run("image", folder, tmp_path / "run", *more, code=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("m2pt: error: ") and message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_refuses_another_model(folder, tmp_path, capsys):
+    data = ["--recipe", "image_imagenet", "--data", str(folder / "image"), *assignments("image")]
+    assert main(["eval", str(folder / "audio.safetensors"), *data]) == 2
+    assert "patch_embed.proj.weight" in capsys.readouterr().err
+
+
+# -- parts --
+
+
+def test_batches_do_not_depend_on_processes_passes_or_workers(folder):
+    dataset = create_dataset("image", "folder", folder / "image", "train", True, size=32)
+
+    def step(number, world, **machine):
+        recipe = tiny_recipe("image", folder, *(f"machine.{name}={value}" for name, value in machine.items()))
+        batches = training_batches(dataset, recipe, world, number)
+        return torch.cat([next(batches)[0] for _ in range(recipe.machine.accumulation)])
+
+    whole = step(1, ALONE)
+    assert torch.equal(step(1, ALONE, accumulation=2), whole)
+    assert torch.equal(step(1, ALONE, workers=1), whole)
+    shares = [step(1, World(rank, 2, torch.device("cpu"))) for rank in range(2)]
+    assert torch.equal(torch.stack(shares, dim=1).flatten(0, 1), whole)
+    assert not torch.equal(step(3, ALONE), whole)
+
+
+def test_an_epoch_sees_every_sample_once_and_the_next_in_another_order(folder):
+    clouds = create_dataset("point", "modelnet40", folder / "point", "train", True, points=64)
+    dataset = [(torch.tensor(index), label) for index, label in enumerate(clouds.labels)]
+    batches = list(training_batches(dataset, tiny_recipe("point", folder), ALONE, 0))
+    seen = torch.cat([input for input, _ in batches]).view(2, -1)
+    assert [sorted(epoch.tolist()) for epoch in seen] == [list(range(8))] * 2 and not torch.equal(seen[0], seen[1])
+
+
+def connected_model(folder):
+    return reparameterize_aux_into_target_model(tiny_model("image", 2), load_auxiliary(folder / "audio.safetensors"))
+
+
+def test_optimizer_groups(folder):
+    recipe = tiny_recipe("image", folder, "optimizer.scale_learning_rate=10.0", "optimizer.layer_decay=0.5")
+    model = connected_model(folder)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates, decays = {}, {}
+    for group in parameter_groups(model, recipe):
+        for parameter in group["params"]:
+            rates[names[id(parameter)]], decays[names[id(parameter)]] = group["lr_scale"], group["weight_decay"]
+    assert rates.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert rates["patch_embed.proj.weight"] == rates["pos_embed"] == 0.125
+    assert rates["blocks.0.attn.qkv.weight"] == 0.25 and rates["blocks.1.attn.qkv.weight"] == 0.5
+    assert rates["blocks.0.attn.qkv.cross_modal_scale"] == 2.5
+    assert rates["blocks.1.mlp.fc2.cross_modal_scale"] == 5.0
+    assert rates["head.weight"] == 1
+    assert decays["blocks.0.attn.qkv.weight"] == 0.05
+    assert not any(decays[name] for name in decays if name.endswith(("bias", "cross_modal_scale", "pos_embed")))
+
+
+def test_learning_rate_follows_warmup_and_cosine(folder):
+    recipe = tiny_recipe("image", folder, "schedule.epochs=10", "schedule.warmup_epochs=2", "schedule.min_lr=1e-6")
+    optimizer = create_optimizer(connected_model(folder), recipe)
+    scheduler = create_scheduler(optimizer, recipe, updates_per_epoch=5)
+    head = max(range(len(optimizer.param_groups)), key=lambda index: optimizer.param_groups[index]["lr_scale"])
+    peak = 5e-4 * 4 / 256
+    for step in (0, 3, 10, 20, 49):
+        scheduler.step_update(step)
+        expected = (
+            peak * step / 10 if step < 10 else 1e-6 + (peak - 1e-6) * (1 + math.cos(math.pi * (step - 10) / 40)) / 2
+        )
+        assert optimizer.param_groups[head]["lr"] == pytest.approx(expected)
+
+
+def test_lars_adapts_matrices_only(folder):
+    recipe = tiny_recipe("image", folder, "optimizer.name=lars", "optimizer.weight_decay=0.0")
+    for group in create_optimizer(connected_model(folder), recipe).param_groups:
+        assert group["always_adapt"] == all(parameter.ndim > 1 for parameter in group["params"])
+
+
+def test_losses_against_torch():
+    logits, classes = torch.randn(4, 5), torch.randint(5, (4,))
+    recipe = load_recipe("image_imagenet")
+    cross_entropy = create_loss(recipe.loss)
+    expected = nn.functional.cross_entropy(logits, classes, label_smoothing=0.1)
+    torch.testing.assert_close(cross_entropy(logits, classes), expected)
+    soft = torch.rand(4, 5).softmax(1)
+    torch.testing.assert_close(cross_entropy(logits, soft), nn.functional.cross_entropy(logits, soft))
+    points, labels = torch.randn(2, 7, 5), torch.randint(5, (2, 7))
+    expected = nn.functional.cross_entropy(points.mT, labels, label_smoothing=0.1)
+    torch.testing.assert_close(cross_entropy(points, labels), expected)
+    several = torch.randint(2, (4, 5)).float()
+    binary = create_loss(load_recipe("audio_audioset").loss)
+    torch.testing.assert_close(binary(logits, several), nn.functional.binary_cross_entropy_with_logits(logits, several))
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0)])
+def test_videos_are_mixed_alike_in_all_frames(mixup, cutmix):
+    recipe = load_recipe("video_kinetics400", {"loss.mixup": mixup, "loss.cutmix": cutmix, "loss.label_smoothing": 0.0})
+    mix = create_mixing(recipe.loss, 2)
+    video = torch.stack([torch.zeros(3, 4, 16, 16), torch.ones(3, 4, 16, 16)])
+    np.random.seed(0)
+    mixed, target = mix(video.clone(), torch.tensor([0, 1]))
+    assert mixed.shape == video.shape and torch.equal(mixed, mixed[:, :1, :1].expand_as(mixed))
+    assert 0 < target[0, 1] < 1
+    torch.testing.assert_close(mixed[0].mean(), target[0, 1])
+
+
+def test_probabilities_of_several_classes_need_the_binary_loss(tmp_path, capsys, folder):
+    audio = folder / "audio" / "audio"
+    (audio / "class_labels_indices.csv").write_text("index,mid,display_name\n0,/m/a,low\n1,/m/b,high\n")
+    rows = [{"wav": f"train{index}.wav", "labels": ("/m/a", "/m/a,/m/b")[index % 2]} for index in range(8)]
+    (audio / "train.json").write_text(json.dumps({"data": rows}))
+    (audio / "eval.json").write_text(json.dumps({"data": rows[:3]}))
+    command = ["train", "audio_audioset", "--data", str(audio), "--out", str(tmp_path / "run"), *assignments("audio")]
+    assert main([*command, "loss.name=cross_entropy"]) == 2
+    assert "loss.name: samples with several classes need 'binary_cross_entropy'" in capsys.readouterr().err
+    assert main(command) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["trained"] == result["merged"] and 0 < result["merged"]["map"] <= 100
+
+
+def test_a_stream_of_shards_is_trained_on_and_resumed(folder, tmp_path, monkeypatch):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for split, count in (("train", 8), ("val", 4)):
+        with webdataset.TarWriter(str(shards / f"{split}-0.tar")) as tar:
+            for index in range(count):
+                file = sorted((folder / "image" / split).rglob("*.png"))[index]
+                tar.write({"__key__": f"{index:04}", "png": file.read_bytes(), "cls": index % 2})
+    splits = {
+        split: {"name": split, "num_samples": count, "filenames": [f"{split}-0.tar"], "shard_lengths": [count]}
+        for split, count in (("train", 8), ("val", 4))
+    }
+    (shards / "info.json").write_text(json.dumps({"splits": splits}))
+    command = ["train", "image_imagenet", "--data", str(shards), *assignments("image"), "machine.workers=1"]
+    command += ["data.layout=webdataset", "data.settings.num_classes=2", "run.checkpoint_steps=1"]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    update = Trainer.update
+
+    def interrupted(trainer, batches):
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        return update(trainer, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", interrupted)
+        assert main([*command, "--out", str(tmp_path / "parts")]) == 130
+    assert main([*command, "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert_equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+
+
+def test_logits_are_averaged_over_views(folder):
+    dataset = create_dataset("point", "modelnet40", folder / "point", "test", False, points=64, votes=3)
+    recipe = tiny_recipe("point", folder, "data.settings.votes=3")
+    model = tiny_model("point", 2).eval()
+    samples = [dataset[index] for index in range(len(dataset))]
+    batches = torch.utils.data.DataLoader(samples, 2)
+    kept = Metric(lambda logits, input, target: (logits, target), lambda rows, target: {"logits": rows})
+    logits = evaluate(model, dataset, batches, kept, recipe.machine, ALONE)["logits"]
+    expected = torch.stack([model(views).mean(0) for views, _ in samples])
+    torch.testing.assert_close(logits, expected)
+
+
+def test_top_accuracies():
+    logits = torch.arange(12.0).repeat(4, 1)
+    assert top_accuracies(logits, torch.tensor([11, 7, 6, 0])) == {"top1": 25.0, "top5": 50.0}
+
+
+def test_mean_average_precision_leaves_out_classes_that_do_not_occur():
+    scores = torch.tensor([[0.9, 0.1, 0.5], [0.8, 0.7, 0.5], [0.1, 0.6, 0.5]])
+    target = torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 1, 0]])
+    # first class: ranks 1 and 3 of 3, (1 + 2/3) / 2; second: rank 2, 1/2; third: no sample
+    assert mean_average_precision(scores, target)["map"] == pytest.approx(100 * (5 / 6 + 1 / 2) / 2)
+    with pytest.raises(ValueError, match="no sample has a class"):
+        mean_average_precision(scores, torch.zeros(3, 3))
+
+
+def test_mean_intersection_over_union_against_sklearn():
+    parts = [range(0, 3), range(3, 5)]
+    category = torch.tensor([0, 1, 0])
+    logits = torch.randn(3, 40, 5)
+    target = torch.stack([torch.randint(parts[c].start, parts[c].stop, (40,)) for c in category.tolist()])
+    target[0][target[0] == 2] = 1  # a part that is not there,
+    logits[0, :, 2] = -100  # and not predicted
+    ious, _ = part_ious(logits, category, target, parts)
+    expected = []
+    for shape, c in enumerate(category.tolist()):
+        predicted = logits[shape, :, parts[c].start : parts[c].stop].argmax(1) + parts[c].start
+        scores = jaccard_score(target[shape], predicted, labels=list(parts[c]), average=None, zero_division=1)
+        expected.append(scores.mean())
+    np.testing.assert_allclose(ious.squeeze(1), expected, rtol=1e-6)
+    by_class = (np.mean([expected[0], expected[2]]) + expected[1]) / 2
+    result = mious(ious, category)
+    assert result["instance_miou"] == pytest.approx(100 * np.mean(expected))
+    assert result["class_miou"] == pytest.approx(100 * by_class)
+
+
+def test_sizes_of_all_modalities_fit_each_other():
+    shapes = {m: tiny_model(m, 0).blocks[0].mlp.fc1.weight.shape for m in SIZES}
+    assert set(shapes.values()) == {(4 * WIDTH["embed_dim"], WIDTH["embed_dim"])}

@@ -1,0 +1,146 @@
+"""Data sets of a few generated samples in the layouts of the recipes, and models that learn them in seconds."""
+
+import csv
+import json
+import math
+
+import av
+import numpy as np
+import soundfile
+from PIL import Image
+
+from m2pt.models import create_model
+
+WIDTH = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+SIZES = {
+    "image": {"img_size": 32, "patch_size": 8},
+    "audio": {"img_size": [32, 128]},
+    "point": {"num_groups": 8, "group_size": 8},
+    "video": {"img_size": 32, "num_frames": 4},
+}
+RECIPES = {
+    "image": "image_imagenet",
+    "audio": "audio_esc50",
+    "point": "point_modelnet40",
+    "video": "video_kinetics400",
+}
+SETTINGS = {
+    "image": ["data.settings.size=32"],
+    "audio": [
+        "data.settings.frames=32",
+        "data.settings.time_mask=4",
+    ],
+    "point": ["data.settings.points=64"],
+    "video": [
+        "data.settings.size=32",
+        "data.settings.frames=4",
+        "data.settings.num_classes=2",
+        "data.settings.clips=2",
+        "data.settings.crops=1",
+    ],
+}
+RUN = [
+    "data.batch_size=4",
+    "data.test_batch_size=3",
+    "schedule.epochs=2",
+    "schedule.warmup_epochs=0",
+    "machine.workers=0",
+    "machine.precision=float32",
+    "run.log_steps=1",
+]
+
+
+def assignments(modality):
+    """What makes the modality's recipe tiny."""
+    overrides = [f"model.overrides.{name}={value}" for name, value in (WIDTH | SIZES[modality]).items()]
+    return overrides + SETTINGS[modality] + RUN
+
+
+def tiny_model(modality, num_classes, **settings):
+    """The model of these assignments."""
+    return create_model(modality, num_classes=num_classes, **WIDTH, **SIZES[modality], **settings)
+
+
+def make_data(modality, root, train=8, test=5):
+    """Two classes that are easy to tell apart: `train` and `test` samples in all."""
+    root.mkdir()
+    MAKERS[modality](root, {"train": train, "test": test})
+    return root
+
+
+def images(root, counts):
+    for split, count in counts.items():
+        for index in range(count):
+            folder = root / {"train": "train", "test": "val"}[split] / f"class{index % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture(index)).save(folder / f"{index}.png")
+
+
+def picture(index, size=40):
+    noise = np.random.default_rng(index).integers(0, 100, (size, size, 3))
+    noise[..., index % 2] += 100
+    return noise.astype(np.uint8)
+
+
+def sounds(root, counts):
+    (root / "meta").mkdir()
+    (root / "audio").mkdir()
+    with (root / "meta" / "esc50.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["filename", "fold", "target", "category"])
+        for fold, split in ((1, "test"), (2, "train")):
+            for index in range(counts[split]):
+                name = f"{split}{index}.wav"
+                rows.writerow([name, fold, index % 2, ("low", "high")[index % 2]])
+                time = np.arange(16000 * 4 // 10) / 16000
+                wave = np.sin(2 * math.pi * (300, 3000)[index % 2] * time + index)
+                noise = 0.05 * np.random.default_rng(index).normal(size=len(time))
+                soundfile.write(root / "audio" / name, 0.5 * wave + noise, 16000)
+
+
+def clouds(root, counts):
+    (root / "modelnet40_shape_names.txt").write_text("ball\nstick\n")
+    for split, count in counts.items():
+        names = [f"{('ball', 'stick')[index % 2]}_{split}{index}" for index in range(count)]
+        (root / f"modelnet40_{split}.txt").write_text("\n".join(names) + "\n")
+        for index, name in enumerate(names):
+            folder = root / name.partition("_")[0]
+            folder.mkdir(exist_ok=True)
+            points = np.random.default_rng(index).normal(size=(80, 6))
+            points[:, 1:3] *= (1, 0.1)[index % 2]
+            np.savetxt(folder / f"{name}.txt", points, delimiter=",")
+
+
+def videos(root, counts):
+    for split, count in counts.items():
+        lines = []
+        for index in range(count):
+            name = f"{split}{index}.mp4"
+            with av.open(str(root / name), "w") as container:
+                stream = container.add_stream("mpeg4", rate=10)
+                stream.width = stream.height = 40
+                for step in range(20):
+                    frame = av.VideoFrame.from_ndarray(np.roll(picture(index), step, axis=0), format="rgb24")
+                    container.mux(stream.encode(frame))
+                container.mux(stream.encode())
+            lines.append(f"{name} {index % 2}\n")
+        (root / f"{split}.csv").write_text("".join(lines))
+
+
+def parts(root, counts):
+    """ShapeNetPart with bags and caps, two parts each: what is above and what is below."""
+    (root / "synsetoffset2category.txt").write_text("Bag\t02773838\nCap\t02954340\n")
+    (root / "train_test_split").mkdir()
+    for split, count in {**counts, "val": 0}.items():
+        entries = []
+        for index in range(count):
+            synset, first = (("02773838", 4), ("02954340", 6))[index % 2]
+            entries.append(f"shape_data/{synset}/{split}{index}")
+            (root / synset).mkdir(exist_ok=True)
+            points = np.random.default_rng(index).normal(size=(80, 7))
+            points[:, 6] = first + (points[:, 2] > 0)
+            np.savetxt(root / synset / f"{split}{index}.txt", points)
+        (root / "train_test_split" / f"shuffled_{split}_file_list.json").write_text(json.dumps(entries))
+
+
+MAKERS = {"image": images, "audio": sounds, "point": clouds, "video": videos, "parts": parts}
