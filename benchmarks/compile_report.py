@@ -40,7 +40,9 @@ PLAIN_TILES = {"ampere": (128, 128, 32, 4, 4), 90: (128, 256, 64, 4, 3), 100: (2
 ACTIVATIONS = torch.bfloat16
 WEIGHTS = {
     "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16, W_aux int8": (torch.bfloat16, torch.int8),
     "fp32, W_aux bf16": (torch.float32, torch.bfloat16),
+    "fp32, W_aux int8": (torch.float32, torch.int8),
     "fp32": (torch.float32, torch.float32),
 }
 
@@ -75,8 +77,9 @@ def products(name: str) -> list[Product]:
         with compiling_for(target) as compiled:
             x = torch.empty(M, K, dtype=ACTIVATIONS, requires_grad=True)
             weight = torch.empty(N, K, dtype=weight_dtype, requires_grad=True)
-            scale = torch.empty(1, requires_grad=True)
-            y = cross_modal_linear(x, weight, torch.empty(N, K, dtype=aux_dtype), scale)
+            aux_weight, scale = torch.empty(N, K, dtype=aux_dtype), torch.empty(1, requires_grad=True)
+            aux_weight_scale = torch.empty(N, 1) if aux_dtype == torch.int8 else None
+            y = cross_modal_linear(x, weight, aux_weight, scale, None, aux_weight_scale)
             y.backward(torch.empty_like(y))
         combined = weight_dtype.itemsize + aux_dtype.itemsize
         for label, kernel in zip(("forward", "grad_input", "grad_parameters"), _in_order(compiled), strict=True):

@@ -2,7 +2,8 @@
 
 Run as `python -m benchmarks.memory`. Nothing is computed: fake tensors are allocated and freed as by the operators of
 the step. Simulated as on a GPU, where this package's operators need no scratch memory; the allocator's rounding and
-fragmentation, the CUDA context and cuBLAS workspaces are left out.
+fragmentation, the CUDA context and cuBLAS workspaces are left out. "Step in backward": every parameter is updated as
+soon as its gradient is there, and the gradient freed.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,19 @@ from tqdm import tqdm
 
 from benchmarks import results
 from benchmarks.results import FOLDER, Row
-from benchmarks.variants import FUSED, PUBLISHED_FROZEN, VARIANTS, adamw, training_step, vision_transformer
+from benchmarks.variants import (
+    FUSED_INT4,
+    FUSED_INT8,
+    PUBLISHED_TRAINED,
+    VARIANTS,
+    adamw,
+    adamw_in_backward,
+    training_step,
+    vision_transformer,
+)
+
+IN_BACKWARD = f"{FUSED_INT8}, step in backward"
+MEMORY_VARIANTS = (*VARIANTS, FUSED_INT8, FUSED_INT4, IN_BACKWARD)
 
 MODELS = {
     "ViT-B": "vit_base_patch16_224",
@@ -54,16 +67,17 @@ STEPS = [Step(*values) for values in product(MODELS, BATCHES, (False, True))]
 
 def peak_gib(step: Step, variant: str) -> float:
     """Simulated, of weights, gradients, Adam states, images and everything kept for backward."""
-    model_at = vision_transformer(variant, MODELS[step.model], "meta")
+    in_backward = variant == IN_BACKWARD
+    model_at = vision_transformer(FUSED_INT8 if in_backward else variant, MODELS[step.model], "meta")
     with model_at as model, FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.set_grad_checkpointing(step.checkpointing)
-        optimizer = adamw(model)
+        optimizers = adamw_in_backward(model) if in_backward else [adamw(model)]
         images, labels = torch.empty(step.batch, 3, 224, 224), torch.zeros(step.batch, dtype=torch.long)
         tracker = PeakTracker()
-        tracker.track_external(model, optimizer, images, labels)
+        tracker.track_external(model, *optimizers, images, labels)
         with tracker:
-            training_step(model, optimizer, images, labels, autocast=True)
+            training_step(model, optimizers, images, labels, autocast=True)
         return tracker.peak / GIB
 
 
@@ -73,7 +87,7 @@ def row(step: Step, peaks: dict[str, float]) -> Row:
         "batch": step.batch,
         "checkpointing": "yes" if step.checkpointing else "no",
         **{f"{variant}, simulated GiB": peak for variant, peak in peaks.items()},
-        "this package / published, frozen": peaks[FUSED] / peaks[PUBLISHED_FROZEN],
+        "int8 / published, trained": peaks[FUSED_INT8] / peaks[PUBLISHED_TRAINED],
     }
 
 
@@ -83,11 +97,11 @@ def plot(peaks: dict[Step, dict[str, float]]) -> Figure:
     figure.suptitle("Simulated peak memory of a training step, float32 weights, bfloat16 autocast, AdamW")
     settings = list(product(BATCHES, (False, True)))
     for axes, (batch, checkpointing) in zip(figure.subplots(2, 2).flat, settings, strict=True):
-        for index, variant in enumerate(VARIANTS):
+        for index, variant in enumerate(MEMORY_VARIANTS):
             heights = [peaks[Step(model, batch, checkpointing)][variant] for model in MODELS]
-            axes.bar([place + 0.2 * index for place in range(len(MODELS))], heights, 0.2, label=variant)
+            axes.bar([place + 0.12 * index for place in range(len(MODELS))], heights, 0.12, label=variant)
         axes.set_title(f"batch {batch}, {'activation' if checkpointing else 'no'} checkpointing")
-        axes.set_xticks([place + 0.3 for place in range(len(MODELS))], MODELS)
+        axes.set_xticks([place + 0.36 for place in range(len(MODELS))], MODELS)
         axes.set_ylabel("simulated GiB")
     figure.axes[0].legend()
     return figure
@@ -95,7 +109,7 @@ def plot(peaks: dict[Step, dict[str, float]]) -> Figure:
 
 def main() -> None:
     peaks: dict[Step, dict[str, float]] = {step: {} for step in STEPS}
-    for step, variant in tqdm(list(product(STEPS, VARIANTS)), unit="step"):
+    for step, variant in tqdm(list(product(STEPS, MEMORY_VARIANTS)), unit="step"):
         peaks[step][variant] = peak_gib(step, variant)
     rows = [row(step, found) for step, found in peaks.items()]
     print(results.write("memory", "simulated", rows, __doc__).read_text())

@@ -1,6 +1,6 @@
 """The models that are compared, and the training step they are compared in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import timm
@@ -17,6 +17,10 @@ PUBLISHED_FROZEN = "published, W_aux frozen"
 FUSED = "this package, W_aux frozen"
 VARIANTS = (PLAIN, PUBLISHED_TRAINED, PUBLISHED_FROZEN, FUSED)
 
+FUSED_INT8 = "this package, W_aux int8"
+FUSED_INT4 = "this package, W_aux int4"
+AUX_DTYPES = {FUSED_INT8: "int8", FUSED_INT4: "int4"}
+
 
 @contextmanager
 def vision_transformer(variant: str, name: str, device: str = "cpu", **options: int) -> Iterator[nn.Module]:
@@ -28,7 +32,8 @@ def vision_transformer(variant: str, name: str, device: str = "cpu", **options: 
         model = timm.create_model(name, **options)
         auxiliary = timm.create_model(name, **options)
     if variant != PLAIN:
-        reparameterize_aux_into_target_model(model, auxiliary, is_aux_trainable=variant == PUBLISHED_TRAINED)
+        trained, aux_dtype = variant == PUBLISHED_TRAINED, AUX_DTYPES.get(variant)
+        reparameterize_aux_into_target_model(model, auxiliary, is_aux_trainable=trained, aux_dtype=aux_dtype)
     del auxiliary
     with computing_as(variant, model):
         yield model
@@ -50,12 +55,32 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
+def adamw_in_backward(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """As `adamw`, one for each parameter, called by backward as soon as the parameter's gradient is there."""
+    optimizers = {
+        parameter: torch.optim.AdamW([parameter], fused=True)
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    }
+
+    def update(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in optimizers:
+        parameter.grad = torch.zeros_like(parameter)
+        update(parameter)
+        parameter.register_post_accumulate_grad_hook(update)
+    return list(optimizers.values())
+
+
 def training_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, autocast: bool
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], images: Tensor, labels: Tensor, autocast: bool
 ) -> None:
     """Forward, backward and update; `autocast` to bfloat16."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
         loss = F.cross_entropy(model(images), labels)
     loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()

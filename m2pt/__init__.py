@@ -5,6 +5,8 @@ from .pathway import (
     cross_modal_scales,
     freeze_for_linear_probe,
     merge_pathways,
+    quantization_errors,
+    quantize_aux,
     reparameterize_aux_into_target_model,
     scale_table,
 )
@@ -14,6 +16,8 @@ __all__ = [
     "cross_modal_scales",
     "freeze_for_linear_probe",
     "merge_pathways",
+    "quantization_errors",
+    "quantize_aux",
     "reparameterize_aux_into_target_model",
     "scale_table",
 ]

@@ -105,16 +105,18 @@ def merge_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         ValueError: no fused layer, one that is not complete, or a merged weight that is not finite.
     """
     merged = dict(state_dict)
-    owned = ("aux_weight", "cross_modal_scale")
+    owned = ("aux_weight", "aux_weight_scale", "cross_modal_scale")
     layers = {name.removesuffix(last): None for name in state_dict if (last := name.rpartition(".")[2]) in owned}
     if not layers:
         raise ValueError("state_dict: there is no cross_modal_scale in it, so there is nothing to merge")
     for layer in layers:
         try:
             weight, aux_weight = merged[f"{layer}weight"], merged.pop(f"{layer}aux_weight")
-            merged[f"{layer}weight"] = merged_weight(weight, aux_weight, merged.pop(f"{layer}cross_modal_scale"))
+            scale = merged.pop(f"{layer}cross_modal_scale")
+            aux_weight_scale = merged.pop(f"{layer}aux_weight_scale", None)
+            merged[f"{layer}weight"] = merged_weight(weight, aux_weight, scale, aux_weight_scale)
         except KeyError as error:
             raise ValueError(f"state_dict: {error.args[0]} is missing") from None
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{layer.removesuffix('.')}: {error}") from None
     return merged

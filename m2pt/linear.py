@@ -5,7 +5,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from m2pt_kernels import combined_weight, cross_modal_linear
+from m2pt_kernels import combined_weight, cross_modal_linear, quantize
+from m2pt_kernels.quantization import DTYPES, check_aux_weight
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -19,18 +20,21 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-def merged_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor) -> Tensor:
+def merged_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_scale: Tensor | None = None) -> Tensor:
     """`weight + scale * aux_weight`, summed in float32 and rounded once to weight's dtype.
+
+    `aux_weight_scale` holds the scales of a quantised `aux_weight`.
 
     Raises:
         ValueError: the shapes do not fit, there is no data, or the sum is not finite.
+        TypeError: `aux_weight` is quantised and `aux_weight_scale` missing, or the other way round.
     """
-    if aux_weight.shape != weight.shape or scale.shape != (1,):
-        got = f"{tuple(aux_weight.shape)} and {tuple(scale.shape)}"
-        raise ValueError(f"expected aux_weight {tuple(weight.shape)} and cross_modal_scale (1,), got {got}")
+    check_aux_weight(aux_weight, aux_weight_scale, weight.shape)
+    if scale.shape != (1,):
+        raise ValueError(f"cross_modal_scale: expected shape (1,), got {tuple(scale.shape)}")
     if any(tensor.is_meta for tensor in (weight, aux_weight, scale)):
         raise ValueError("there is nothing to merge on the meta device")
-    merged = combined_weight(weight, aux_weight, scale, weight.dtype)
+    merged = combined_weight(weight, aux_weight, scale, weight.dtype, aux_weight_scale)
     if not merged.isfinite().all():
         raise ValueError("weight + cross_modal_scale * aux_weight has NaN or infinite entries")
     return merged
@@ -50,14 +54,15 @@ class FusedCrossModalLinear(nn.Linear):
         is_aux_trainable: whether `aux_weight` gets a gradient. The auxiliary model's own flag is left alone.
 
     `cross_modal_scale` has shape (1,), starts at zero and is always trainable. State-dict names: `weight`, `bias`,
-    `aux_weight`, `cross_modal_scale`.
+    `aux_weight`, `cross_modal_scale`; and `aux_weight_scale` once `quantize_aux` has made `aux_weight` small.
 
     Raises:
         TypeError: `aux_weight` missing or not a floating tensor, or `origin_layer` not a plain `nn.Linear`.
         ValueError: `aux_weight` or `origin_layer` of another shape, or `aux_weight` without data.
     """
 
-    aux_weight: nn.Parameter
+    aux_weight: Tensor
+    aux_weight_scale: Tensor | None
     cross_modal_scale: nn.Parameter
 
     def __init__(
@@ -87,10 +92,67 @@ class FusedCrossModalLinear(nn.Linear):
         if aux_weight.is_meta and not self.weight.is_meta:
             raise ValueError("aux_weight: expected a tensor with data, got one on the meta device")
         self.aux_weight = nn.Parameter(aux_weight.detach().to(self.weight.device), requires_grad=is_aux_trainable)
+        self.register_buffer("aux_weight_scale", None)
         self.cross_modal_scale = nn.Parameter(self.weight.new_zeros(1))
 
     def forward(self, input: Tensor) -> Tensor:
-        return cross_modal_linear(input, self.weight, self.aux_weight, self.cross_modal_scale, self.bias)
+        return cross_modal_linear(
+            input, self.weight, self.aux_weight, self.cross_modal_scale, self.bias, self.aux_weight_scale
+        )
+
+    def quantize_aux(self, dtype: str) -> None:
+        """Store a frozen `aux_weight` in fewer bytes; the tensor it shared with the auxiliary model is left alone.
+
+        From then on the layer computes with the stored value, and so does its merge.
+
+        Args:
+            dtype: "int8" or "float8_e4m3fn" (a scale per output row), "int4" (one per 64 columns of a row) or
+                "bfloat16". Of these only "bfloat16" stays a parameter and follows `.to(dtype)`; the others become
+                buffers, `aux_weight` and the float32 `aux_weight_scale`, that `.to()` moves and never casts.
+
+        Raises:
+            ValueError: another dtype, an `aux_weight` that is trainable or quantised already, or one that
+                `m2pt_kernels.quantize` refuses.
+        """
+        data, scale = self.quantized_aux(dtype)
+        if scale is None:
+            self.aux_weight = nn.Parameter(data, requires_grad=False)
+            return
+        del self.aux_weight
+        self.register_buffer("aux_weight", data)
+        self.aux_weight_scale = scale
+
+    @torch.no_grad()
+    def quantized_aux(self, dtype: str) -> tuple[Tensor, Tensor | None]:
+        """What `quantize_aux(dtype)` would store: `aux_weight` and `aux_weight_scale`; errors as there."""
+        if self.aux_weight.requires_grad:
+            raise ValueError("aux_weight: expected a frozen one to quantise, this one is trainable")
+        if self.aux_weight_scale is not None:
+            raise ValueError(f"aux_weight: it is stored as {DTYPES[self.aux_weight.dtype]} already")
+        return (self.aux_weight.bfloat16(), None) if dtype == "bfloat16" else quantize(self.aux_weight, dtype)
+
+    def _apply(self, fn, recurse=True):
+        quantized = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in quantized.items():
+            moved = self._buffers[name]
+            if moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        loaded = state_dict.get(f"{prefix}aux_weight")
+        if loaded is not None and DTYPES.get(loaded.dtype) != DTYPES.get(self.aux_weight.dtype):
+            error_msgs.append(
+                f"{prefix}aux_weight: it is stored as {self.aux_weight.dtype} here and as {loaded.dtype} in the"
+                " checkpoint; quantize_aux the model as the one that was saved"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -100,7 +162,7 @@ class FusedCrossModalLinear(nn.Linear):
             ValueError: the merged weight is not finite, or has no data.
         """
         merged = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        weight = merged_weight(self.weight, self.aux_weight, self.cross_modal_scale)
+        weight = merged_weight(self.weight, self.aux_weight, self.cross_modal_scale, self.aux_weight_scale)
         merged.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         merged.bias = self.bias
         return merged.train(self.training)

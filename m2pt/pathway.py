@@ -1,8 +1,13 @@
 """Surgery: connect an auxiliary model to a target model, train what should be trained, fold the connection away."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from m2pt_kernels import dequantize
 
 from .linear import FusedCrossModalLinear, is_plain_linear
 
@@ -18,6 +23,7 @@ def reparameterize_aux_into_target_model(
     layer_names: Sequence[str] = LAYER_NAMES,
     main_body_name: str = "blocks",
     is_aux_trainable: bool = False,
+    aux_dtype: str | None = None,
 ) -> nn.Module:
     """Replace linear layers of every block of the target by `FusedCrossModalLinear`, in place (M2PT, section 3.2).
 
@@ -28,14 +34,15 @@ def reparameterize_aux_into_target_model(
         layer_names: the linear layers of a block, as dotted names.
         main_body_name: the dotted name of the sequence of blocks, in both models.
         is_aux_trainable: whether the auxiliary weights are trained too.
+        aux_dtype: how frozen auxiliary weights are stored, as `quantize_aux` takes it; None shares them as they are.
 
     Returns:
         `target_model`.
 
     Raises:
         ValueError: the models do not fit: a missing body or layer, another depth or shape, a layer that is not linear,
-            connected already, used twice, or not called by its block. The message names the block and layer, and the
-            target is as it was.
+            connected already, used twice, or not called by its block; or `aux_dtype` does not fit a weight. The
+            message names the block and layer, and the target is as it was.
     """
     target_blocks = _blocks(target_model, "target_model", main_body_name)
     aux_blocks = _blocks(aux_model, "aux_model", main_body_name)
@@ -72,6 +79,8 @@ def reparameterize_aux_into_target_model(
                     aux_weight=aux_layer.weight,
                     is_aux_trainable=is_aux_trainable,
                 )
+                if aux_dtype is not None:
+                    fused.quantize_aux(aux_dtype)
             except ValueError as error:
                 raise ValueError(f"aux_model: {place}: {error}") from None
             replacements.append((target_block, layer_name, fused))
@@ -109,6 +118,71 @@ def _require_called(block: nn.Module, layer_name: str, place: str) -> None:
         raise ValueError(f"target_model: {place} is not called by its {type(parent).__name__}, which reads its weight")
 
 
+def quantize_aux(model: nn.Module, dtype: str = "int8") -> nn.Module:
+    """Store the frozen auxiliary weight of every fused layer in fewer bytes, in place and one layer at a time.
+
+    Bytes per weight: "bfloat16" 2, "int8" and "float8_e4m3fn" 1 (a scale per output row), "int4" 0.56 (one per 64
+    columns). The model computes with the stored values from then on, `merge_pathways` too; the auxiliary model is left
+    alone. `quantization_errors` tells beforehand what it changes.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: no fused layer below `model`, or an auxiliary weight that is trainable, quantised already, not
+            finite, or does not fit `dtype` (the message names its layer; the model is as it was).
+    """
+    for check_only in (True, False):
+        for layer, (name, *_) in _places(model).items():
+            try:
+                layer.quantized_aux(dtype) if check_only else layer.quantize_aux(dtype)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    return model
+
+
+class QuantizationErrors(NamedTuple):
+    """Frobenius norms of the change over those of what is changed."""
+
+    aux_weights: dict[str, float]
+    """Of `cross_modal_scale * aux_weight`, by the layer's dotted name."""
+    output: float | None
+    """Of the model's output for the given inputs; None without inputs."""
+
+
+@torch.no_grad()
+def quantization_errors(model: nn.Module, dtype: str, *inputs: Tensor) -> QuantizationErrors:
+    """What `quantize_aux(model, dtype)` would change; the model itself is not.
+
+    The output is compared at the scales the model has: as long as they are zero, nothing changes. Takes the memory of a
+    float32 copy of the auxiliary weights. Call `model.eval()` first if the model drops anything at random.
+
+    Args:
+        model: a connected model whose auxiliary weights are not quantised yet.
+        dtype: as `quantize_aux` takes it.
+        inputs: the arguments of a forward pass that returns one tensor, such as a batch of validation images.
+
+    Raises:
+        ValueError: as `quantize_aux`.
+    """
+    stored, errors = {}, {}
+    for layer, (name, *_) in _places(model).items():
+        try:
+            data, scale = layer.quantized_aux(dtype)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        stored[f"{name}.aux_weight"] = data if scale is None else dequantize(data, scale)
+        errors[name] = _relative_error(stored[f"{name}.aux_weight"], layer.aux_weight)
+    if not inputs:
+        return QuantizationErrors(errors, None)
+    return QuantizationErrors(errors, _relative_error(functional_call(model, stored, inputs), model(*inputs)))
+
+
+def _relative_error(found: Tensor, exact: Tensor) -> float:
+    change = (found.double() - exact.double()).norm().item()
+    return change / exact.double().norm().item() if change else 0.0
+
+
 def merge_pathways(model: nn.Module) -> nn.Module:
     """Turn every fused layer into a plain `nn.Linear` holding `W + s * W_aux`, in place and one layer at a time.
 
@@ -121,17 +195,15 @@ def merge_pathways(model: nn.Module) -> nn.Module:
         ValueError: no fused layer below `model`, or a merged weight that is not finite (the message names its layer;
             the model is as it was).
     """
-    names: dict[FusedCrossModalLinear, list[str]] = {}
-    for name, layer in _fused_layers(model):
-        names.setdefault(layer, []).append(name)
-    for layer, (name, *_) in names.items():
+    places = _places(model)
+    for layer, (name, *_) in places.items():
         try:
             layer.merge()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    for layer, places in names.items():
+    for layer, names in places.items():
         merged = layer.merge()
-        for name in places:
+        for name in names:
             model.set_submodule(name, merged)
     return model
 
@@ -143,6 +215,14 @@ def _fused_layers(model: nn.Module) -> list[tuple[str, FusedCrossModalLinear]]:
     if not layers:
         raise ValueError(f"model: there is no FusedCrossModalLinear inside this {type(model).__name__}")
     return layers
+
+
+def _places(model: nn.Module) -> dict[FusedCrossModalLinear, list[str]]:
+    """Every fused layer below `model` once, with the names of its places."""
+    places: dict[FusedCrossModalLinear, list[str]] = {}
+    for name, layer in _fused_layers(model):
+        places.setdefault(layer, []).append(name)
+    return places
 
 
 def cross_modal_scales(model: nn.Module) -> dict[str, float]:

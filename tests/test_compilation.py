@@ -11,7 +11,7 @@ from test_ops import operands
 
 from benchmarks.offline import TARGETS, compiling_for, resources
 from benchmarks.sass import main_loop, serialised_wgmma
-from m2pt_kernels import cross_modal_linear, gemm_tma
+from m2pt_kernels import cross_modal_linear, gemm_tma, quantize
 from m2pt_kernels.configs import TILES, architecture, input_precision
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -75,6 +75,46 @@ def test_more_rows_than_32_bits_count(target):
         cross_modal_linear(x, weight, torch.empty_like(weight), torch.empty(1)).backward(grad_output)
     assert len(compiled) == 2
     assert all(resources(kernel).spilled == 0 for kernel in compiled)
+
+
+def quantized(tensors, storage):
+    data, scales = quantize(tensors["aux_weight"].detach(), storage)
+    return tensors | {"aux_weight": data, "aux_weight_scale": scales}
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4", "float8_e4m3fn"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_quantized_without_spills_and_within_shared_memory(target, storage):
+    refused = storage == "float8_e4m3fn" and target in ("sm_80", "sm_86", "gfx942", "gfx1100")
+    with compiling_for(TARGETS[target]) as compiled:
+        for dtype, weight_dtype, sizes in (
+            (HALF, HALF, (1024, 1024, 1024)),
+            (HALF, FLOAT, (1100, 1040, 1088)),
+            (FLOAT, FLOAT, (257, 131, 192)),
+        ):
+            tensors, grad_output = operands(*sizes, dtype, weight_dtype, needs_grad=("x", "scale"))
+            if refused:
+                with pytest.raises(ValueError, match=r"^aux_weight: float8_e4m3fn needs CUDA"):
+                    cross_modal_linear(**quantized(tensors, storage))
+            else:
+                cross_modal_linear(**quantized(tensors, storage)).backward(grad_output)
+    assert len(compiled) == (0 if refused else 9)
+    for kernel in compiled:
+        assert resources(kernel).spilled == 0, (kernel.src.constants, resources(kernel))
+
+
+@pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
+@pytest.mark.parametrize("storage", ["int8", "float8_e4m3fn"])
+def test_hopper_dequantises_in_registers_without_waiting(storage, weight_dtype):
+    tensors, grad_output = operands(600, 272, 208, HALF, weight_dtype)
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        cross_modal_linear(**quantized(tensors, storage)).backward(grad_output)
+    assert len(compiled) == 3
+    for kernel in compiled:
+        assert "_tma_" in kernel.metadata.name
+        assert serialised_wgmma(kernel) == []
+        loop = main_loop(kernel)
+        assert loop.instructions["tensor"] == 4 and loop.stores_to_shared == 0
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from m2pt_kernels import cross_modal_linear, implementation
+from m2pt_kernels import cross_modal_linear, dequantize, implementation, quantize
 from m2pt_kernels.configs import INTERPRETED
 
 HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
@@ -251,6 +251,74 @@ def test_aux_weight_and_scale_of_another_dtype(device, aux_dtype, scale_dtype):
         assert (got[name].double() - expected).abs().max() <= tolerance, name
 
 
+STORAGES = ("int8", "int4", "float8_e4m3fn")
+
+
+def quantized(tensors, storage):
+    """The operands with W_aux stored so, and the same with what it then stands for."""
+    data, scale = quantize(tensors["aux_weight"], storage)
+    stored = tensors | {"aux_weight": data, "aux_weight_scale": scale}
+    return stored, tensors | {"aux_weight": dequantize(data, scale)}
+
+
+def assert_quantized_as_good_as_torch(tensors, grad_output, storage, layout=torch.Tensor.contiguous):
+    """Measured against float64 with the stored value; plain torch's own error is with that in the weight's dtype."""
+    stored, plain = quantized(tensors, storage)
+    stored["aux_weight"] = layout(stored["aux_weight"])
+    rounded = plain | {"aux_weight": plain["aux_weight"].to(tensors["weight"].dtype)}
+    got = outputs(cross_modal_linear, stored, grad_output)
+    assert_as_good_as_torch(got, plain, grad_output, in_torch(rounded, grad_output))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype,weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 64), (37, 70, 192), (130, 45, 128), (0, 8, 64)], ids=str)
+def test_quantized_aux_weight(device, shape, dtype, weight_dtype, storage):
+    needs_grad = ("x", "weight", "scale", "bias")
+    tensors, grad_output = operands(*shape, dtype, weight_dtype, device, needs_grad)
+    assert_quantized_as_good_as_torch(tensors, grad_output, storage)
+
+
+@pytest.mark.parametrize("storage", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 70, 33)], ids=str)
+def test_quantized_aux_weight_of_any_width(device, shape, storage):
+    tensors, grad_output = operands(*shape, device=device, needs_grad=("x", "weight", "scale"))
+    assert_quantized_as_good_as_torch(tensors, grad_output, storage)
+
+
+@pytest.mark.parametrize("needs_grad", [("x",), ("scale",), ("weight",), ("bias",)], ids=str)
+@pytest.mark.parametrize("layout", [transposed, padded, every_other])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_quantized_strides_and_subsets(device, storage, layout, needs_grad):
+    if storage == "float8_e4m3fn" and layout is padded:
+        layout = transposed  # torch pads no float8
+    tensors, grad_output = operands(17, 12, 128, device=device, needs_grad=needs_grad)
+    assert_quantized_as_good_as_torch(tensors, grad_output, storage, layout)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_quantized_saves_what_is_stored(device, storage):
+    tensors, _ = operands(17, 12, 64, device=device, needs_grad=("x", "scale"))
+    stored, _ = quantized(tensors, storage)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()), lambda _: None):
+        cross_modal_linear(**stored)
+    names = ("x", "weight", "aux_weight", "aux_weight_scale", "scale")
+    assert sorted(saved) == sorted(stored[name].data_ptr() for name in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_quantized_scale_gradient_is_exact_and_reproducible(device, storage, dtype):
+    sizes = (70, 96, 128) if INTERPRETED else (394, 768, 768)
+    tensors, grad_output = operands(*sizes, dtype, dtype, device, needs_grad=("scale",))
+    stored, plain = quantized(tensors, storage)
+    want = exact(plain, grad_output)["scale"]
+    runs = [outputs(cross_modal_linear, stored, grad_output)["scale"] for _ in range(2)]
+    assert (runs[0].double() - want).abs() <= 1e-5 * want.abs()
+    assert torch.equal(*runs)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_autocast(device, dtype):
     tensors, grad_output = operands(37, 24, 33, device=device)
@@ -331,6 +399,7 @@ BAD_INPUTS = {
     "integer aux_weight": (TypeError, "aux_weight", {"aux_weight": torch.ones(4, 3, dtype=torch.int8)}),
     "aux_weight elsewhere": (ValueError, "aux_weight", {"aux_weight": torch.ones(4, 3, device="meta")}),
     "scale without dimensions": (ValueError, "scale", {"scale": torch.tensor(0.5)}),
+    "float8 aux_weight": (TypeError, "aux_weight", {"aux_weight": torch.ones(4, 3).to(torch.float8_e4m3fn)}),
     "two scales": (ValueError, "scale", {"scale": torch.ones(2)}),
     "bias of another length": (ValueError, "bias", {"bias": torch.ones(3)}),
 }
@@ -347,6 +416,27 @@ def test_bad_inputs(error, name, changed):
     }
     with pytest.raises(error, match=f"^{name}: "):
         cross_modal_linear(**(good | changed))
+
+
+INT8, INT4 = torch.ones(4, 64, dtype=torch.int8), torch.ones(4, 32, dtype=torch.uint8)
+BAD_QUANTIZED = {
+    "scales of a plain one": (TypeError, "aux_weight_scale", torch.ones(4, 64), torch.ones(4, 1)),
+    "half scales": (TypeError, "aux_weight_scale", INT8, torch.ones(4, 1).half()),
+    "scales elsewhere": (ValueError, "aux_weight_scale", INT8, torch.ones(4, 1, device="meta")),
+    "flat scales": (ValueError, "aux_weight", INT8, torch.ones(4)),
+    "int8 with int4's scales": (ValueError, "aux_weight", INT8[:, :32], torch.ones(4, 2)),
+    "int4 with int8's shape": (ValueError, "aux_weight", INT8.view(torch.uint8), torch.ones(4, 1)),
+    "int4 of another width": (ValueError, "aux_weight", INT4[:, :24], torch.ones(4, 1)),
+    "scales that are trained": (ValueError, "aux_weight", INT8, torch.ones(4, 1, requires_grad=True)),
+}
+
+
+@pytest.mark.parametrize("error,name,aux_weight,scales", BAD_QUANTIZED.values(), ids=BAD_QUANTIZED.keys())
+def test_bad_quantized_inputs(error, name, aux_weight, scales):
+    tensors, _ = operands(2, 4, 64)
+    tensors |= {"aux_weight": aux_weight, "aux_weight_scale": scales}
+    with pytest.raises(error, match=f"^{name}: "):
+        cross_modal_linear(**tensors)
 
 
 def test_unknown_implementation():

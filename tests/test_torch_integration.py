@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from m2pt_kernels import cross_modal_linear, implementation
+from m2pt_kernels import cross_modal_linear, implementation, quantize
 from m2pt_kernels.configs import INTERPRETED
 
 OPS = torch.ops.m2pt_kernels
@@ -36,6 +36,18 @@ def test_opcheck_gradients():
         torch.library.opcheck(OPS.grad_parameters.default, (grad_output, x, *arguments))
 
 
+@pytest.mark.parametrize("storage", ["int8", "int4"])  # opcheck itself cannot compare float8 tensors
+def test_opcheck_quantized(storage):
+    tensors, grad_output = operands(5, 6, 64, needs_grad=("x", "weight", "scale"))
+    x, weight, aux_weight, scale, bias = tensors.values()
+    data, scales = quantize(aux_weight, storage)
+    torch.library.opcheck(OPS.cross_modal_linear.default, (x, weight, data, scale, bias, scales))
+    x, weight, scale = x.detach(), weight.detach(), scale.detach()
+    torch.library.opcheck(OPS.grad_input.default, (grad_output, weight, data, scale, scales))
+    arguments = (grad_output, x, data, None, torch.float32, None, scales)
+    torch.library.opcheck(OPS.grad_parameters.default, arguments)
+
+
 def test_gradcheck():
     tensors, _ = operands(4, 3, 5, torch.float64, torch.float64)
     tensors["scale"] = tensors["scale"].detach().double().requires_grad_()
@@ -61,6 +73,19 @@ def test_compile_without_graph_breaks_and_with_one_recompilation(autocast):
         for name in want:
             torch.testing.assert_close(got[name], want[name], msg=name)
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compile_quantized(autocast):
+    torch._dynamo.reset()
+    compiled = torch.compile(cross_modal_linear, fullgraph=True, backend="aot_eager")
+    tensors, grad_output = operands(4, 6, 64, needs_grad=("x", "weight", "scale", "bias"))
+    tensors["aux_weight"], tensors["aux_weight_scale"] = quantize(tensors["aux_weight"], "int8")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        grad_output = grad_output.to(torch.bfloat16 if autocast else torch.float32)
+        got, want = (outputs(f, tensors, grad_output) for f in (compiled, cross_modal_linear))
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], msg=name)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

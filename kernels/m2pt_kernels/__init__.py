@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from .ops import cross_modal_linear, implementation
+from .quantization import dequantize, quantize
 from .reference import combined_weight
 
 if TYPE_CHECKING:
     from .tuning import warmup
 
-__all__ = ["combined_weight", "cross_modal_linear", "implementation", "warmup"]
+__all__ = ["combined_weight", "cross_modal_linear", "dequantize", "implementation", "quantize", "warmup"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The Triton GEMMs, by pointers: any shape, any stride, float32, float16 and bfloat16.
+"""The Triton GEMMs, by pointers: any shape, any stride, float32, float16 and bfloat16, W_aux quantised or not.
 
 Two kernels make the three products. Forward and input gradient are one GEMM that differs in strides only,
 `left (W + s * W_aux)` with the combined weight formed tile by tile; the parameter gradients are the other.
@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 from . import gemm_tma, reference
 from .configs import (
@@ -29,7 +30,7 @@ from .configs import (
     problem,
     tile_configs,
 )
-from .tiles import indices_inside, store_gradients, tile_of_program
+from .tiles import GROUP_SIZE, indices_inside, packed_index, store_gradients, tile_of_program, unpack
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
@@ -52,6 +53,8 @@ def combined_matmul_kernel(
     stride_weight_column,
     stride_aux_depth,
     stride_aux_column,
+    aux_scale_ptr,
+    stride_aux_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -59,8 +62,13 @@ def combined_matmul_kernel(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    DEPTH_FIRST: tl.constexpr,
 ):
-    """output = left (weight + scale * aux) + bias, with left (rows, depth), weight and aux (depth, columns)."""
+    """output = left (weight + scale * aux) + bias, with left (rows, depth), weight and aux (depth, columns).
+
+    A quantised aux has scales, stride_aux_scale for each of its rows, which are numbered by depth if DEPTH_FIRST and by
+    columns otherwise, and of int4 for each group of a row, of which no tile touches two.
+    """
     # A mask of rows and columns in the loop would cost registers that the largest tiles do not have.
     tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     row = indices_inside(tile_row, rows, BLOCK_M)
@@ -68,21 +76,44 @@ def combined_matmul_kernel(
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     left_ptrs = left_ptr + row[:, None] * stride_left_row + k[None, :] * stride_left_depth
     weight_ptrs = weight_ptr + k[:, None] * stride_weight_depth + column[None, :] * stride_weight_column
-    aux_ptrs = aux_ptr + k[:, None] * stride_aux_depth + column[None, :] * stride_aux_column
+    PACKED: tl.constexpr = aux_ptr.dtype.element_ty == tl.uint8
+    aux_column = packed_index(column) if PACKED and DEPTH_FIRST else column
+    aux_ptrs = aux_ptr + k[:, None] * stride_aux_depth + aux_column[None, :] * stride_aux_column
     step = tl.full((), BLOCK_K, tl.int64)
     if COMBINE_IN_WARPS:
         scale = tl.load(scale_ptr + tl.zeros((1, 1), tl.int32)).to(tl.float32)
     else:
         scale = tl.load(scale_ptr).to(tl.float32)
+    if aux_scale_ptr is not None:
+        if DEPTH_FIRST:
+            aux_scale_ptrs = aux_scale_ptr + k[:, None] * stride_aux_scale
+            if PACKED:
+                aux_scale_ptrs += tile_column * BLOCK_N // GROUP_SIZE
+        else:
+            aux_scale_ptrs = aux_scale_ptr + column[None, :] * stride_aux_scale
+            if not PACKED:
+                scale *= tl.load(aux_scale_ptrs)
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, depth, BLOCK_K):
+        if PACKED and not DEPTH_FIRST:
+            aux_depth = packed_index(start + k)
+            aux_ptrs = aux_ptr + aux_depth[:, None] * stride_aux_depth + column[None, :] * stride_aux_column
         if EVEN_K:
             left, weight, aux = tl.load(left_ptrs), tl.load(weight_ptrs), tl.load(aux_ptrs)
         else:
             left = tl.load(left_ptrs, mask=k[None, :] < depth - start, other=0.0)
             weight = tl.load(weight_ptrs, mask=k[:, None] < depth - start, other=0.0)
             aux = tl.load(aux_ptrs, mask=k[:, None] < depth - start, other=0.0)
-        combined = (weight.to(tl.float32) + scale * aux.to(tl.float32)).to(left.dtype)
+        if PACKED:
+            aux = unpack(aux, column[None, :] if DEPTH_FIRST else (start + k)[:, None])
+        if aux_scale_ptr is None or not (PACKED or DEPTH_FIRST):
+            aux_scale = scale
+        elif DEPTH_FIRST:
+            aux_scale = scale * tl.load(aux_scale_ptrs, mask=k[:, None] < depth - start, other=0.0)
+            aux_scale_ptrs += step * stride_aux_scale
+        else:
+            aux_scale = scale * tl.load(aux_scale_ptrs + start // GROUP_SIZE)
+        combined = (weight.to(tl.float32) + aux_scale * aux.to(tl.float32)).to(left.dtype)
         accumulator = tl.dot(left, combined, accumulator, input_precision=INPUT_PRECISION)
         left_ptrs += step * stride_left_depth
         weight_ptrs += step * stride_weight_depth
@@ -116,6 +147,7 @@ def grad_parameters_kernel(
     stride_x_column,
     stride_aux_row,
     stride_aux_column,
+    aux_scale_ptr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -158,6 +190,7 @@ def grad_parameters_kernel(
         partial_ptr,
         stride_aux_row,
         stride_aux_column,
+        aux_scale_ptr,
     )
 
 
@@ -165,10 +198,10 @@ def plans(product: str, *arguments: Any) -> Iterator[Plan]:
     """The ways to compute "forward", "grad_input" or "grad_parameters" of such arguments, the untuned choice first."""
     if product == "grad_parameters":
         return _grad_parameters_plans(*arguments)
-    left, weight, aux_weight, _, *bias = arguments
+    left, weight, aux_weight, _, *bias, aux_weight_scale = arguments
     if product == "forward":
-        weight, aux_weight = weight.t(), aux_weight.t()
-    return _combined_matmul_plans(left, weight, aux_weight, *bias)
+        return _combined_matmul_plans(left, weight.t(), aux_weight.t(), aux_weight_scale, False, *bias)
+    return _combined_matmul_plans(left, weight, aux_weight, aux_weight_scale, True)
 
 
 def _plan(product: str, *arguments: Tensor | torch.dtype | None) -> Plan:
@@ -176,49 +209,85 @@ def _plan(product: str, *arguments: Tensor | torch.dtype | None) -> Plan:
     return tuned or next(plans(product, *arguments))
 
 
-def forward(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    aux_weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    aux_weight_scale: Tensor | None = None,
+) -> Tensor:
     """`x (W + s * W_aux)^T + b`: x (M, K), weights (N, K) -> (M, N) in x's dtype."""
-    plan = _plan("forward", x, weight, aux_weight, scale, bias)
+    plan = _plan("forward", x, weight, aux_weight, scale, bias, aux_weight_scale)
     if plan == EAGER:
-        return reference.forward(x, weight, aux_weight, scale, bias)
+        return reference.forward(x, weight, aux_weight, scale, bias, aux_weight_scale)
     bias = None if bias is None else bias.contiguous()
-    return _combined_matmul(plan, x, weight.t(), aux_weight.t(), scale, bias)
+    return _combined_matmul(plan, x, weight.t(), aux_weight.t(), scale, bias, aux_weight_scale, False)
 
 
-def grad_input(grad_output: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor) -> Tensor:
+def grad_input(
+    grad_output: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_scale: Tensor | None = None
+) -> Tensor:
     """`dY (W + s * W_aux)`: grad_output (M, N), weights (N, K) -> (M, K) in grad_output's dtype."""
-    plan = _plan("grad_input", grad_output, weight, aux_weight, scale)
+    plan = _plan("grad_input", grad_output, weight, aux_weight, scale, aux_weight_scale)
     if plan == EAGER:
-        return reference.grad_input(grad_output, weight, aux_weight, scale)
-    return _combined_matmul(plan, grad_output, weight, aux_weight, scale, None)
+        return reference.grad_input(grad_output, weight, aux_weight, scale, aux_weight_scale)
+    return _combined_matmul(plan, grad_output, weight, aux_weight, scale, None, aux_weight_scale, True)
 
 
 def _combined_matmul_plans(
-    left: Tensor, weight: Tensor, aux_weight: Tensor, bias: Tensor | None = None
+    left: Tensor,
+    weight: Tensor,
+    aux_weight: Tensor,
+    aux_weight_scale: Tensor | None,
+    depth_first: bool,
+    bias: Tensor | None = None,
 ) -> Iterator[Plan]:
     target = active_target()
-    if gemm_tma.takes_combined_matmul(target, left, weight, aux_weight, bias):
+    _require_readable(aux_weight, target)
+    if gemm_tma.takes_combined_matmul(target, left, weight, aux_weight, aux_weight_scale, depth_first, bias):
         yield from (Plan("tma", tile) for tile in gemm_tma.combined_tiles(target, weight, aux_weight))
     (rows, depth), columns = left.shape, weight.shape[1]
+    packed = aux_weight.dtype == torch.uint8
     tiles = tile_configs(
         "combined_matmul",
         target,
         left.dtype,
-        max(weight.itemsize, aux_weight.itemsize),
+        4 if packed else max(weight.itemsize, aux_weight.itemsize),
         input_precision(left.dtype, target),
         is_aligned((depth, columns), left, weight, aux_weight),
-        is_small(rows, columns),
+        is_small(rows, columns) or packed,
     )
-    yield from (Plan("pointers", tile) for tile in tiles)
+    for tile in tiles:
+        spills = tile.BLOCK_N > 32 if packed else tile.COMBINE_IN_WARPS
+        if aux_weight_scale is None or not spills:
+            yield Plan("pointers", tile)
+
+
+def _require_readable(aux_weight: Tensor | None, target: GPUTarget | None) -> None:
+    if aux_weight is None or aux_weight.dtype != torch.float8_e4m3fn or target is None:
+        return
+    if target.backend != "cuda" or target.arch < 89:
+        raise ValueError(f"aux_weight: float8_e4m3fn needs CUDA and compute capability 8.9, this is {target.arch}")
 
 
 def _combined_matmul(
-    plan: Plan, left: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None
+    plan: Plan,
+    left: Tensor,
+    weight: Tensor,
+    aux_weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    aux_weight_scale: Tensor | None,
+    depth_first: bool,
 ) -> Tensor:
     output = left.new_empty(left.shape[0], weight.shape[1])
-    compute = gemm_tma.combined_matmul if plan.by == "tma" else _combined_matmul_by_pointers
+    arguments = plan.tile, left, weight, aux_weight, scale, bias, aux_weight_scale, output
     with _device_of(left):
-        compute(plan.tile, left, weight, aux_weight, scale, bias, output)
+        if plan.by == "tma":
+            gemm_tma.combined_matmul(*arguments)
+        else:
+            _combined_matmul_by_pointers(*arguments, depth_first)
     return output
 
 
@@ -229,7 +298,9 @@ def _combined_matmul_by_pointers(
     aux_weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    aux_weight_scale: Tensor | None,
     output: Tensor,
+    depth_first: bool,
 ) -> None:
     rows, depth = left.shape
     columns = weight.shape[1]
@@ -246,10 +317,13 @@ def _combined_matmul_by_pointers(
         *left.stride(),
         *weight.stride(),
         *aux_weight.stride(),
+        aux_weight_scale,
+        0 if aux_weight_scale is None else aux_weight_scale.stride(0),
         **tile._asdict(),
         GROUP=GROUP,
         EVEN_K=depth % tile.BLOCK_K == 0,
         INPUT_PRECISION=input_precision(left.dtype, active_target()),
+        DEPTH_FIRST=depth_first and aux_weight_scale is not None,
     )
 
 
@@ -260,13 +334,15 @@ def grad_parameters(
     scale: Tensor | None,
     weight_dtype: torch.dtype | None,
     aux_dtype: torch.dtype | None,
+    aux_weight_scale: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of weight, aux weight and scale that were asked for, as `reference.grad_parameters`.
 
     The scale's is reduced in two stages of fixed order, a sum per row of a tile and the sum of those, without atomics:
     repeated runs give the same bits.
     """
-    arguments = grad_output, x, aux_weight, scale, weight_dtype, aux_dtype
+    aux_weight_scale = None if aux_weight is None else aux_weight_scale
+    arguments = grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale
     plan = _plan("grad_parameters", *arguments)
     if plan == EAGER:
         return reference.grad_parameters(*arguments)
@@ -275,7 +351,7 @@ def grad_parameters(
     grad_aux = None if scale is None else x.new_empty(shape, dtype=aux_dtype)
     compute = gemm_tma.grad_parameters if plan.by == "tma" else _grad_parameters_by_pointers
     with _device_of(x):
-        partial = compute(plan.tile, grad_output, x, aux_weight, scale, grad_weight, grad_aux)
+        partial = compute(plan.tile, grad_output, x, aux_weight, scale, aux_weight_scale, grad_weight, grad_aux)
     return grad_weight, grad_aux, None if partial is None else partial.sum(0, keepdim=True)
 
 
@@ -286,10 +362,12 @@ def _grad_parameters_plans(
     scale: Tensor | None,
     weight_dtype: torch.dtype | None,
     aux_dtype: torch.dtype | None,
+    aux_weight_scale: Tensor | None,
 ) -> Iterator[Plan]:
     target = active_target()
+    _require_readable(aux_weight, target)
     rows, columns = grad_output.shape[1], x.shape[1]
-    if gemm_tma.takes_grad_parameters(target, grad_output, x, aux_weight):
+    if gemm_tma.takes_grad_parameters(target, grad_output, x, aux_weight, aux_weight_scale):
         trained_aux = None if scale is None else aux_dtype
         tiles = gemm_tma.grad_tiles(target, (rows, columns), aux_weight, weight_dtype, trained_aux)
         yield from (Plan("tma", tile) for tile in tiles)
@@ -311,6 +389,7 @@ def _grad_parameters_by_pointers(
     x: Tensor,
     aux_weight: Tensor | None,
     scale: Tensor | None,
+    aux_weight_scale: Tensor | None,
     grad_weight: Tensor | None,
     grad_aux: Tensor | None,
 ) -> Tensor | None:
@@ -332,6 +411,7 @@ def _grad_parameters_by_pointers(
         *grad_output.stride(),
         *x.stride(),
         *((0, 0) if aux_weight is None else aux_weight.stride()),
+        aux_weight_scale,
         **tile._asdict(),
         GROUP=GROUP,
         EVEN_K=depth % tile.BLOCK_K == 0,

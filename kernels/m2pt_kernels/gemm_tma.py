@@ -2,7 +2,7 @@
 
 Products of weights are computed transposed, `Y^T = (W + s * W_aux) X^T`: then the combined tile is the A operand, which
 wgmma may read from registers and tcgen05 from tensor memory, so that it is never written to memory, not even to shared.
-Half-precision activations only; matrices that TMA cannot address go to `gemm.py`.
+Half-precision activations only; int4 and matrices that TMA cannot address go to `gemm.py`.
 """
 
 from typing import NamedTuple
@@ -54,11 +54,22 @@ def _store_transposed(descriptor, accumulator, row, column, RELABEL: tl.constexp
 
 
 @triton.jit
+def _column_of(vector_ptr, start, size, BLOCK: tl.constexpr, RELABEL: tl.constexpr):
+    """BLOCK entries of a vector, in float32, as a column."""
+    # By TMA too: Triton 3.8 offsets the mask of an ordinary load twice in the second of the two consumer groups.
+    column = tl.make_tensor_descriptor(vector_ptr, [size], [1], [BLOCK]).load([start]).to(tl.float32)[:, None]
+    if RELABEL:
+        column = _relabel(column, 4, 2)
+    return column
+
+
+@triton.jit
 def combined_matmul_tma_kernel(
     left_ptr,
     weight_ptr,
     aux_ptr,
     scale_ptr,
+    aux_scale_ptr,
     bias_ptr,
     output_ptr,
     rows,
@@ -76,7 +87,8 @@ def combined_matmul_tma_kernel(
 ):
     """output = left (weight + scale * aux) + bias, tiles of BLOCK_M + MORE_M rows, an accumulator each.
 
-    left is (rows, depth); weight and aux lie in memory as (columns, depth), or (depth, columns) if DEPTH_FIRST.
+    left is (rows, depth); weight and aux lie in memory as (columns, depth), or (depth, columns) if DEPTH_FIRST. A
+    quantised aux has a scale for each row in memory.
     MORE_M is 0 or half of BLOCK_M; the output leaves in pieces of that many rows, to spare shared memory for stages.
     """
     RELABEL: tl.constexpr = not DEPTH_FIRST
@@ -97,6 +109,11 @@ def combined_matmul_tma_kernel(
     tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M + MORE_M, BLOCK_N, GROUP)
     row = tile_row * (BLOCK_M + MORE_M)
     column = tile_column * BLOCK_N
+    if aux_scale_ptr is not None:
+        if DEPTH_FIRST:
+            aux_scale = tl.make_tensor_descriptor(aux_scale_ptr, [depth], [1], [BLOCK_K])
+        else:
+            scale *= _column_of(aux_scale_ptr, column, columns, BLOCK_N, RELABEL)
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, depth, BLOCK_K, warp_specialize=True):
         if DEPTH_FIRST:
@@ -108,16 +125,15 @@ def combined_matmul_tma_kernel(
         if RELABEL:
             weight_tile = _relabel(weight_tile, 4, 2)
             aux_tile = _relabel(aux_tile, 4, 2)
-        combined = (weight_tile.to(tl.float32) + scale * aux_tile.to(tl.float32)).to(left.dtype)
+        step_scale = scale
+        if DEPTH_FIRST and aux_scale_ptr is not None:
+            step_scale *= aux_scale.load([k])[None, :]
+        combined = (weight_tile.to(tl.float32) + step_scale * aux_tile.to(tl.float32)).to(left.dtype)
         accumulator = tl.dot(combined, left.load([row, k]).T, accumulator)
         if MORE_M > 0:
             more = tl.dot(combined, more_left.load([row + BLOCK_M, k]).T, more)
     if bias_ptr is not None:
-        # By TMA too: Triton 3.8 offsets the mask of an ordinary load twice in the second of the two consumer groups.
-        bias_tile = tl.make_tensor_descriptor(bias_ptr, [columns], [1], [BLOCK_N]).load([column])
-        bias = bias_tile.to(tl.float32)[:, None]
-        if RELABEL:
-            bias = _relabel(bias, 4, 2)
+        bias = _column_of(bias_ptr, column, columns, BLOCK_N, RELABEL)
         accumulator += bias
         if MORE_M > 0:
             more += bias
@@ -134,6 +150,7 @@ def grad_parameters_tma_kernel(
     x_ptr,
     aux_ptr,
     scale_ptr,
+    aux_scale_ptr,
     grad_weight_ptr,
     grad_aux_ptr,
     partial_ptr,
@@ -184,6 +201,8 @@ def grad_parameters_tma_kernel(
         if grad_weight_ptr is not None:
             grad_weight.store([row, piece_column], piece.to(grad_weight.dtype))
     if partial_ptr is not None:
+        if aux_scale_ptr is not None:
+            sums *= tl.make_tensor_descriptor(aux_scale_ptr, [rows], [1], [BLOCK_M]).load([row])
         partial.store([tl.program_id(0) * BLOCK_M], sums)
 
 
@@ -202,16 +221,23 @@ class _CombinedTile(NamedTuple):
 # stages are what shared memory does. By generation, then by the bytes an element of W and one of W_aux take together.
 _COMBINED_TILES: dict[int, dict[int, tuple[_CombinedTile, ...]]] = {
     9: {
+        3: (_CombinedTile(256, 128, 128, 32, 4, 4), _CombinedTile(256, 0, 128, 32, 4, 5)),
+        5: (_CombinedTile(256, 128, 128, 32, 4, 4), _CombinedTile(256, 0, 128, 32, 4, 4)),
         4: (_CombinedTile(256, 128, 128, 32, 4, 4), _CombinedTile(256, 0, 128, 32, 4, 5)),
         6: (_CombinedTile(256, 128, 128, 32, 4, 4), _CombinedTile(256, 0, 128, 32, 4, 4)),
         8: (_CombinedTile(256, 128, 128, 32, 4, 3), _CombinedTile(256, 0, 128, 32, 4, 4)),
     },
     10: {
+        3: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
+        5: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
         4: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
         6: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
         8: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
     },
 }
+# The same of sm_90 where W_aux is quantised and its rows run along the depth: each of two warp groups reads half of a
+# tile's columns, and TMA swizzles 128 bytes of a row.
+_WIDE_TILES = {3: (_CombinedTile(128, 0, 256, 32, 4, 4),), 5: (_CombinedTile(128, 0, 256, 32, 4, 3),)}
 # By generation, then by whether W_aux and the gradients have elements of several sizes: then their layouts differ, and
 # on sm_100 only 256 rows a tile, or few columns, leave registers to convert between them.
 _GRAD_TILES: dict[int, dict[bool, tuple[TileConfig, ...]]] = {
@@ -228,9 +254,18 @@ _MULTIPROCESSORS = {9: 132, 10: 148}
 
 
 def takes_combined_matmul(
-    target: GPUTarget | None, left: Tensor, weight: Tensor, aux_weight: Tensor, bias: Tensor | None
+    target: GPUTarget | None,
+    left: Tensor,
+    weight: Tensor,
+    aux_weight: Tensor,
+    aux_weight_scale: Tensor | None,
+    depth_first: bool,
+    bias: Tensor | None,
 ) -> bool:
-    """Whether `combined_matmul` can compute this product here, and is worth it."""
+    """Whether `combined_matmul` can compute this product here, and is worth it.
+
+    depth_first: whether the scales of a quantised aux_weight are those of its first dimension here.
+    """
     unit = 0 if weight.stride(0) == 1 else 1
     return (
         _generation(target) in _COMBINED_TILES
@@ -241,10 +276,17 @@ def takes_combined_matmul(
         and _by_tma(weight, unit)
         and _by_tma(aux_weight, unit)
         and (bias is None or bias.data_ptr() % 16 == 0)
+        and (aux_weight_scale is None or (unit == depth_first and _is_vector(aux_weight_scale)))
     )
 
 
-def takes_grad_parameters(target: GPUTarget | None, grad_output: Tensor, x: Tensor, aux_weight: Tensor | None) -> bool:
+def takes_grad_parameters(
+    target: GPUTarget | None,
+    grad_output: Tensor,
+    x: Tensor,
+    aux_weight: Tensor | None,
+    aux_weight_scale: Tensor | None,
+) -> bool:
     """Whether `grad_parameters` can compute this product here."""
     return (
         _generation(target) in _GRAD_TILES
@@ -253,6 +295,7 @@ def takes_grad_parameters(target: GPUTarget | None, grad_output: Tensor, x: Tens
         and _by_tma(grad_output, 1)
         and _by_tma(x, 1)
         and (aux_weight is None or _by_tma(aux_weight, 1))
+        and (aux_weight_scale is None or _is_vector(aux_weight_scale))
     )
 
 
@@ -273,9 +316,16 @@ def _by_tma(matrix: Tensor, unit: int) -> bool:
     )
 
 
+def _is_vector(scales: Tensor) -> bool:
+    """Whether the scales are one a row, where TMA can address them."""
+    return scales.shape[1] == 1 and scales.data_ptr() % 16 == 0
+
+
 def combined_tiles(target: GPUTarget, weight: Tensor, aux_weight: Tensor) -> tuple[_CombinedTile, ...]:
     """The candidates of `combined_matmul`."""
-    return _COMBINED_TILES[_generation(target)][weight.itemsize + aux_weight.itemsize]
+    generation = _generation(target)
+    wide = generation == 9 and weight.stride(0) != 1 and aux_weight.itemsize == 1
+    return (_WIDE_TILES if wide else _COMBINED_TILES[generation])[weight.itemsize + aux_weight.itemsize]
 
 
 def grad_tiles(
@@ -299,9 +349,13 @@ def combined_matmul(
     aux_weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    aux_weight_scale: Tensor | None,
     output: Tensor,
 ) -> None:
-    """output = left (weight + scale * aux_weight) + bias: left (M, R), weights (R, C), output (M, C) contiguous."""
+    """output = left (weight + scale * aux_weight) + bias: left (M, R), weights (R, C), output (M, C) contiguous.
+
+    aux_weight_scale has an entry for each row in memory, which is a column of aux_weight if that has stride(0) == 1.
+    """
     rows, depth = left.shape
     columns = weight.shape[1]
     depth_first = weight.stride(0) != 1
@@ -312,6 +366,7 @@ def combined_matmul(
         weight,
         aux_weight,
         scale,
+        aux_weight_scale,
         bias,
         output,
         rows,
@@ -332,6 +387,7 @@ def grad_parameters(
     x: Tensor,
     aux_weight: Tensor | None,
     scale: Tensor | None,
+    aux_weight_scale: Tensor | None,
     grad_weight: Tensor | None,
     grad_aux: Tensor | None,
 ) -> Tensor | None:
@@ -346,6 +402,7 @@ def grad_parameters(
         x,
         aux_weight,
         scale,
+        aux_weight_scale,
         grad_weight,
         grad_aux,
         partial,

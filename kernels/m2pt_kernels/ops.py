@@ -12,6 +12,8 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
+from .quantization import DTYPES as QUANTIZED
+from .quantization import check_aux_weight
 
 gemm = import_module(".gemm", __package__) if find_spec("triton") else None
 
@@ -21,12 +23,16 @@ _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "Autocast
 
 _library = torch.library.Library("m2pt_kernels", "DEF")
 _library.define(
-    "cross_modal_linear(Tensor x, Tensor weight, Tensor aux_weight, Tensor scale, Tensor? bias=None) -> Tensor"
+    "cross_modal_linear(Tensor x, Tensor weight, Tensor aux_weight, Tensor scale, Tensor? bias=None,"
+    " Tensor? aux_weight_scale=None) -> Tensor"
 )
-_library.define("grad_input(Tensor grad_output, Tensor weight, Tensor aux_weight, Tensor scale) -> Tensor")
+_library.define(
+    "grad_input(Tensor grad_output, Tensor weight, Tensor aux_weight, Tensor scale, Tensor? aux_weight_scale=None)"
+    " -> Tensor"
+)
 _library.define(
     "grad_parameters(Tensor grad_output, Tensor x, Tensor? aux_weight, Tensor? scale,"
-    " ScalarType? weight_dtype, ScalarType? aux_dtype) -> (Tensor, Tensor, Tensor)"
+    " ScalarType? weight_dtype, ScalarType? aux_dtype, Tensor? aux_weight_scale=None) -> (Tensor, Tensor, Tensor)"
 )
 _cross_modal_linear = torch.ops.m2pt_kernels.cross_modal_linear.default
 _grad_input = torch.ops.m2pt_kernels.grad_input.default
@@ -34,7 +40,12 @@ _grad_parameters = torch.ops.m2pt_kernels.grad_parameters.default
 
 
 def cross_modal_linear(
-    x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    aux_weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    aux_weight_scale: Tensor | None = None,
 ) -> Tensor:
     """`x (W + s * W_aux)^T + b` (M2PT, CVPR 2024, eq. 2) without `W + s * W_aux` ever being stored on a GPU.
 
@@ -43,35 +54,44 @@ def cross_modal_linear(
     Args:
         x: (..., in_features); its dtype, or autocast's, is the dtype of the multiplication and of the result.
         weight: (out_features, in_features), of x's dtype, or float32 with a half-precision x.
-        aux_weight: (out_features, in_features), any floating dtype.
+        aux_weight: (out_features, in_features), any floating dtype of 16 bits or more; or what `quantize` made of it.
         scale: (1,), any floating dtype; read on the device, so changing it costs neither a sync nor a recompilation.
         bias: (out_features,), any floating dtype, or None.
+        aux_weight_scale: the float32 scales that `quantize` returned beside `aux_weight`; None if it is not quantised.
 
     Returns:
         (..., out_features), contiguous. Differentiable once, with respect to every tensor that requires a gradient.
         Nothing of size out_features x in_features is saved for backward except `weight` and `aux_weight` themselves.
 
     Raises:
-        TypeError: a dtype that is not floating (for x: float16, bfloat16, float32 or float64), or a weight whose dtype
-            does not go with x's.
-        ValueError: a shape or a device that does not fit the others.
+        TypeError: a dtype that is not floating (for x: float16, bfloat16, float32 or float64), a weight whose dtype
+            does not go with x's, or a quantised aux_weight without its scales or the other way round.
+        ValueError: a shape or a device that does not fit the others, or a quantised aux_weight that is to be trained.
     """
-    dtype = _checked_dtype(x, weight, aux_weight, scale, bias)
-    if not _is_unobserved(x, weight, aux_weight, scale, bias):
-        return _cross_modal_linear(x, weight, aux_weight, scale, bias)
+    dtype = _checked_dtype(x, weight, aux_weight, scale, bias, aux_weight_scale)
+    if not _is_unobserved(x, weight, aux_weight, scale, bias, aux_weight_scale):
+        return _cross_modal_linear(x, weight, aux_weight, scale, bias, aux_weight_scale)
     with _autocast_disabled(x):
-        return _CrossModalLinear.apply(reference.cast(x, dtype), weight, aux_weight, scale, bias, _compute)
+        return _CrossModalLinear.apply(
+            reference.cast(x, dtype), weight, aux_weight, scale, bias, aux_weight_scale, _compute
+        )
 
 
-def _checked_dtype(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> torch.dtype:
+def _checked_dtype(
+    x: Tensor,
+    weight: Tensor,
+    aux_weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    aux_weight_scale: Tensor | None,
+) -> torch.dtype:
     """The dtype to multiply in."""
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}")
     out_features, in_features = shape = weight.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x: expected shape (..., {in_features}) to fit weight, got {tuple(x.shape)}")
-    if aux_weight.shape != shape:
-        raise ValueError(f"aux_weight: expected weight's shape {tuple(shape)}, got {tuple(aux_weight.shape)}")
+    check_aux_weight(aux_weight, aux_weight_scale, shape)
     if scale.shape != (1,):
         raise ValueError(f"scale: expected shape (1,), got {tuple(scale.shape)}")
     if bias is not None and bias.shape != (out_features,):
@@ -80,7 +100,7 @@ def _checked_dtype(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor,
     for name, tensor in (("x", x), ("weight", weight), ("aux_weight", aux_weight), ("scale", scale), ("bias", bias)):
         if tensor is None:
             continue
-        if not tensor.is_floating_point():
+        if tensor is not aux_weight and not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name}: expected x's device {device}, got {tensor.device}")
@@ -143,7 +163,7 @@ def path_of(x: Tensor, *others: Tensor | None) -> ModuleType:
     """The module that computes on these tensors."""
     if gemm is None or _forced == "eager" or (_forced == "auto" and not x.is_cuda):
         return reference
-    unsupported = {tensor.dtype for tensor in (x, *others) if tensor is not None}.difference(gemm.DTYPES)
+    unsupported = {tensor.dtype for tensor in (x, *others) if tensor is not None}.difference(gemm.DTYPES, QUANTIZED)
     if unsupported and _forced == "triton":
         raise TypeError(f'implementation("triton"): expected dtypes among {gemm.DTYPES}, got {unsupported}')
     return reference if unsupported else gemm
@@ -172,20 +192,23 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
 
 
-def _compute(x, weight, aux_weight, scale, bias=None):
-    y = path_of(x, weight, aux_weight, scale, bias).forward(flat(x), weight, aux_weight, scale, bias)
+def _compute(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
+    path = path_of(x, weight, aux_weight, scale, bias)
+    y = path.forward(flat(x), weight, aux_weight, scale, bias, aux_weight_scale)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _compute_grad_input(grad_output, weight, aux_weight, scale):
+def _compute_grad_input(grad_output, weight, aux_weight, scale, aux_weight_scale=None):
     path = path_of(grad_output, weight, aux_weight, scale)
-    grad = path.grad_input(flat(grad_output), weight, aux_weight, scale)
+    grad = path.grad_input(flat(grad_output), weight, aux_weight, scale, aux_weight_scale)
     return grad if grad_output.dim() == 2 else grad.view(*grad_output.shape[:-1], weight.shape[1])
 
 
-def _compute_grad_parameters(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype):
+def _compute_grad_parameters(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale=None):
     path = path_of(grad_output, x, aux_weight, scale)
-    return path.grad_parameters(flat(grad_output), flat(x), aux_weight, scale, weight_dtype, aux_dtype)
+    return path.grad_parameters(
+        flat(grad_output), flat(x), aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale
+    )
 
 
 def _implement(operator: torch._ops.OpOverload, compute: Callable) -> None:
@@ -205,17 +228,17 @@ _implement(_grad_parameters, _compute_grad_parameters)
 
 
 @torch.library.register_fake("m2pt_kernels::cross_modal_linear", lib=_library)
-def _(x, weight, aux_weight, scale, bias=None):
+def _(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.register_fake("m2pt_kernels::grad_input", lib=_library)
-def _(grad_output, weight, aux_weight, scale):
+def _(grad_output, weight, aux_weight, scale, aux_weight_scale=None):
     return grad_output.new_empty(*grad_output.shape[:-1], weight.shape[1])
 
 
 @torch.library.register_fake("m2pt_kernels::grad_parameters", lib=_library)
-def _(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype):
+def _(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale=None):
     shape = (grad_output.shape[-1], x.shape[-1])
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
@@ -227,31 +250,32 @@ def _(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype):
 
 class _CrossModalLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, aux_weight, scale, bias, compute):
-        need_x, need_weight, need_aux, need_scale, _, _ = ctx.needs_input_grad
+    def forward(ctx, x, weight, aux_weight, scale, bias, aux_weight_scale, compute):
+        need_x, need_weight, need_aux, need_scale, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if need_weight or need_aux or need_scale else None,
             weight if need_x else None,
             aux_weight if need_x or need_scale else None,
             scale if need_x or need_aux else None,
+            aux_weight_scale if need_x or need_scale else None,
         )
         ctx.dtypes = weight.dtype, aux_weight.dtype, scale.dtype, None if bias is None else bias.dtype
-        return compute(x, weight, aux_weight, scale, bias)
+        return compute(x, weight, aux_weight, scale, bias, aux_weight_scale)
 
     @staticmethod
     def backward(ctx, grad_output):
         if torch.is_grad_enabled():
             raise RuntimeError("cross_modal_linear is differentiable once: create_graph=True is not supported")
-        x, weight, aux_weight, scale = ctx.saved_tensors
+        x, weight, aux_weight, scale, aux_weight_scale = saved = ctx.saved_tensors
         weight_dtype, aux_dtype, scale_dtype, bias_dtype = ctx.dtypes
-        need_x, need_weight, need_aux, need_scale, need_bias, _ = ctx.needs_input_grad
-        if _is_unobserved(grad_output, x, weight, aux_weight, scale) and not _autocast_enabled(grad_output):
+        need_x, need_weight, need_aux, need_scale, need_bias, *_ = ctx.needs_input_grad
+        if _is_unobserved(grad_output, *saved) and not _autocast_enabled(grad_output):
             grad_input, grad_parameters = _compute_grad_input, _compute_grad_parameters
         else:
             grad_input, grad_parameters = _grad_input, _grad_parameters
         grad_x = grad_weight = grad_aux = grad_scale = grad_bias = None
         if need_x:
-            grad_x = grad_input(grad_output, weight, aux_weight, scale)
+            grad_x = grad_input(grad_output, weight, aux_weight, scale, aux_weight_scale)
         if need_weight or need_aux or need_scale:
             grad_weight, grad_aux, grad_scale = grad_parameters(
                 grad_output,
@@ -260,6 +284,7 @@ class _CrossModalLinear(torch.autograd.Function):
                 scale if need_aux else None,
                 weight_dtype if need_weight else None,
                 aux_dtype if need_aux else None,
+                aux_weight_scale,
             )
         if need_bias:
             grad_bias = flat(grad_output).sum(0, dtype=bias_dtype)
@@ -270,26 +295,27 @@ class _CrossModalLinear(torch.autograd.Function):
             reference.cast(grad_scale, scale_dtype) if need_scale else None,
             grad_bias,
             None,
+            None,
         )
 
 
-def _below_autograd(x, weight, aux_weight, scale, bias):
+def _below_autograd(x, weight, aux_weight, scale, bias, aux_weight_scale):
     with torch._C._AutoDispatchBelowAutograd():
-        return _cross_modal_linear(x, weight, aux_weight, scale, bias)
+        return _cross_modal_linear(x, weight, aux_weight, scale, bias, aux_weight_scale)
 
 
-def _autograd(x, weight, aux_weight, scale, bias=None):
-    return _CrossModalLinear.apply(x, weight, aux_weight, scale, bias, _below_autograd)
+def _autograd(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
+    return _CrossModalLinear.apply(x, weight, aux_weight, scale, bias, aux_weight_scale, _below_autograd)
 
 
 _library.impl("cross_modal_linear", _autograd, "Autograd")
 
 
 def _autocast(device_type):
-    def cast_input(x, weight, aux_weight, scale, bias=None):
+    def cast_input(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
         dtype = _gemm_dtype(x)
         with torch.autocast(device_type, enabled=False):
-            return _cross_modal_linear(x.to(dtype), weight, aux_weight, scale, bias)
+            return _cross_modal_linear(x.to(dtype), weight, aux_weight, scale, bias, aux_weight_scale)
 
     return cast_input
 

@@ -1,12 +1,20 @@
 """The mathematics in plain torch: the path of devices without Triton, and the oracle of every test.
 
 Shapes: `x` (M, K), `weight` and `aux_weight` (N, K), `scale` (1,), `bias` (N,), `grad_output` (M, N).
-Everything is accumulated in float32, or in float64 where the inputs are float64.
+Everything is accumulated in float32, or in float64 where the inputs are float64. An aux weight that comes with an
+`aux_weight_scale` is quantised and means `dequantize` of the two, which exists a block of rows at a time.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .quantization import dequantize
+
+BLOCK_ENTRIES = 2**18
+"""Entries that are dequantised at a time: 1 MiB in float32, which stays in a CPU's cache."""
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -14,29 +22,54 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def combined_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def combined_weight(
+    weight: Tensor, aux_weight: Tensor, scale: Tensor, dtype: torch.dtype, aux_weight_scale: Tensor | None = None
+) -> Tensor:
     """`W + s * W_aux` (M2PT eq. 2), computed in float32 at least and rounded once, to `dtype`; without gradients."""
     with torch.no_grad():
-        return _combined_weight(weight, aux_weight, scale, dtype)
+        return _combined_weight(weight, aux_weight, scale, dtype, aux_weight_scale)
 
 
-def _combined_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _combined_weight(
+    weight: Tensor, aux_weight: Tensor, scale: Tensor, dtype: torch.dtype, aux_weight_scale: Tensor | None
+) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
     scale = cast(scale, wide)  # makes torch compute in that dtype, in one pass where the device converts as it reads
-    if dtype == wide:
+    if dtype == wide and aux_weight_scale is None:
         return torch.addcmul(weight, aux_weight, scale)
-    return torch.addcmul(weight, aux_weight, scale, out=torch.empty_like(weight, dtype=dtype))
+    combined = torch.empty_like(weight, dtype=dtype)
+    if aux_weight_scale is None:
+        return torch.addcmul(weight, aux_weight, scale, out=combined)
+    for rows, block in _dequantized_blocks(aux_weight, aux_weight_scale):
+        torch.addcmul(weight[rows], block, scale, out=combined[rows])
+    return combined
 
 
-def forward(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _dequantized_blocks(aux_weight: Tensor, aux_weight_scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    rows = max(1, BLOCK_ENTRIES // aux_weight.shape[1])
+    for start in range(0, aux_weight.shape[0], rows):
+        block = slice(start, start + rows)
+        yield block, dequantize(aux_weight[block], aux_weight_scale[block])
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    aux_weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    aux_weight_scale: Tensor | None = None,
+) -> Tensor:
     """`x (W + s * W_aux)^T + b`, shape (M, N), in the dtype of `x`."""
     bias = None if bias is None else cast(bias, x.dtype)
-    return F.linear(x, _combined_weight(weight, aux_weight, scale, x.dtype), bias)
+    return F.linear(x, _combined_weight(weight, aux_weight, scale, x.dtype, aux_weight_scale), bias)
 
 
-def grad_input(grad_output: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor) -> Tensor:
+def grad_input(
+    grad_output: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_scale: Tensor | None = None
+) -> Tensor:
     """`dY (W + s * W_aux)`, shape (M, K), in the dtype of `grad_output`."""
-    return grad_output @ _combined_weight(weight, aux_weight, scale, grad_output.dtype)
+    return grad_output @ _combined_weight(weight, aux_weight, scale, grad_output.dtype, aux_weight_scale)
 
 
 def grad_weight(grad_output: Tensor, x: Tensor) -> Tensor:
@@ -47,12 +80,18 @@ def grad_weight(grad_output: Tensor, x: Tensor) -> Tensor:
     return cast(grad_output, wide).t() @ cast(x, wide)
 
 
-def grad_scale(accumulator: Tensor, aux_weight: Tensor) -> Tensor:
+def grad_scale(accumulator: Tensor, aux_weight: Tensor, aux_weight_scale: Tensor | None = None) -> Tensor:
     """`<G, W_aux>`, shape (1,), in the dtype of the accumulator `G`.
 
     Summed by rows first: one float32 dot product over all of `G` is off by up to 1e-4 of the result.
     """
-    return torch.linalg.vecdot(accumulator, cast(aux_weight, accumulator.dtype)).sum(0, keepdim=True)
+    if aux_weight_scale is None:
+        sums = torch.linalg.vecdot(accumulator, cast(aux_weight, accumulator.dtype))
+    else:
+        sums = accumulator.new_empty(accumulator.shape[0])
+        for rows, block in _dequantized_blocks(aux_weight, aux_weight_scale):
+            sums[rows] = torch.linalg.vecdot(accumulator[rows], cast(block, accumulator.dtype))
+    return sums.sum(0, keepdim=True)
 
 
 def grad_aux(accumulator: Tensor, scale: Tensor) -> Tensor:
@@ -67,6 +106,7 @@ def grad_parameters(
     scale: Tensor | None,
     weight_dtype: torch.dtype | None,
     aux_dtype: torch.dtype | None,
+    aux_weight_scale: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of weight, aux weight and scale that were asked for; None for the others.
 
@@ -76,5 +116,5 @@ def grad_parameters(
     return (
         None if weight_dtype is None else cast(accumulator, weight_dtype),
         None if scale is None or aux_dtype is None else cast(grad_aux(accumulator, scale), aux_dtype),
-        None if aux_weight is None else grad_scale(accumulator, aux_weight),
+        None if aux_weight is None else grad_scale(accumulator, aux_weight, aux_weight_scale),
     )

@@ -1,7 +1,11 @@
-"""What the kernels share: which tile a program computes, and how a tile of gradients is written."""
+"""What the kernels share: which tile a program computes, how int4 is read, how a tile of gradients is written."""
 
 import triton
 import triton.language as tl
+
+from .quantization import GROUP_SIZE
+
+GROUP_SIZE = tl.constexpr(GROUP_SIZE)
 
 
 @triton.jit
@@ -24,6 +28,19 @@ def indices_inside(tile, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def packed_index(column):
+    """Where the int4 entry of a column lies in its row, in bytes."""
+    return column // GROUP_SIZE * (GROUP_SIZE // 2) + column % (GROUP_SIZE // 2)
+
+
+@triton.jit
+def unpack(data, column):
+    """The int4 entries of the columns that bytes were read for."""
+    shift = (column // (GROUP_SIZE // 2) % 2 * 4).to(tl.uint8)
+    return ((data >> shift) & 15).to(tl.float32) - 8
+
+
+@triton.jit
 def store_gradients(
     accumulator,
     tile_row,
@@ -37,10 +54,12 @@ def store_gradients(
     partial_ptr,
     stride_aux_row,
     stride_aux_column,
+    aux_scale_ptr,
 ):
     """Write of a float32 tile of G = grad^T x what has a pointer.
 
-    G to grad_weight, scale * G to grad_aux, and to partial, one number per row of the tile, <G, aux>.
+    G to grad_weight, scale * G to grad_aux, and to partial, one number per row of the tile, <G, aux>. The scales of a
+    quantised aux, if any, are one a row, or one a group of int4.
     """
     ROWS: tl.constexpr = accumulator.shape[0]
     COLUMNS: tl.constexpr = accumulator.shape[1]
@@ -49,9 +68,18 @@ def store_gradients(
     mask = (row[:, None] < rows) & (column[None, :] < columns)
     offsets = row[:, None] * columns + column[None, :]
     if partial_ptr is not None:
-        aux_ptrs = aux_ptr + row[:, None] * stride_aux_row + column[None, :] * stride_aux_column
-        products = accumulator * tl.load(aux_ptrs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.sum(products, 1))
+        PACKED: tl.constexpr = aux_ptr.dtype.element_ty == tl.uint8
+        aux_column = packed_index(column) if PACKED else column
+        aux = tl.load(
+            aux_ptr + row[:, None] * stride_aux_row + aux_column[None, :] * stride_aux_column, mask, other=0.0
+        )
+        if PACKED:
+            group = row[:, None] * (columns // GROUP_SIZE) + column[None, :] // GROUP_SIZE
+            aux = unpack(aux, column[None, :]) * tl.load(aux_scale_ptr + group, mask, other=0.0)
+        sums = tl.sum(accumulator * aux.to(tl.float32), 1)
+        if aux_scale_ptr is not None and not PACKED:
+            sums *= tl.load(aux_scale_ptr + row, row < rows, other=0.0)
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), sums)
     if grad_aux_ptr is not None:
         scale = tl.load(scale_ptr).to(tl.float32)
         tl.store(grad_aux_ptr + offsets, (scale * accumulator).to(grad_aux_ptr.dtype.element_ty), mask=mask)

@@ -33,6 +33,8 @@ _OPERATORS = {
     torch.ops.m2pt_kernels.grad_parameters.default: "grad_parameters",
 }
 
+_ARGUMENTS = {"forward": 6, "grad_input": 5, "grad_parameters": 7}
+
 Calls = dict[tuple, tuple[str, tuple]]
 """A product's name and arguments, by its problem."""
 
@@ -109,9 +111,9 @@ class _Recorder(TorchDispatchMode):
 def _flattened(product: str, first: Tensor, second: Tensor, *others: Any) -> tuple:
     """The arguments of a product in `gemm`, from those of its operator."""
     if product == "grad_parameters":
-        return ops.flat(first), ops.flat(second), *others
-    bias = (None,) if product == "forward" and len(others) == 2 else ()
-    return ops.flat(first), second, *others, *bias
+        second = ops.flat(second)
+    left_out = _ARGUMENTS[product] - 2 - len(others)
+    return ops.flat(first), second, *others, *(None,) * left_out
 
 
 def _products(model: nn.Module, sample: Tensor | tuple[Any, ...]) -> Calls:
