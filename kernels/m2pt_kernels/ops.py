@@ -91,7 +91,8 @@ def _checked_dtype(
     out_features, in_features = shape = weight.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x: expected shape (..., {in_features}) to fit weight, got {tuple(x.shape)}")
-    check_aux_weight(aux_weight, aux_weight_scale, shape)
+    if aux_weight_scale is not None or aux_weight.shape != shape or aux_weight.dtype not in GEMM_DTYPES:
+        check_aux_weight(aux_weight, aux_weight_scale, shape)
     if scale.shape != (1,):
         raise ValueError(f"scale: expected shape (1,), got {tuple(scale.shape)}")
     if bias is not None and bias.shape != (out_features,):
