@@ -86,7 +86,8 @@ def _add_training(commands: Any) -> None:
     train.add_argument("--init", metavar="PATH", help="checkpoint to start from")
     train.add_argument("--aux", metavar="PATH", help="checkpoint of the auxiliary model")
     train.add_argument("--aux-modality", metavar="NAME", help="what the auxiliary model was trained on, for the log")
-    train.add_argument("--aux-dtype", choices=("float32", "bfloat16", "float16"), help="of the auxiliary weights")
+    dtypes = ("float32", "bfloat16", "float16", "int8", "int4", "float8_e4m3fn")
+    train.add_argument("--aux-dtype", choices=dtypes, help="how the auxiliary weights are stored")
     train.add_argument("--train-aux", action="store_true", help="train the auxiliary weights too")
     train.set_defaults(run=_train)
 

@@ -237,6 +237,17 @@ def test_auxiliary_weights_are_trained_on_demand_in_their_dtype(folder, tmp_path
     assert weights[1].dtype == torch.bfloat16 and not torch.equal(weights[1], auxiliary)
 
 
+def test_auxiliary_weights_at_one_byte(folder, tmp_path, capsys):
+    out = run("image", folder, tmp_path / "int8", "optimizer.base_lr=1.0", "--aux-dtype", "int8")
+    model = checkpoint(out)["model"]
+    assert model["blocks.0.mlp.fc1.aux_weight"].dtype == torch.int8
+    assert model["blocks.0.mlp.fc1.cross_modal_scale"] != 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["merged"] == result["trained"]
+    run("image", folder, tmp_path / "no", "--aux-dtype", "int8", "--train-aux", code=2)
+    assert "trainable" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision(precision, folder, tmp_path):
     out = run("image", folder, tmp_path / "run", f"machine.precision={precision}", "schedule.epochs=1")

@@ -38,13 +38,13 @@ class Auxiliary:
     Attributes:
         path: its checkpoint; without one the target is trained alone.
         modality: its name in logs and reports.
-        dtype: of its weights; the checkpoint's own if empty.
+        dtype: of its weights, one of torch's or of `m2pt.quantize_aux`'s; the checkpoint's own if empty.
         trainable: whether its weights are trained too, as in the published code.
     """
 
     path: str = ""
     modality: str = ""
-    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    dtype: Literal["", "float32", "bfloat16", "float16", "int8", "int4", "float8_e4m3fn"] = ""
     trainable: bool = False
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from .optimization import create_loss
 from .recipe import Recipe
 
 SCALE = ".cross_modal_scale"
+QUANTIZED_DTYPES = ("int8", "int4", "float8_e4m3fn")
 
 Metrics = dict[str, float]
 
@@ -155,9 +156,16 @@ def create_trained_model(recipe: Recipe, num_classes: int, multi_label: bool) ->
     module = _initialised(recipe, num_classes)
     if recipe.auxiliary.path:
         aux_model = load_auxiliary(recipe.auxiliary.path)
-        if recipe.auxiliary.dtype:
-            aux_model.to(getattr(torch, recipe.auxiliary.dtype))
-        reparameterize_aux_into_target_model(module, aux_model, is_aux_trainable=recipe.auxiliary.trainable)
+        dtype = recipe.auxiliary.dtype
+        quantized = dtype in QUANTIZED_DTYPES
+        if dtype and not quantized:
+            aux_model.to(getattr(torch, dtype))
+        reparameterize_aux_into_target_model(
+            module,
+            aux_model,
+            is_aux_trainable=recipe.auxiliary.trainable,
+            aux_dtype=dtype if quantized else None,
+        )
     if recipe.model.trainable == "head":
         module.head = probe_head(module.head)
         module.requires_grad_(False)
