@@ -1,6 +1,10 @@
 """The paths one test body runs on: plain torch on the CPU; on a GPU the kernels too; the kernels alone in a process
 where Triton's interpreter is on (TRITON_INTERPRET=1), which `test_interpreter.py` starts."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts: the tests themselves run side by side
+
 import pytest
 import torch
 

@@ -1,6 +1,5 @@
 """Every tile configuration compiles for its GPUs, without spills and within shared memory; no GPU is needed."""
 
-import itertools
 import re
 import subprocess
 import sys
@@ -22,8 +21,15 @@ KINDS = {
     "tf32": (FLOAT, FLOAT, FLOAT, "high"),
     "ieee": (FLOAT, FLOAT, FLOAT, "highest"),
 }
-SIZES = [(257, 131, 77), (100, 272, 208), (600, 3088, 1040), (1024, 3072, 1024)]
-"""(M, N, K): not aligned; small; large and ragged; large and even."""
+ALL = ("weight", "aux_weight", "scale")
+CASES = [
+    ((257, 131, 77), ALL),  # not aligned
+    ((100, 272, 208), ALL),  # small
+    ((100, 272, 208), ("scale",)),
+    ((600, 3088, 1040), ALL),  # large and ragged
+    ((1024, 3072, 1024), ("scale",)),  # large and even
+]
+"""(M, N, K), and what is trained."""
 
 
 @pytest.fixture
@@ -43,14 +49,13 @@ def test_no_spills_and_within_shared_memory(target, kind, matmul_precision):
     dtype, weight_dtype, aux_dtype, precision = KINDS[kind]
     matmul_precision(precision)
     with compiling_for(TARGETS[target]) as compiled:
-        for sizes, trained in itertools.product(SIZES, (("scale",), ("weight", "aux_weight", "scale"))):
+        for sizes, trained in CASES:
             tensors, grad_output = operands(*sizes, dtype, weight_dtype, needs_grad=())
             tensors["aux_weight"] = tensors["aux_weight"].to(aux_dtype)
             for name in ("x", *trained):
                 tensors[name].requires_grad_()
             cross_modal_linear(**tensors).backward(grad_output)
-    # By TMA, two of the sizes share the kernels of the parameter gradients.
-    assert len(compiled) >= 4 * len(SIZES) - 2
+    assert len(compiled) >= 2 * len(CASES)
     for kernel in compiled:
         used = resources(kernel)
         assert used.spilled == 0, (kernel.src.constants, used)
