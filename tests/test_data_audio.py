@@ -22,6 +22,10 @@ def chirp(seconds, low, high, rate=16_000):
     return (0.5 * scipy.signal.chirp(time, low, seconds, high)).astype(np.float32)
 
 
+def mel(hertz):
+    return 1127 * np.log(1 + hertz / 700)
+
+
 def kaldi_filterbank(wave):
     """Log-mel features (frames, 128) of a wave (samples,) at 16 kHz, in float64."""
     starts = np.arange(0, len(wave) - 400 + 1, 160)
@@ -29,7 +33,6 @@ def kaldi_filterbank(wave):
     frames -= frames.mean(axis=1, keepdims=True)
     frames -= 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
     power = np.abs(np.fft.rfft(frames * np.hanning(400), 512)) ** 2
-    mel = lambda hertz: 1127 * np.log(1 + hertz / 700)  # noqa: E731
     edges = np.linspace(mel(20), mel(8000), 130)
     position = mel(np.arange(256) * 16_000 / 512)[:, None]
     rising = (position - edges[:-2]) / (edges[1:-1] - edges[:-2])

@@ -164,6 +164,13 @@ def test_the_model_is_left_as_it_was(model, sample, times):
     assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.parametrize("products", [["forward"], ["forward", "grad_input"]], ids="+".join)
+def test_a_frozen_model_is_tuned_for_what_it_computes(model, sample, times, products):
+    model.requires_grad_(False)
+    tuned = tune(model, sample.requires_grad_("grad_input" in products))
+    assert [record.problem[0] for record in tuned] == products
+
+
 def test_a_model_without_products_to_tune_is_refused(model, sample):
     with pytest.raises(ValueError, match=r"^model: .* Linear"):
         tune(nn.Linear(512, 4).bfloat16(), sample)

@@ -119,11 +119,13 @@ def _flattened(product: str, first: Tensor, second: Tensor, *others: Any) -> tup
 def _products(model: nn.Module, sample: Tensor | tuple[Any, ...]) -> Calls:
     inputs = sample if isinstance(sample, tuple) else (sample,)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    leaves = (*model.parameters(), *tree_leaves(inputs))
+    wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     with torch.random.fork_rng(), _Recorder() as recorder:
         outputs = tree_leaves(functional_call(model, buffers, inputs))
-        loss = sum(output.float().square().sum() for output in outputs if output.requires_grad)
-        torch.autograd.grad(loss, trained, allow_unused=True)
+        losses = [output.float().square().sum() for output in outputs if output.requires_grad]
+        if losses:
+            torch.autograd.grad(losses, wanted, allow_unused=True)
     return recorder.calls
 
 

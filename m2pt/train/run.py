@@ -11,6 +11,8 @@ import torch
 from timm.utils import random_seed
 from torch import Tensor, nn
 
+from m2pt_kernels.quantization import DTYPES as QUANTIZED
+
 from .. import freeze_for_linear_probe, reparameterize_aux_into_target_model
 from ..checkpoint_formats import load_auxiliary, load_pretrained
 from ..checkpoints import load_state_dict, save_state_dict
@@ -27,7 +29,6 @@ from .optimization import create_loss
 from .recipe import Recipe
 
 SCALE = ".cross_modal_scale"
-QUANTIZED_DTYPES = ("int8", "int4", "float8_e4m3fn")
 
 Metrics = dict[str, float]
 
@@ -157,7 +158,7 @@ def create_trained_model(recipe: Recipe, num_classes: int, multi_label: bool) ->
     if recipe.auxiliary.path:
         aux_model = load_auxiliary(recipe.auxiliary.path)
         dtype = recipe.auxiliary.dtype
-        quantized = dtype in QUANTIZED_DTYPES
+        quantized = dtype in QUANTIZED.values()
         if dtype and not quantized:
             aux_model.to(getattr(torch, dtype))
         reparameterize_aux_into_target_model(
