@@ -1,6 +1,7 @@
 """The layer: an `nn.Linear` that multiplies with `weight + cross_modal_scale * aux_weight`."""
 
-from typing import TypeGuard
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def merged_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_scale: Tensor | None = None) -> Tensor:
-    """`weight + scale * aux_weight`, summed in float32 and rounded once to weight's dtype.
+    """`weight + scale * aux_weight`, of all auxiliary models, summed in float32 and rounded once to weight's dtype.
 
     `aux_weight_scale` holds the scales of a quantised `aux_weight`.
 
@@ -30,8 +31,9 @@ def merged_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_
         TypeError: `aux_weight` is quantised and `aux_weight_scale` missing, or the other way round.
     """
     check_aux_weight(aux_weight, aux_weight_scale, weight.shape)
-    if scale.shape != (1,):
-        raise ValueError(f"cross_modal_scale: expected shape (1,), got {tuple(scale.shape)}")
+    models = (1,) if aux_weight.dim() == 2 else aux_weight.shape[:1]
+    if scale.shape != models:
+        raise ValueError(f"cross_modal_scale: expected shape {tuple(models)}, got {tuple(scale.shape)}")
     if any(tensor.is_meta for tensor in (weight, aux_weight, scale)):
         raise ValueError("there is nothing to merge on the meta device")
     merged = combined_weight(weight, aux_weight, scale, weight.dtype, aux_weight_scale)
@@ -40,8 +42,22 @@ def merged_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_
     return merged
 
 
+def _aux_weights(aux_weight: Tensor | Sequence[Tensor] | None, shape: tuple[int, int]) -> list[Tensor]:
+    """Of each auxiliary model the weight, once it is known to fit."""
+    weights: list[Any] = list(aux_weight) if isinstance(aux_weight, Sequence) and aux_weight else [aux_weight]
+    for weight in weights:
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(f"aux_weight: expected a floating tensor of shape {shape}, got {got}")
+        if weight.shape != shape:
+            raise ValueError(f"aux_weight: expected shape {shape}, got {tuple(weight.shape)}")
+    return weights
+
+
 class FusedCrossModalLinear(nn.Linear):
     """`y = x (weight + cross_modal_scale * aux_weight)^T + bias` (cross-modal re-parameterization, M2PT eq. 2).
+
+    With n auxiliary models, `y = x (weight + sum of cross_modal_scale[i] * aux_weight[i])^T + bias`.
 
     Args:
         in_features: size of each input sample.
@@ -50,11 +66,13 @@ class FusedCrossModalLinear(nn.Linear):
         origin_layer: the target model's layer. Its weight and bias parameters are adopted, not copied, with their
             dtype, device and `requires_grad`, and so is its training flag. None initialises new ones like `nn.Linear`.
         aux_weight: (out_features, in_features), the auxiliary model's weight, any floating dtype. Its storage is shared
-            where it already lies on the layer's device, so loading a checkpoint into this layer writes to both.
+            where it already lies on the layer's device, so loading a checkpoint into this layer writes to both. A
+            sequence of such weights, of n > 1 auxiliary models, is copied into one tensor (n, out_features,
+            in_features).
         is_aux_trainable: whether `aux_weight` gets a gradient. The auxiliary model's own flag is left alone.
 
-    `cross_modal_scale` has shape (1,), starts at zero and is always trainable. State-dict names: `weight`, `bias`,
-    `aux_weight`, `cross_modal_scale`; and `aux_weight_scale` once `quantize_aux` has made `aux_weight` small.
+    `cross_modal_scale` has shape (1,) or (n,), starts at zero and is always trainable. State-dict names: `weight`,
+    `bias`, `aux_weight`, `cross_modal_scale`; and `aux_weight_scale` once `quantize_aux` has made `aux_weight` small.
 
     Raises:
         TypeError: `aux_weight` missing or not a floating tensor, or `origin_layer` not a plain `nn.Linear`.
@@ -71,15 +89,11 @@ class FusedCrossModalLinear(nn.Linear):
         out_features: int,
         bias: bool = True,
         origin_layer: nn.Linear | None = None,
-        aux_weight: Tensor | None = None,
+        aux_weight: Tensor | Sequence[Tensor] | None = None,
         is_aux_trainable: bool = False,
     ) -> None:
         shape = (out_features, in_features)
-        if not isinstance(aux_weight, Tensor) or not aux_weight.is_floating_point():
-            got = aux_weight.dtype if isinstance(aux_weight, Tensor) else type(aux_weight).__name__
-            raise TypeError(f"aux_weight: expected a floating tensor of shape {shape}, got {got}")
-        if aux_weight.shape != shape:
-            raise ValueError(f"aux_weight: expected shape {shape}, got {tuple(aux_weight.shape)}")
+        aux_weights = _aux_weights(aux_weight, shape)
         if origin_layer is not None:
             if not is_plain_linear(origin_layer):
                 raise TypeError(f"origin_layer: expected a plain nn.Linear, got {type(origin_layer).__name__}")
@@ -89,11 +103,13 @@ class FusedCrossModalLinear(nn.Linear):
         if origin_layer is not None:
             self.weight, self.bias = origin_layer.weight, origin_layer.bias
             self.train(origin_layer.training)
-        if aux_weight.is_meta and not self.weight.is_meta:
+        if any(each.is_meta for each in aux_weights) and not self.weight.is_meta:
             raise ValueError("aux_weight: expected a tensor with data, got one on the meta device")
-        self.aux_weight = nn.Parameter(aux_weight.detach().to(self.weight.device), requires_grad=is_aux_trainable)
+        aux_weights = [each.detach().to(self.weight.device) for each in aux_weights]
+        stored = aux_weights[0] if len(aux_weights) == 1 else torch.stack(aux_weights)
+        self.aux_weight = nn.Parameter(stored, requires_grad=is_aux_trainable)
         self.register_buffer("aux_weight_scale", None)
-        self.cross_modal_scale = nn.Parameter(self.weight.new_zeros(1))
+        self.cross_modal_scale = nn.Parameter(self.weight.new_zeros(len(aux_weights)))
 
     def forward(self, input: Tensor) -> Tensor:
         return cross_modal_linear(

@@ -19,7 +19,7 @@ LAYER_NAMES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 def reparameterize_aux_into_target_model(
     target_model: nn.Module,
-    aux_model: nn.Module,
+    aux_model: nn.Module | Sequence[nn.Module],
     layer_names: Sequence[str] = LAYER_NAMES,
     main_body_name: str = "blocks",
     is_aux_trainable: bool = False,
@@ -30,7 +30,8 @@ def reparameterize_aux_into_target_model(
     Args:
         target_model: the model to improve; any module with a sequence of blocks, such as a timm VisionTransformer.
         aux_model: a model of another modality, with as many blocks and linear layers of the same shapes. It is left as
-            it is; its weights' storage is shared.
+            it is; its weights' storage is shared. A sequence of such models connects them all, each with scales of
+            its own, and copies their weights.
         layer_names: the linear layers of a block, as dotted names.
         main_body_name: the dotted name of the sequence of blocks, in both models.
         is_aux_trainable: whether the auxiliary weights are trained too.
@@ -45,29 +46,27 @@ def reparameterize_aux_into_target_model(
             message names the block and layer, and the target is as it was.
     """
     target_blocks = _blocks(target_model, "target_model", main_body_name)
-    aux_blocks = _blocks(aux_model, "aux_model", main_body_name)
-    if len(target_blocks) != len(aux_blocks):
-        raise ValueError(
-            f"aux_model: expected {len(target_blocks)} blocks in {main_body_name!r} as in target_model,"
-            f" got {len(aux_blocks)}"
-        )
+    aux_models = _named_models(aux_model)
+    aux_blocks = {argument: _blocks(model, argument, main_body_name) for argument, model in aux_models.items()}
+    for argument, blocks in aux_blocks.items():
+        if len(target_blocks) != len(blocks):
+            raise ValueError(
+                f"{argument}: expected {len(target_blocks)} blocks in {main_body_name!r} as in target_model,"
+                f" got {len(blocks)}"
+            )
     if isinstance(layer_names, str) or not layer_names or len(set(layer_names)) != len(layer_names):
         raise ValueError(f"layer_names: expected a sequence of different names, got {layer_names!r}")
     replacements = []
     connected: dict[nn.Linear, str] = {}
-    for index, (target_block, aux_block) in enumerate(zip(target_blocks, aux_blocks, strict=True)):
+    for index, target_block in enumerate(target_blocks):
         for layer_name in layer_names:
             place = f"{main_body_name}.{index}.{layer_name}"
             origin_layer = _linear(target_block, "target_model", layer_name, place)
             _require_called(target_block, layer_name, place)
-            aux_layer = _linear(aux_block, "aux_model", layer_name, place)
-            if aux_layer.weight.shape != origin_layer.weight.shape:
-                raise ValueError(
-                    f"aux_model: {place} has weight shape {tuple(aux_layer.weight.shape)},"
-                    f" expected {tuple(origin_layer.weight.shape)} as in target_model"
-                )
-            if aux_layer.weight is origin_layer.weight:
-                raise ValueError(f"aux_model: {place} is target_model's own weight")
+            aux_weights = [
+                _aux_weight(blocks[index], argument, layer_name, place, origin_layer)
+                for argument, blocks in aux_blocks.items()
+            ]
             if origin_layer in connected:
                 raise ValueError(f"target_model: {place} is {connected[origin_layer]}, used twice")
             connected[origin_layer] = place
@@ -76,7 +75,7 @@ def reparameterize_aux_into_target_model(
                     origin_layer.in_features,
                     origin_layer.out_features,
                     origin_layer=origin_layer,
-                    aux_weight=aux_layer.weight,
+                    aux_weight=aux_weights,
                     is_aux_trainable=is_aux_trainable,
                 )
                 if aux_dtype is not None:
@@ -87,6 +86,16 @@ def reparameterize_aux_into_target_model(
     for block, layer_name, fused in replacements:
         block.set_submodule(layer_name, fused)
     return target_model
+
+
+def _named_models(aux_model: nn.Module | Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """The auxiliary models, by what error messages call them."""
+    if isinstance(aux_model, nn.Module):
+        return {"aux_model": aux_model}
+    models = {f"aux_model[{i}]": model for i, model in enumerate(aux_model)}
+    if not models or not all(isinstance(model, nn.Module) for model in models.values()):
+        raise ValueError(f"aux_model: expected a module, or a sequence of modules, got {aux_model!r}")
+    return models
 
 
 def _blocks(model: nn.Module, argument: str, main_body_name: str) -> nn.Sequential | nn.ModuleList:
@@ -110,6 +119,18 @@ def _linear(block: nn.Module, argument: str, layer_name: str, place: str) -> nn.
     if not is_plain_linear(layer):
         raise ValueError(f"{argument}: {place} is a {type(layer).__name__}, expected a plain nn.Linear without hooks")
     return layer
+
+
+def _aux_weight(block: nn.Module, argument: str, layer_name: str, place: str, origin_layer: nn.Linear) -> Tensor:
+    weight = _linear(block, argument, layer_name, place).weight
+    if weight.shape != origin_layer.weight.shape:
+        raise ValueError(
+            f"{argument}: {place} has weight shape {tuple(weight.shape)},"
+            f" expected {tuple(origin_layer.weight.shape)} as in target_model"
+        )
+    if weight is origin_layer.weight:
+        raise ValueError(f"{argument}: {place} is target_model's own weight")
+    return weight
 
 
 def _require_called(block: nn.Module, layer_name: str, place: str) -> None:
@@ -228,10 +249,16 @@ def _places(model: nn.Module) -> dict[FusedCrossModalLinear, list[str]]:
 def cross_modal_scales(model: nn.Module) -> dict[str, float]:
     """The learned scale of every fused layer, by the layer's dotted name.
 
+    With several auxiliary models a layer has one for each, by its name and the model's number in brackets.
+
     Raises:
         ValueError: no fused layer below `model`.
     """
-    return {name: layer.cross_modal_scale.item() for name, layer in _fused_layers(model)}
+    scales: dict[str, float] = {}
+    for name, layer in _fused_layers(model):
+        several = layer.cross_modal_scale.tolist()
+        scales |= {name if len(several) == 1 else f"{name}[{i}]": scale for i, scale in enumerate(several)}
+    return scales
 
 
 def scale_table(model: nn.Module) -> str:

@@ -36,13 +36,14 @@ def published_formulation(model: nn.Module) -> Iterator[None]:
     """Inside the block, every fused layer of `model` computes as the published code does, storing the combined weight.
 
     Raises:
-        ValueError: no fused layer in `model`, or one with a quantised W_aux, which the published code does not know.
+        ValueError: no fused layer in `model`, or one with a quantised W_aux or several, which the published code does
+            not know.
     """
     layers = [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]
     if not layers:
         raise ValueError(f"model: there is no FusedCrossModalLinear in this {type(model).__name__}")
-    if any(layer.aux_weight_scale is not None for layer in layers):
-        raise ValueError("model: expected floating auxiliary weights, they are quantised")
+    if any(layer.aux_weight_scale is not None or layer.aux_weight.dim() != 2 for layer in layers):
+        raise ValueError("model: expected one floating auxiliary weight a layer, got quantised ones or several")
     for layer in layers:
         layer.forward = partial(_published_forward, layer)  # type: ignore[method-assign]
     try:

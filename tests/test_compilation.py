@@ -61,6 +61,24 @@ def test_no_spills_and_within_shared_memory(target, kind, matmul_precision):
         assert used.spilled == 0, (kernel.src.constants, used)
 
 
+@pytest.mark.parametrize("models", [2, 3, 5])
+@pytest.mark.parametrize("target", TARGETS)
+def test_several_models_without_spills_and_within_shared_memory(target, models):
+    with compiling_for(TARGETS[target]) as compiled:
+        for weight_dtype, aux_dtype in ((HALF, HALF), (FLOAT, HALF), (FLOAT, FLOAT), (HALF, "int8"), (FLOAT, "int4")):
+            tensors, grad_output = operands(600, 1040, 576, HALF, weight_dtype, models=models, needs_grad=())
+            if isinstance(aux_dtype, str):
+                tensors = quantized(tensors, aux_dtype)
+            else:
+                tensors["aux_weight"] = tensors["aux_weight"].to(aux_dtype).requires_grad_(aux_dtype == weight_dtype)
+            for name in ("x", "weight", "scale"):
+                tensors[name].requires_grad_()
+            cross_modal_linear(**tensors).backward(grad_output)
+    assert len(compiled) == 15
+    for kernel in compiled:
+        assert resources(kernel).spilled == 0, (kernel.metadata.name, kernel.src.constants, resources(kernel))
+
+
 @pytest.mark.parametrize("weight_dtype, stores", [(HALF, 0), (FLOAT, 4)], ids=str)
 def test_ampere_combines_in_registers_or_once_a_block(weight_dtype, stores):
     x, weight = torch.empty(1024, 1024, dtype=HALF), torch.empty(1024, 1024, dtype=weight_dtype)

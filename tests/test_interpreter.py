@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def test_operators_in_the_interpreter():
-    tests = Path(__file__).with_name("test_ops.py")
+    tests = [Path(__file__).with_name(name) for name in ("test_ops.py", "test_several_models.py")]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -17,13 +17,14 @@ SHAPES = [(1, 1, 1), (3, 5, 7), (64, 64, 64), (37, 70, 33), (130, 45, 129), (0, 
 NAMES = ("x", "weight", "aux_weight", "scale", "bias")
 
 
-def operands(m, n, k, dtype=torch.float32, weight_dtype=torch.float32, device="cpu", needs_grad=NAMES):
+def operands(m, n, k, dtype=torch.float32, weight_dtype=torch.float32, device="cpu", needs_grad=NAMES, models=1):
     """x, weight, aux_weight, scale, bias and a gradient for the output, of the sizes a network has."""
+    several = () if models == 1 else (models,)
     tensors = {
         "x": torch.randn(m, k, dtype=dtype, device=device),
         "weight": torch.randn(n, k, dtype=weight_dtype, device=device) / max(k, 1) ** 0.5,
-        "aux_weight": torch.randn(n, k, dtype=weight_dtype, device=device) / max(k, 1) ** 0.5,
-        "scale": torch.full((1,), 0.3, device=device),
+        "aux_weight": torch.randn(*several, n, k, dtype=weight_dtype, device=device) / max(k, 1) ** 0.5,
+        "scale": 0.3 - 0.5 * torch.arange(models, device=device),
         "bias": torch.randn(n, dtype=weight_dtype, device=device),
     }
     for name in needs_grad:
@@ -33,7 +34,8 @@ def operands(m, n, k, dtype=torch.float32, weight_dtype=torch.float32, device="c
 
 def published(x, weight, aux_weight, scale, bias=None):
     """The published formulation: the combined weight is materialised, in the dtypes torch gives it."""
-    return F.linear(x, weight + scale.to(weight.dtype) * aux_weight, bias)
+    scaled = scale.to(weight.dtype).view(-1, *(1,) * (aux_weight.dim() - 1)) * aux_weight
+    return F.linear(x, weight + (scaled if aux_weight.dim() == 2 else scaled.sum(0)), bias)
 
 
 def outputs(function, tensors, grad_output):
@@ -401,6 +403,14 @@ BAD_INPUTS = {
     "scale without dimensions": (ValueError, "scale", {"scale": torch.tensor(0.5)}),
     "float8 aux_weight": (TypeError, "aux_weight", {"aux_weight": torch.ones(4, 3).to(torch.float8_e4m3fn)}),
     "two scales": (ValueError, "scale", {"scale": torch.ones(2)}),
+    "one scale of two models": (ValueError, "scale", {"aux_weight": torch.ones(2, 4, 3)}),
+    "a stack of one model": (ValueError, "aux_weight", {"aux_weight": torch.ones(1, 4, 3)}),
+    "two models of another shape": (
+        ValueError,
+        "aux_weight",
+        {"aux_weight": torch.ones(2, 3, 4), "scale": torch.ones(2)},
+    ),
+    "a stack of stacks": (ValueError, "aux_weight", {"aux_weight": torch.ones(2, 2, 4, 3), "scale": torch.ones(2)}),
     "bias of another length": (ValueError, "bias", {"bias": torch.ones(3)}),
 }
 
@@ -423,8 +433,11 @@ BAD_QUANTIZED = {
     "scales of a plain one": (TypeError, "aux_weight_scale", torch.ones(4, 64), torch.ones(4, 1)),
     "half scales": (TypeError, "aux_weight_scale", INT8, torch.ones(4, 1).half()),
     "scales elsewhere": (ValueError, "aux_weight_scale", INT8, torch.ones(4, 1, device="meta")),
-    "flat scales": (ValueError, "aux_weight", INT8, torch.ones(4)),
-    "int8 with int4's scales": (ValueError, "aux_weight", INT8[:, :32], torch.ones(4, 2)),
+    "flat scales": (ValueError, "aux_weight_scale", INT8, torch.ones(4)),
+    "int8 with int4's scales": (ValueError, "aux_weight_scale", INT8, torch.ones(4, 2)),
+    "int8 of another width": (ValueError, "aux_weight", INT8[:, :32], torch.ones(4, 1)),
+    "scales of two models": (ValueError, "aux_weight_scale", INT8, torch.ones(2, 4, 1)),
+    "scales of one of two models": (ValueError, "aux_weight_scale", INT8.expand(2, 4, 64), torch.ones(4, 1)),
     "int4 with int8's shape": (ValueError, "aux_weight", INT8.view(torch.uint8), torch.ones(4, 1)),
     "int4 of another width": (ValueError, "aux_weight", INT4[:, :24], torch.ones(4, 1)),
     "scales that are trained": (ValueError, "aux_weight", INT8, torch.ones(4, 1, requires_grad=True)),

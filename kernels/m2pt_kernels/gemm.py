@@ -30,7 +30,16 @@ from .configs import (
     problem,
     tile_configs,
 )
-from .tiles import GROUP_SIZE, indices_inside, packed_index, store_gradients, tile_of_program, unpack
+from .tiles import (
+    GROUP_SIZE,
+    aux_strides,
+    indices_inside,
+    offset_of,
+    packed_index,
+    store_gradients,
+    tile_of_program,
+    unpack,
+)
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
@@ -53,8 +62,10 @@ def combined_matmul_kernel(
     stride_weight_column,
     stride_aux_depth,
     stride_aux_column,
+    stride_aux_model,
     aux_scale_ptr,
     stride_aux_scale,
+    stride_aux_scale_model,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -63,8 +74,9 @@ def combined_matmul_kernel(
     EVEN_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     DEPTH_FIRST: tl.constexpr,
+    MODELS: tl.constexpr,
 ):
-    """output = left (weight + scale * aux) + bias, with left (rows, depth), weight and aux (depth, columns).
+    """output = left (weight + sum of scale * aux) + bias: left (rows, depth), weight and each aux (depth, columns).
 
     A quantised aux has scales, stride_aux_scale for each of its rows, which are numbered by depth if DEPTH_FIRST and by
     columns otherwise, and of int4 for each group of a row, of which no tile touches two.
@@ -80,10 +92,6 @@ def combined_matmul_kernel(
     aux_column = packed_index(column) if PACKED and DEPTH_FIRST else column
     aux_ptrs = aux_ptr + k[:, None] * stride_aux_depth + aux_column[None, :] * stride_aux_column
     step = tl.full((), BLOCK_K, tl.int64)
-    if COMBINE_IN_WARPS:
-        scale = tl.load(scale_ptr + tl.zeros((1, 1), tl.int32)).to(tl.float32)
-    else:
-        scale = tl.load(scale_ptr).to(tl.float32)
     if aux_scale_ptr is not None:
         if DEPTH_FIRST:
             aux_scale_ptrs = aux_scale_ptr + k[:, None] * stride_aux_scale
@@ -91,33 +99,45 @@ def combined_matmul_kernel(
                 aux_scale_ptrs += tile_column * BLOCK_N // GROUP_SIZE
         else:
             aux_scale_ptrs = aux_scale_ptr + column[None, :] * stride_aux_scale
-            if not PACKED:
-                scale *= tl.load(aux_scale_ptrs)
+    scales = tl.tuple([])
+    for model in tl.static_range(MODELS):
+        if COMBINE_IN_WARPS:
+            scale = tl.load(scale_ptr + model + tl.zeros((1, 1), tl.int32)).to(tl.float32)
+        else:
+            scale = tl.load(scale_ptr + model).to(tl.float32)
+        if aux_scale_ptr is not None and not (DEPTH_FIRST or PACKED):
+            scale *= tl.load(aux_scale_ptrs + offset_of(model, stride_aux_scale_model))
+        scales += (scale,)
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, depth, BLOCK_K):
         if PACKED and not DEPTH_FIRST:
             aux_depth = packed_index(start + k)
             aux_ptrs = aux_ptr + aux_depth[:, None] * stride_aux_depth + column[None, :] * stride_aux_column
         if EVEN_K:
-            left, weight, aux = tl.load(left_ptrs), tl.load(weight_ptrs), tl.load(aux_ptrs)
+            left, weight = tl.load(left_ptrs), tl.load(weight_ptrs)
         else:
             left = tl.load(left_ptrs, mask=k[None, :] < depth - start, other=0.0)
             weight = tl.load(weight_ptrs, mask=k[:, None] < depth - start, other=0.0)
-            aux = tl.load(aux_ptrs, mask=k[:, None] < depth - start, other=0.0)
-        if PACKED:
-            aux = unpack(aux, column[None, :] if DEPTH_FIRST else (start + k)[:, None])
-        if aux_scale_ptr is None or not (PACKED or DEPTH_FIRST):
-            aux_scale = scale
-        elif DEPTH_FIRST:
-            aux_scale = scale * tl.load(aux_scale_ptrs, mask=k[:, None] < depth - start, other=0.0)
-            aux_scale_ptrs += step * stride_aux_scale
-        else:
-            aux_scale = scale * tl.load(aux_scale_ptrs + start // GROUP_SIZE)
-        combined = (weight.to(tl.float32) + aux_scale * aux.to(tl.float32)).to(left.dtype)
-        accumulator = tl.dot(left, combined, accumulator, input_precision=INPUT_PRECISION)
+        combined = weight.to(tl.float32)
+        for model in tl.static_range(MODELS):
+            model_ptrs = aux_ptrs + offset_of(model, stride_aux_model)
+            aux = tl.load(model_ptrs) if EVEN_K else tl.load(model_ptrs, mask=k[:, None] < depth - start, other=0.0)
+            if PACKED:
+                aux = unpack(aux, column[None, :] if DEPTH_FIRST else (start + k)[:, None])
+            aux_scale = scales[model]
+            if aux_scale_ptr is not None and (PACKED or DEPTH_FIRST):
+                model_scale_ptrs = aux_scale_ptrs + offset_of(model, stride_aux_scale_model)
+                if DEPTH_FIRST:
+                    aux_scale *= tl.load(model_scale_ptrs, mask=k[:, None] < depth - start, other=0.0)
+                else:
+                    aux_scale *= tl.load(model_scale_ptrs + start // GROUP_SIZE)
+            combined += aux_scale * aux.to(tl.float32)
+        accumulator = tl.dot(left, combined.to(left.dtype), accumulator, input_precision=INPUT_PRECISION)
         left_ptrs += step * stride_left_depth
         weight_ptrs += step * stride_weight_depth
         aux_ptrs += step * stride_aux_depth
+        if aux_scale_ptr is not None and DEPTH_FIRST:
+            aux_scale_ptrs += step * stride_aux_scale
     if bias_ptr is not None:
         accumulator += tl.load(bias_ptr + column[None, :]).to(tl.float32)
     row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -147,6 +167,7 @@ def grad_parameters_kernel(
     stride_x_column,
     stride_aux_row,
     stride_aux_column,
+    stride_aux_model,
     aux_scale_ptr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -154,6 +175,7 @@ def grad_parameters_kernel(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    MODELS: tl.constexpr,
 ):
     """G = grad^T x, with grad (depth, rows) and x (depth, columns), in float32; `store_gradients` writes it."""
     tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
@@ -190,7 +212,9 @@ def grad_parameters_kernel(
         partial_ptr,
         stride_aux_row,
         stride_aux_column,
+        stride_aux_model,
         aux_scale_ptr,
+        MODELS,
     )
 
 
@@ -200,7 +224,7 @@ def plans(product: str, *arguments: Any) -> Iterator[Plan]:
         return _grad_parameters_plans(*arguments)
     left, weight, aux_weight, _, *bias, aux_weight_scale = arguments
     if product == "forward":
-        return _combined_matmul_plans(left, weight.t(), aux_weight.t(), aux_weight_scale, False, *bias)
+        return _combined_matmul_plans(left, weight.t(), aux_weight.mT, aux_weight_scale, False, *bias)
     return _combined_matmul_plans(left, weight, aux_weight, aux_weight_scale, True)
 
 
@@ -222,7 +246,7 @@ def forward(
     if plan == EAGER:
         return reference.forward(x, weight, aux_weight, scale, bias, aux_weight_scale)
     bias = None if bias is None else bias.contiguous()
-    return _combined_matmul(plan, x, weight.t(), aux_weight.t(), scale, bias, aux_weight_scale, False)
+    return _combined_matmul(plan, x, weight.t(), aux_weight.mT, scale, bias, aux_weight_scale, False)
 
 
 def grad_input(
@@ -248,19 +272,20 @@ def _combined_matmul_plans(
     if gemm_tma.takes_combined_matmul(target, left, weight, aux_weight, aux_weight_scale, depth_first, bias):
         yield from (Plan("tma", tile) for tile in gemm_tma.combined_tiles(target, weight, aux_weight))
     (rows, depth), columns = left.shape, weight.shape[1]
-    packed = aux_weight.dtype == torch.uint8
+    packed, models = aux_weight.dtype == torch.uint8, reference.models_in(aux_weight)
+    weight_bytes = weight.itemsize + models * aux_weight.itemsize
     tiles = tile_configs(
         "combined_matmul",
         target,
         left.dtype,
-        4 if packed else max(weight.itemsize, aux_weight.itemsize),
+        4 if packed or models > 1 else max(weight.itemsize, aux_weight.itemsize),
         input_precision(left.dtype, target),
-        is_aligned((depth, columns), left, weight, aux_weight),
-        is_small(rows, columns) or packed,
+        is_aligned((depth, columns), left, weight, aux_weight) and weight_bytes <= 16,
+        is_small(rows, columns) or packed or weight_bytes > 8,
     )
     for tile in tiles:
         spills = tile.BLOCK_N > 32 if packed else tile.COMBINE_IN_WARPS
-        if aux_weight_scale is None or not spills:
+        if not spills or (models == 1 and aux_weight_scale is None):
             yield Plan("pointers", tile)
 
 
@@ -316,14 +341,16 @@ def _combined_matmul_by_pointers(
         depth,
         *left.stride(),
         *weight.stride(),
-        *aux_weight.stride(),
+        *aux_strides(aux_weight),
         aux_weight_scale,
-        0 if aux_weight_scale is None else aux_weight_scale.stride(0),
+        0 if aux_weight_scale is None else aux_weight_scale.stride(-2),
+        0 if aux_weight_scale is None else aux_strides(aux_weight_scale)[-1],
         **tile._asdict(),
         GROUP=GROUP,
         EVEN_K=depth % tile.BLOCK_K == 0,
         INPUT_PRECISION=input_precision(left.dtype, active_target()),
         DEPTH_FIRST=depth_first and aux_weight_scale is not None,
+        MODELS=reference.models_in(aux_weight),
     )
 
 
@@ -348,11 +375,11 @@ def grad_parameters(
         return reference.grad_parameters(*arguments)
     shape = (grad_output.shape[1], x.shape[1])
     grad_weight = None if weight_dtype is None else x.new_empty(shape, dtype=weight_dtype)
-    grad_aux = None if scale is None else x.new_empty(shape, dtype=aux_dtype)
+    grad_aux = None if scale is None else x.new_empty(reference.aux_shape(shape, scale), dtype=aux_dtype)
     compute = gemm_tma.grad_parameters if plan.by == "tma" else _grad_parameters_by_pointers
     with _device_of(x):
         partial = compute(plan.tile, grad_output, x, aux_weight, scale, aux_weight_scale, grad_weight, grad_aux)
-    return grad_weight, grad_aux, None if partial is None else partial.sum(0, keepdim=True)
+    return grad_weight, grad_aux, None if partial is None else partial.sum(1)
 
 
 def _grad_parameters_plans(
@@ -396,7 +423,8 @@ def _grad_parameters_by_pointers(
     depth, rows = grad_output.shape
     columns = x.shape[1]
     tiles = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N)
-    partial = None if aux_weight is None else x.new_empty(tiles * tile.BLOCK_M, dtype=torch.float32)
+    models = reference.models_in(aux_weight if aux_weight is not None else grad_aux)
+    partial = None if aux_weight is None else x.new_empty(models, tiles * tile.BLOCK_M, dtype=torch.float32)
     grad_parameters_kernel[(tiles,)](
         grad_output,
         x,
@@ -410,12 +438,13 @@ def _grad_parameters_by_pointers(
         depth,
         *grad_output.stride(),
         *x.stride(),
-        *((0, 0) if aux_weight is None else aux_weight.stride()),
+        *((0, 0, 0) if aux_weight is None else aux_strides(aux_weight)),
         aux_weight_scale,
         **tile._asdict(),
         GROUP=GROUP,
         EVEN_K=depth % tile.BLOCK_K == 0,
         INPUT_PRECISION=input_precision(x.dtype, active_target()),
+        MODELS=models,
     )
     return partial
 

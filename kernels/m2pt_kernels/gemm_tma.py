@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from .configs import GROUP, TileConfig
-from .tiles import tile_of_program
+from .reference import models_in
+from .tiles import aux_strides, offset_of, tile_of_program
 
 
 @triton.jit
@@ -64,6 +65,13 @@ def _column_of(vector_ptr, start, size, BLOCK: tl.constexpr, RELABEL: tl.constex
 
 
 @triton.jit
+def _tile_of_weight(descriptor, k, column, DEPTH_FIRST: tl.constexpr):
+    """Of W or W_aux, in float32 and relabelled, (columns, depth)."""
+    tile = descriptor.load([k, column]).T if DEPTH_FIRST else _relabel(descriptor.load([column, k]), 4, 2)
+    return tile.to(tl.float32)
+
+
+@triton.jit
 def combined_matmul_tma_kernel(
     left_ptr,
     weight_ptr,
@@ -78,16 +86,18 @@ def combined_matmul_tma_kernel(
     stride_left,
     stride_weight,
     stride_aux,
+    stride_aux_model,
     BLOCK_M: tl.constexpr,
     MORE_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     DEPTH_FIRST: tl.constexpr,
+    MODELS: tl.constexpr,
 ):
-    """output = left (weight + scale * aux) + bias, tiles of BLOCK_M + MORE_M rows, an accumulator each.
+    """output = left (weight + sum of scale * aux) + bias, tiles of BLOCK_M + MORE_M rows, an accumulator each.
 
-    left is (rows, depth); weight and aux lie in memory as (columns, depth), or (depth, columns) if DEPTH_FIRST. A
+    left is (rows, depth); weight and each aux lie in memory as (columns, depth), or (depth, columns) if DEPTH_FIRST. A
     quantised aux has a scale for each row in memory.
     MORE_M is 0 or half of BLOCK_M; the output leaves in pieces of that many rows, to spare shared memory for stages.
     """
@@ -100,35 +110,36 @@ def combined_matmul_tma_kernel(
         more = tl.zeros((BLOCK_N, MORE_M), tl.float32)
     if DEPTH_FIRST:
         weight = tl.make_tensor_descriptor(weight_ptr, [depth, columns], [stride_weight, 1], [BLOCK_K, BLOCK_N])
-        aux = tl.make_tensor_descriptor(aux_ptr, [depth, columns], [stride_aux, 1], [BLOCK_K, BLOCK_N])
     else:
         weight = tl.make_tensor_descriptor(weight_ptr, [columns, depth], [stride_weight, 1], [BLOCK_N, BLOCK_K])
-        aux = tl.make_tensor_descriptor(aux_ptr, [columns, depth], [stride_aux, 1], [BLOCK_N, BLOCK_K])
-    # A (1, 1) block: a scalar would send the combined tile through shared memory.
-    scale = tl.load(scale_ptr + tl.zeros((1, 1), tl.int32)).to(tl.float32)
     tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M + MORE_M, BLOCK_N, GROUP)
     row = tile_row * (BLOCK_M + MORE_M)
     column = tile_column * BLOCK_N
-    if aux_scale_ptr is not None:
+    auxes = tl.tuple([])
+    scales = tl.tuple([])
+    aux_scales = tl.tuple([])
+    for model in tl.static_range(MODELS):
+        matrix_ptr = aux_ptr + offset_of(model, stride_aux_model)
+        # A (1, 1) block: a scalar would send the combined tile through shared memory.
+        scale = tl.load(scale_ptr + model + tl.zeros((1, 1), tl.int32)).to(tl.float32)
         if DEPTH_FIRST:
-            aux_scale = tl.make_tensor_descriptor(aux_scale_ptr, [depth], [1], [BLOCK_K])
+            auxes += (tl.make_tensor_descriptor(matrix_ptr, [depth, columns], [stride_aux, 1], [BLOCK_K, BLOCK_N]),)
+            if aux_scale_ptr is not None:
+                aux_scales += (tl.make_tensor_descriptor(aux_scale_ptr + model * depth, [depth], [1], [BLOCK_K]),)
         else:
-            scale *= _column_of(aux_scale_ptr, column, columns, BLOCK_N, RELABEL)
+            auxes += (tl.make_tensor_descriptor(matrix_ptr, [columns, depth], [stride_aux, 1], [BLOCK_N, BLOCK_K]),)
+            if aux_scale_ptr is not None:
+                scale *= _column_of(aux_scale_ptr + model * columns, column, columns, BLOCK_N, RELABEL)
+        scales += (scale,)
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, depth, BLOCK_K, warp_specialize=True):
-        if DEPTH_FIRST:
-            weight_tile = weight.load([k, column]).T
-            aux_tile = aux.load([k, column]).T
-        else:
-            weight_tile = weight.load([column, k])
-            aux_tile = aux.load([column, k])
-        if RELABEL:
-            weight_tile = _relabel(weight_tile, 4, 2)
-            aux_tile = _relabel(aux_tile, 4, 2)
-        step_scale = scale
-        if DEPTH_FIRST and aux_scale_ptr is not None:
-            step_scale *= aux_scale.load([k])[None, :]
-        combined = (weight_tile.to(tl.float32) + step_scale * aux_tile.to(tl.float32)).to(left.dtype)
+        combined = _tile_of_weight(weight, k, column, DEPTH_FIRST)
+        for model in tl.static_range(MODELS):
+            step_scale = scales[model]
+            if DEPTH_FIRST and aux_scale_ptr is not None:
+                step_scale *= aux_scales[model].load([k])[None, :]
+            combined += step_scale * _tile_of_weight(auxes[model], k, column, DEPTH_FIRST)
+        combined = combined.to(left.dtype)
         accumulator = tl.dot(combined, left.load([row, k]).T, accumulator)
         if MORE_M > 0:
             more = tl.dot(combined, more_left.load([row + BLOCK_M, k]).T, more)
@@ -160,26 +171,36 @@ def grad_parameters_tma_kernel(
     stride_grad,
     stride_x,
     stride_aux,
+    stride_aux_model,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    MODELS: tl.constexpr,
 ):
     """G = grad^T x, with grad (depth, rows) and x (depth, columns), in float32; written is what has a pointer.
 
-    G to grad_weight, scale * G to grad_aux, and to partial, one number per row of the tile, <G, aux>. By TMA only, in
-    quarters of the tile: 64-bit addresses and a whole tile beside the accumulator exceed the registers.
+    G to grad_weight, and for each auxiliary model scale * G to grad_aux and <G, aux>, one number per row of the tile,
+    to partial. By TMA only, in quarters of the tile: 64-bit addresses and a whole tile beside the accumulator exceed
+    the registers.
     """
     PIECE: tl.constexpr = BLOCK_N // 4
     grad = tl.make_tensor_descriptor(grad_ptr, [depth, rows], [stride_grad, 1], [BLOCK_K, BLOCK_M])
     x = tl.make_tensor_descriptor(x_ptr, [depth, columns], [stride_x, 1], [BLOCK_K, BLOCK_N])
     if partial_ptr is not None:
-        aux = tl.make_tensor_descriptor(aux_ptr, [rows, columns], [stride_aux, 1], [BLOCK_M, PIECE])
-        partial = tl.make_tensor_descriptor(partial_ptr, [tl.num_programs(0) * BLOCK_M], [1], [BLOCK_M])
-        sums = tl.zeros((BLOCK_M,), tl.float32)
-    if grad_aux_ptr is not None:
-        grad_aux = tl.make_tensor_descriptor(grad_aux_ptr, [rows, columns], [columns, 1], [BLOCK_M, PIECE])
-        scale = tl.load(scale_ptr).to(tl.float32)
+        partials = MODELS * tl.num_programs(0) * BLOCK_M
+        partial = tl.make_tensor_descriptor(partial_ptr, [partials], [1], [BLOCK_M])
+    auxes = tl.tuple([])
+    scales = tl.tuple([])
+    grad_auxes = tl.tuple([])
+    for model in tl.static_range(MODELS):
+        if partial_ptr is not None:
+            matrix_ptr = aux_ptr + offset_of(model, stride_aux_model)
+            auxes += (tl.make_tensor_descriptor(matrix_ptr, [rows, columns], [stride_aux, 1], [BLOCK_M, PIECE]),)
+        if grad_aux_ptr is not None:
+            matrix_ptr = grad_aux_ptr + offset_of(model, rows.to(tl.int64) * columns)
+            grad_auxes += (tl.make_tensor_descriptor(matrix_ptr, [rows, columns], [columns, 1], [BLOCK_M, PIECE]),)
+            scales += (tl.load(scale_ptr + model).to(tl.float32),)
     if grad_weight_ptr is not None:
         grad_weight = tl.make_tensor_descriptor(grad_weight_ptr, [rows, columns], [columns, 1], [BLOCK_M, PIECE])
     tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
@@ -191,19 +212,22 @@ def grad_parameters_tma_kernel(
         accumulator = tl.dot(grad_tile.T, x.load([k, column]), accumulator)
     left, right = _halves(accumulator)
     pieces = _folded_halves(left) + _folded_halves(right)
-    for i in tl.static_range(4):
-        piece = pieces[i].reshape([BLOCK_M, PIECE])
-        piece_column = column + i * PIECE
+    for model in tl.static_range(MODELS):
         if partial_ptr is not None:
-            sums += tl.sum(piece * aux.load([row, piece_column]).to(tl.float32), 1)
-        if grad_aux_ptr is not None:
-            grad_aux.store([row, piece_column], (scale * piece).to(grad_aux.dtype))
-        if grad_weight_ptr is not None:
-            grad_weight.store([row, piece_column], piece.to(grad_weight.dtype))
-    if partial_ptr is not None:
-        if aux_scale_ptr is not None:
-            sums *= tl.make_tensor_descriptor(aux_scale_ptr, [rows], [1], [BLOCK_M]).load([row])
-        partial.store([tl.program_id(0) * BLOCK_M], sums)
+            sums = tl.zeros((BLOCK_M,), tl.float32)
+        for i in tl.static_range(4):
+            piece = pieces[i].reshape([BLOCK_M, PIECE])
+            piece_column = column + i * PIECE
+            if partial_ptr is not None:
+                sums += tl.sum(piece * auxes[model].load([row, piece_column]).to(tl.float32), 1)
+            if grad_aux_ptr is not None:
+                grad_auxes[model].store([row, piece_column], (scales[model] * piece).to(grad_aux_ptr.dtype.element_ty))
+            if grad_weight_ptr is not None and model == 0:
+                grad_weight.store([row, piece_column], piece.to(grad_weight.dtype))
+        if partial_ptr is not None:
+            if aux_scale_ptr is not None:
+                sums *= tl.make_tensor_descriptor(aux_scale_ptr + model * rows, [rows], [1], [BLOCK_M]).load([row])
+            partial.store([(model * tl.num_programs(0) + tl.program_id(0)) * BLOCK_M], sums)
 
 
 class _CombinedTile(NamedTuple):
@@ -235,9 +259,25 @@ _COMBINED_TILES: dict[int, dict[int, tuple[_CombinedTile, ...]]] = {
         8: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
     },
 }
+# The same for two or three auxiliary models, by the bytes that W and all W_aux take; what is left out would spill.
+_SEVERAL_TILES: dict[int, dict[int, tuple[_CombinedTile, ...]]] = {
+    9: {
+        **dict.fromkeys((4, 5, 6), (_CombinedTile(256, 128, 128, 32, 4, 4),)),
+        **dict.fromkeys((8, 10, 12), (_CombinedTile(256, 128, 128, 32, 4, 2),)),
+    },
+    10: {
+        **dict.fromkeys((4, 5, 6), (_CombinedTile(256, 128, 128, 64, 8, 2),)),
+        **dict.fromkeys((7, 8), (_CombinedTile(256, 128, 128, 32, 8, 3),)),
+        **dict.fromkeys((10, 12, 16), (_CombinedTile(256, 128, 128, 32, 8, 2),)),
+    },
+}
+_MOST_MODELS = 3
 # The same of sm_90 where W_aux is quantised and its rows run along the depth: each of two warp groups reads half of a
 # tile's columns, and TMA swizzles 128 bytes of a row.
-_WIDE_TILES = {3: (_CombinedTile(128, 0, 256, 32, 4, 4),), 5: (_CombinedTile(128, 0, 256, 32, 4, 3),)}
+_WIDE_TILES = {
+    3: (_CombinedTile(128, 0, 256, 32, 4, 4),),
+    **dict.fromkeys((4, 5, 6), (_CombinedTile(128, 0, 256, 32, 4, 3),)),
+}
 # By generation, then by whether W_aux and the gradients have elements of several sizes: then their layouts differ, and
 # on sm_100 only 256 rows a tile, or few columns, leave registers to convert between them.
 _GRAD_TILES: dict[int, dict[bool, tuple[TileConfig, ...]]] = {
@@ -268,7 +308,7 @@ def takes_combined_matmul(
     """
     unit = 0 if weight.stride(0) == 1 else 1
     return (
-        _generation(target) in _COMBINED_TILES
+        len(combined_tiles(target, weight, aux_weight)) > 0
         and left.dtype.itemsize == 2
         and left.shape[0] >= _MIN_ROWS
         and weight.shape[1] * left.itemsize % 16 == 0
@@ -305,27 +345,33 @@ def _generation(target: GPUTarget | None) -> int:
 
 
 def _by_tma(matrix: Tensor, unit: int) -> bool:
-    """Whether TMA can address a matrix that is contiguous along dimension `unit`."""
-    pitch = matrix.stride(1 - unit)
+    """Whether TMA can address a matrix, or several, contiguous along dimension `unit`."""
+    strides, size = matrix.stride()[-2:], matrix.shape[-2:][unit]
+    pitch = strides[1 - unit]
     return (
         matrix.numel() > 0
-        and matrix.stride(unit) == 1
-        and pitch >= matrix.shape[unit]
+        and strides[unit] == 1
+        and pitch >= size
         and pitch * matrix.itemsize % 16 == 0
+        and aux_strides(matrix)[-1] * matrix.itemsize % 16 == 0
         and matrix.data_ptr() % 16 == 0
     )
 
 
 def _is_vector(scales: Tensor) -> bool:
     """Whether the scales are one a row, where TMA can address them."""
-    return scales.shape[1] == 1 and scales.data_ptr() % 16 == 0
+    return scales.shape[-1] == 1 and scales.data_ptr() % 16 == 0 and aux_strides(scales)[-1] % 4 == 0
 
 
-def combined_tiles(target: GPUTarget, weight: Tensor, aux_weight: Tensor) -> tuple[_CombinedTile, ...]:
-    """The candidates of `combined_matmul`."""
-    generation = _generation(target)
+def combined_tiles(target: GPUTarget | None, weight: Tensor, aux_weight: Tensor) -> tuple[_CombinedTile, ...]:
+    """The candidates of `combined_matmul`; none where it cannot compute."""
+    generation, models = _generation(target), models_in(aux_weight)
+    if models > _MOST_MODELS:
+        return ()
+    tables = _COMBINED_TILES if models == 1 else _SEVERAL_TILES
     wide = generation == 9 and weight.stride(0) != 1 and aux_weight.itemsize == 1
-    return (_WIDE_TILES if wide else _COMBINED_TILES[generation])[weight.itemsize + aux_weight.itemsize]
+    tiles = _WIDE_TILES if wide else tables.get(generation, {})
+    return tiles.get(weight.itemsize + models * aux_weight.itemsize, ())
 
 
 def grad_tiles(
@@ -374,10 +420,12 @@ def combined_matmul(
         depth,
         left.stride(0),
         weight.stride(0 if depth_first else 1),
-        aux_weight.stride(0 if depth_first else 1),
+        aux_weight.stride(-2 if depth_first else -1),
+        aux_strides(aux_weight)[-1],
         **tile._asdict(),
         GROUP=GROUP,
         DEPTH_FIRST=depth_first,
+        MODELS=models_in(aux_weight),
     )
 
 
@@ -395,7 +443,8 @@ def grad_parameters(
     depth, rows = grad_output.shape
     columns = x.shape[1]
     tiles = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N)
-    partial = None if aux_weight is None else x.new_empty(tiles * tile.BLOCK_M, dtype=torch.float32)
+    models = models_in(aux_weight if aux_weight is not None else grad_aux)
+    partial = None if aux_weight is None else x.new_empty(models, tiles * tile.BLOCK_M, dtype=torch.float32)
     _provide_descriptor_memory()
     grad_parameters_tma_kernel[(tiles,)](
         grad_output,
@@ -411,9 +460,10 @@ def grad_parameters(
         depth,
         grad_output.stride(0),
         x.stride(0),
-        0 if aux_weight is None else aux_weight.stride(0),
+        *((0, 0) if aux_weight is None else aux_strides(aux_weight)[::2]),
         **tile._asdict(),
         GROUP=GROUP,
+        MODELS=models,
     )
     return partial
 

@@ -49,13 +49,17 @@ def cross_modal_linear(
 ) -> Tensor:
     """`x (W + s * W_aux)^T + b` (M2PT, CVPR 2024, eq. 2) without `W + s * W_aux` ever being stored on a GPU.
 
+    Or `x (W + sum of s_i * W_aux_i)^T + b` of n auxiliary models.
+
     On other devices, and for float64, plain torch computes it, and the sum exists while a product is being made.
 
     Args:
         x: (..., in_features); its dtype, or autocast's, is the dtype of the multiplication and of the result.
         weight: (out_features, in_features), of x's dtype, or float32 with a half-precision x.
-        aux_weight: (out_features, in_features), any floating dtype of 16 bits or more; or what `quantize` made of it.
-        scale: (1,), any floating dtype; read on the device, so changing it costs neither a sync nor a recompilation.
+        aux_weight: (out_features, in_features), or (n, out_features, in_features) with n > 1, any floating dtype of 16
+            bits or more; or what `quantize` made of it.
+        scale: (1,) or (n,), any floating dtype; read on the device, so changing it costs neither a sync nor a
+            recompilation.
         bias: (out_features,), any floating dtype, or None.
         aux_weight_scale: the float32 scales that `quantize` returned beside `aux_weight`; None if it is not quantised.
 
@@ -93,8 +97,8 @@ def _checked_dtype(
         raise ValueError(f"x: expected shape (..., {in_features}) to fit weight, got {tuple(x.shape)}")
     if aux_weight_scale is not None or aux_weight.shape != shape or aux_weight.dtype not in GEMM_DTYPES:
         check_aux_weight(aux_weight, aux_weight_scale, shape)
-    if scale.shape != (1,):
-        raise ValueError(f"scale: expected shape (1,), got {tuple(scale.shape)}")
+    if scale.shape != (models := (1,) if aux_weight.dim() == 2 else aux_weight.shape[:1]):
+        raise ValueError(f"scale: expected shape {tuple(models)} to fit aux_weight, got {tuple(scale.shape)}")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
     device = x.device
@@ -244,8 +248,8 @@ def _(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_sca
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(0) if weight_dtype is None else x.new_empty(shape, dtype=weight_dtype),
-        x.new_empty(0) if scale is None else x.new_empty(shape, dtype=aux_dtype),
-        x.new_empty(0) if aux_weight is None else x.new_empty(1, dtype=wide),
+        x.new_empty(0) if scale is None else x.new_empty(reference.aux_shape(shape, scale), dtype=aux_dtype),
+        x.new_empty(0) if aux_weight is None else x.new_empty(reference.models_in(aux_weight), dtype=wide),
     )
 
 

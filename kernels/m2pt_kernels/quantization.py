@@ -1,6 +1,6 @@
 """How a frozen weight is stored small: symmetric, one float32 scale per output row or per group of 64 columns.
 
-A matrix (N, K) becomes `data` and `data_scale`; `dequantize` is what it stands for everywhere, in float32:
+A matrix (N, K), or each of n in (n, N, K), becomes `data` and `scale`; `dequantize` is what it stands for, in float32:
 
 int8            data (N, K) int8, scale (N, 1)
 float8_e4m3fn   data (N, K) float8_e4m3fn, scale (N, 1)
@@ -23,7 +23,7 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """The nearest entries to `weight`, with the scales that map the largest of each row or group to the largest entry.
 
     Args:
-        weight: (N, K), any floating dtype, finite and not empty.
+        weight: (N, K) or (n, N, K), any floating dtype, finite and not empty.
         dtype: "int8", "int4" (K a multiple of 64) or "float8_e4m3fn".
 
     Returns:
@@ -35,31 +35,31 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """
     if dtype not in _LARGEST:
         raise ValueError(f"dtype: expected one of {', '.join(_LARGEST)}, got {dtype!r}")
-    if weight.dim() != 2 or weight.numel() == 0 or (dtype == "int4" and weight.shape[1] % GROUP_SIZE):
+    if weight.dim() not in (2, 3) or weight.numel() == 0 or (dtype == "int4" and weight.shape[-1] % GROUP_SIZE):
         columns = f"in_features, a multiple of {GROUP_SIZE}" if dtype == "int4" else "in_features"
         raise ValueError(f"weight: expected shape (out_features, {columns}), got {tuple(weight.shape)}")
     if dtype == "float8_e4m3fn" and not supports_float8(weight.device):
         raise ValueError(f"dtype: float8_e4m3fn needs CUDA and compute capability 8.9, {weight.device} has not")
     if not weight.is_meta and not weight.isfinite().all():
         raise ValueError("weight: there are NaN or infinite entries")
-    groups = weight.detach().float().unflatten(1, (-1, GROUP_SIZE) if dtype == "int4" else (1, weight.shape[1]))
-    scale = groups.abs().amax(2) / _LARGEST[dtype]
+    groups = weight.detach().float().unflatten(-1, (-1, GROUP_SIZE) if dtype == "int4" else (1, weight.shape[-1]))
+    scale = groups.abs().amax(-1) / _LARGEST[dtype]
     scale.masked_fill_(scale == 0, 1)
-    entries = (groups / scale[:, :, None]).clamp_(-_LARGEST[dtype], _LARGEST[dtype])
+    entries = (groups / scale[..., None]).clamp_(-_LARGEST[dtype], _LARGEST[dtype])
     if dtype == "float8_e4m3fn":
-        return entries.flatten(1).to(torch.float8_e4m3fn), scale
+        return entries.flatten(-2).to(torch.float8_e4m3fn), scale
     entries = entries.round_().to(torch.int8)
-    return (_pack(entries) if dtype == "int4" else entries.flatten(1)), scale
+    return (_pack(entries) if dtype == "int4" else entries.flatten(-2)), scale
 
 
 def dequantize(data: Tensor, scale: Tensor) -> Tensor:
     """The float32 matrix that `data` and `scale` stand for, any block of rows of them included."""
-    groups = _unpack(data) if data.dtype == torch.uint8 else data.float().unsqueeze(1)
-    return (groups * scale[:, :, None]).flatten(1)
+    groups = _unpack(data) if data.dtype == torch.uint8 else data.float().unsqueeze(-2)
+    return (groups * scale[..., None]).flatten(-2)
 
 
 def check_aux_weight(aux_weight: Tensor, aux_weight_scale: Tensor | None, shape: torch.Size) -> None:
-    """That `aux_weight` is a matrix of `shape`: a floating one without scales, a quantised one with its scales.
+    """That `aux_weight` is a matrix of `shape`, or several: floating without scales, or quantised with its scales.
 
     Raises:
         TypeError: a dtype that is neither, or not that of the other.
@@ -69,8 +69,7 @@ def check_aux_weight(aux_weight: Tensor, aux_weight_scale: Tensor | None, shape:
     if aux_weight_scale is None:
         if storage is not None or not aux_weight.is_floating_point():
             raise TypeError(f"aux_weight: expected a floating dtype without aux_weight_scale, got {aux_weight.dtype}")
-        if aux_weight.shape != shape:
-            raise ValueError(f"aux_weight: expected weight's shape {tuple(shape)}, got {tuple(aux_weight.shape)}")
+        _check_shape(aux_weight, *shape)
         return
     if storage is None or aux_weight_scale.dtype != torch.float32:
         raise TypeError(
@@ -78,11 +77,12 @@ def check_aux_weight(aux_weight: Tensor, aux_weight_scale: Tensor | None, shape:
             f" got {aux_weight_scale.dtype} with {aux_weight.dtype}"
         )
     rows, columns = shape
-    groups = columns / GROUP_SIZE if storage == "int4" else 1
-    expected = (rows, columns // 2 if storage == "int4" else columns), (rows, groups)
-    got = tuple(aux_weight.shape), tuple(aux_weight_scale.shape)
-    if got != expected:
-        raise ValueError(f"aux_weight: expected {storage} data and scales of shapes {expected}, got {got}")
+    if storage == "int4" and columns % GROUP_SIZE:
+        raise ValueError(f"aux_weight: expected in_features, a multiple of {GROUP_SIZE}, with int4, got {columns}")
+    _check_shape(aux_weight, rows, columns // 2 if storage == "int4" else columns)
+    expected = (*aux_weight.shape[:-1], columns // GROUP_SIZE if storage == "int4" else 1)
+    if aux_weight_scale.shape != expected:
+        raise ValueError(f"aux_weight_scale: expected shape {expected}, got {tuple(aux_weight_scale.shape)}")
     if not aux_weight_scale.is_contiguous():
         raise ValueError(f"aux_weight_scale: expected it contiguous, got strides {aux_weight_scale.stride()}")
     if aux_weight_scale.device != aux_weight.device:
@@ -93,6 +93,15 @@ def check_aux_weight(aux_weight: Tensor, aux_weight_scale: Tensor | None, shape:
         raise ValueError("aux_weight: a quantised matrix and its scales cannot require a gradient")
 
 
+def _check_shape(aux_weight: Tensor, rows: int, columns: int) -> None:
+    of_several = aux_weight.dim() == 3 and len(aux_weight) > 1
+    if aux_weight.shape[of_several:] != (rows, columns):
+        raise ValueError(
+            f"aux_weight: expected shape {(rows, columns)} to fit weight, or (n, {rows}, {columns}) of several"
+            f" auxiliary models, got {tuple(aux_weight.shape)} of {aux_weight.dtype}"
+        )
+
+
 def supports_float8(device: torch.device) -> bool:
     """Whether the kernels can read float8_e4m3fn on a device: with CUDA from compute capability 8.9; the CPU always."""
     if device.type != "cuda":
@@ -101,12 +110,12 @@ def supports_float8(device: torch.device) -> bool:
 
 
 def _pack(entries: Tensor) -> Tensor:
-    """(N, groups, 64) int8 -> (N, groups * 32) uint8."""
-    low, high = (entries + 8).view(torch.uint8).chunk(2, 2)
-    return (low | high << 4).flatten(1)
+    """(..., groups, 64) int8 -> (..., groups * 32) uint8."""
+    low, high = (entries + 8).view(torch.uint8).chunk(2, -1)
+    return (low | high << 4).flatten(-2)
 
 
 def _unpack(data: Tensor) -> Tensor:
-    """(N, groups * 32) uint8 -> (N, groups, 64) float32."""
-    groups = data.unflatten(1, (-1, GROUP_SIZE // 2))
-    return torch.cat((groups & 15, groups >> 4), 2).float() - 8
+    """(..., groups * 32) uint8 -> (..., groups, 64) float32."""
+    groups = data.unflatten(-1, (-1, GROUP_SIZE // 2))
+    return torch.cat((groups & 15, groups >> 4), -1).float() - 8

@@ -1,8 +1,9 @@
 """The mathematics in plain torch: the path of devices without Triton, and the oracle of every test.
 
-Shapes: `x` (M, K), `weight` and `aux_weight` (N, K), `scale` (1,), `bias` (N,), `grad_output` (M, N).
-Everything is accumulated in float32, or in float64 where the inputs are float64. An aux weight that comes with an
-`aux_weight_scale` is quantised and means `dequantize` of the two, which exists a block of rows at a time.
+Shapes: `x` (M, K), `weight` and `aux_weight` (N, K), `scale` (1,), `bias` (N,), `grad_output` (M, N); with several
+auxiliary models `aux_weight` (n, N, K) and `scale` (n,). Everything is accumulated in float32, or in float64 where the
+inputs are float64. An aux weight that comes with an `aux_weight_scale` is quantised and means `dequantize` of the two,
+which exists a block of rows at a time.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from .quantization import dequantize
 
 BLOCK_ENTRIES = 2**18
-"""Entries that are dequantised at a time: 1 MiB in float32, which stays in a CPU's cache."""
+"""Entries of a block of rows: 1 MiB in float32, which stays in a CPU's cache."""
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -25,7 +26,10 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def combined_weight(
     weight: Tensor, aux_weight: Tensor, scale: Tensor, dtype: torch.dtype, aux_weight_scale: Tensor | None = None
 ) -> Tensor:
-    """`W + s * W_aux` (M2PT eq. 2), computed in float32 at least and rounded once, to `dtype`; without gradients."""
+    """`W + s * W_aux` (M2PT eq. 2), computed in float32 at least and rounded once, to `dtype`; without gradients.
+
+    With several auxiliary models, the sum over them all.
+    """
     with torch.no_grad():
         return _combined_weight(weight, aux_weight, scale, dtype, aux_weight_scale)
 
@@ -35,21 +39,29 @@ def _combined_weight(
 ) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
     scale = cast(scale, wide)  # makes torch compute in that dtype, in one pass where the device converts as it reads
-    if dtype == wide and aux_weight_scale is None:
+    one_pass = aux_weight_scale is None and aux_weight.dim() == 2
+    if dtype == wide and one_pass:
         return torch.addcmul(weight, aux_weight, scale)
     combined = torch.empty_like(weight, dtype=dtype)
-    if aux_weight_scale is None:
+    if one_pass:
         return torch.addcmul(weight, aux_weight, scale, out=combined)
-    for rows, block in _dequantized_blocks(aux_weight, aux_weight_scale):
-        torch.addcmul(weight[rows], block, scale, out=combined[rows])
+    for rows, blocks in _blocks_of_rows(aux_weight, aux_weight_scale):
+        total = weight[rows]
+        for block, own_scale in zip(blocks, scale.split(1), strict=True):
+            total = torch.addcmul(total, block, own_scale)
+        combined[rows] = total
     return combined
 
 
-def _dequantized_blocks(aux_weight: Tensor, aux_weight_scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    rows = max(1, BLOCK_ENTRIES // aux_weight.shape[1])
-    for start in range(0, aux_weight.shape[0], rows):
-        block = slice(start, start + rows)
-        yield block, dequantize(aux_weight[block], aux_weight_scale[block])
+def _blocks_of_rows(aux_weight: Tensor, aux_weight_scale: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows at a time, and what the auxiliary models have in them, (n, rows, K)."""
+    size = max(1, BLOCK_ENTRIES // max(1, aux_weight.shape[-1]))
+    for start in range(0, max(1, aux_weight.shape[-2]), size):
+        rows = slice(start, start + size)
+        blocks = aux_weight[..., rows, :]
+        if aux_weight_scale is not None:
+            blocks = dequantize(blocks, aux_weight_scale[..., rows, :])
+        yield rows, blocks if blocks.dim() == 3 else blocks.unsqueeze(0)
 
 
 def forward(
@@ -81,22 +93,31 @@ def grad_weight(grad_output: Tensor, x: Tensor) -> Tensor:
 
 
 def grad_scale(accumulator: Tensor, aux_weight: Tensor, aux_weight_scale: Tensor | None = None) -> Tensor:
-    """`<G, W_aux>`, shape (1,), in the dtype of the accumulator `G`.
+    """`<G, W_aux>` of each auxiliary model, shape (n,), in the dtype of the accumulator `G`.
 
     Summed by rows first: one float32 dot product over all of `G` is off by up to 1e-4 of the result.
     """
-    if aux_weight_scale is None:
-        sums = torch.linalg.vecdot(accumulator, cast(aux_weight, accumulator.dtype))
-    else:
-        sums = accumulator.new_empty(accumulator.shape[0])
-        for rows, block in _dequantized_blocks(aux_weight, aux_weight_scale):
-            sums[rows] = torch.linalg.vecdot(accumulator[rows], cast(block, accumulator.dtype))
-    return sums.sum(0, keepdim=True)
+    sums = [
+        torch.linalg.vecdot(accumulator[rows], cast(blocks, accumulator.dtype))
+        for rows, blocks in _blocks_of_rows(aux_weight, aux_weight_scale)
+    ]
+    return torch.cat(sums, 1).sum(1)
+
+
+def models_in(aux_weight: Tensor | None) -> int:
+    """How many auxiliary models an aux weight (N, K) or (n, N, K) has."""
+    return 1 if aux_weight is None or aux_weight.dim() == 2 else len(aux_weight)
+
+
+def aux_shape(weight_shape: tuple[int, ...], scale: Tensor) -> tuple[int, ...]:
+    """The shape of the aux weight that goes with these scales, one for each auxiliary model."""
+    return tuple(weight_shape) if len(scale) == 1 else (len(scale), *weight_shape)
 
 
 def grad_aux(accumulator: Tensor, scale: Tensor) -> Tensor:
-    """`s * G`, shape (N, K), in the dtype of the accumulator `G`."""
-    return accumulator * cast(scale, accumulator.dtype)
+    """`s * G`, shape (N, K) or (n, N, K), in the dtype of the accumulator `G`."""
+    scale = cast(scale, accumulator.dtype)
+    return accumulator * (scale if scale.shape == (1,) else scale[:, None, None])
 
 
 def grad_parameters(

@@ -2,10 +2,16 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .quantization import GROUP_SIZE
 
 GROUP_SIZE = tl.constexpr(GROUP_SIZE)
+
+
+def aux_strides(aux_weight: Tensor) -> tuple[int, int, int]:
+    """From row to row, from column to column, from auxiliary model to auxiliary model."""
+    return aux_weight.stride(-2), aux_weight.stride(-1), 0 if aux_weight.dim() == 2 else aux_weight.stride(0)
 
 
 @triton.jit
@@ -25,6 +31,12 @@ def indices_inside(tile, size, BLOCK: tl.constexpr):
     """The int64 indices of a tile, in which those past `size` repeat those before: they can be read without a mask."""
     start = tile * BLOCK
     return start.to(tl.int64) + tl.arange(0, BLOCK) % tl.minimum(size - start, BLOCK).to(tl.int32)
+
+
+@triton.jit
+def offset_of(model: tl.constexpr, stride):
+    """Where an auxiliary model's matrix begins, `stride` elements after the one before."""
+    return tl.full((), model, tl.int64) * stride
 
 
 @triton.jit
@@ -54,12 +66,14 @@ def store_gradients(
     partial_ptr,
     stride_aux_row,
     stride_aux_column,
+    stride_aux_model,
     aux_scale_ptr,
+    MODELS: tl.constexpr,
 ):
     """Write of a float32 tile of G = grad^T x what has a pointer.
 
-    G to grad_weight, scale * G to grad_aux, and to partial, one number per row of the tile, <G, aux>. The scales of a
-    quantised aux, if any, are one a row, or one a group of int4.
+    G to grad_weight, and for each auxiliary model scale * G to grad_aux and <G, aux>, one number per row of the tile,
+    to partial. The scales of a quantised aux, if any, are one a row, or one a group of int4.
     """
     ROWS: tl.constexpr = accumulator.shape[0]
     COLUMNS: tl.constexpr = accumulator.shape[1]
@@ -70,18 +84,21 @@ def store_gradients(
     if partial_ptr is not None:
         PACKED: tl.constexpr = aux_ptr.dtype.element_ty == tl.uint8
         aux_column = packed_index(column) if PACKED else column
-        aux = tl.load(
-            aux_ptr + row[:, None] * stride_aux_row + aux_column[None, :] * stride_aux_column, mask, other=0.0
-        )
-        if PACKED:
-            group = row[:, None] * (columns // GROUP_SIZE) + column[None, :] // GROUP_SIZE
-            aux = unpack(aux, column[None, :]) * tl.load(aux_scale_ptr + group, mask, other=0.0)
-        sums = tl.sum(accumulator * aux.to(tl.float32), 1)
-        if aux_scale_ptr is not None and not PACKED:
-            sums *= tl.load(aux_scale_ptr + row, row < rows, other=0.0)
-        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), sums)
+        aux_ptrs = aux_ptr + row[:, None] * stride_aux_row + aux_column[None, :] * stride_aux_column
+        for model in tl.static_range(MODELS):
+            aux = tl.load(aux_ptrs + offset_of(model, stride_aux_model), mask, other=0.0)
+            if PACKED:
+                group = (model * rows + row[:, None]) * (columns // GROUP_SIZE) + column[None, :] // GROUP_SIZE
+                aux = unpack(aux, column[None, :]) * tl.load(aux_scale_ptr + group, mask, other=0.0)
+            sums = tl.sum(accumulator * aux.to(tl.float32), 1)
+            if aux_scale_ptr is not None and not PACKED:
+                sums *= tl.load(aux_scale_ptr + (model * rows + row), row < rows, other=0.0)
+            partial = offset_of(model, tl.num_programs(0) * ROWS) + tl.program_id(0).to(tl.int64) * ROWS
+            tl.store(partial_ptr + partial + tl.arange(0, ROWS), sums)
     if grad_aux_ptr is not None:
-        scale = tl.load(scale_ptr).to(tl.float32)
-        tl.store(grad_aux_ptr + offsets, (scale * accumulator).to(grad_aux_ptr.dtype.element_ty), mask=mask)
+        for model in tl.static_range(MODELS):
+            scale = tl.load(scale_ptr + model).to(tl.float32)
+            grad_aux = (scale * accumulator).to(grad_aux_ptr.dtype.element_ty)
+            tl.store(grad_aux_ptr + offset_of(model, rows.to(tl.int64) * columns) + offsets, grad_aux, mask=mask)
     if grad_weight_ptr is not None:
         tl.store(grad_weight_ptr + offsets, accumulator.to(grad_weight_ptr.dtype.element_ty), mask=mask)
