@@ -39,12 +39,15 @@ PLAIN_TILES = {"ampere": (128, 128, 32, 4, 4), 90: (128, 256, 64, 4, 3), 100: (2
 """By architecture, if TMA is there; the best found offline."""
 ACTIVATIONS = torch.bfloat16
 WEIGHTS = {
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16, W_aux int8": (torch.bfloat16, torch.int8),
-    "fp32, W_aux bf16": (torch.float32, torch.bfloat16),
-    "fp32, W_aux int8": (torch.float32, torch.int8),
-    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16, 1),
+    "bf16, two W_aux": (torch.bfloat16, torch.bfloat16, 2),
+    "bf16, W_aux int8": (torch.bfloat16, torch.int8, 1),
+    "fp32, W_aux bf16": (torch.float32, torch.bfloat16, 1),
+    "fp32, two W_aux bf16": (torch.float32, torch.bfloat16, 2),
+    "fp32, W_aux int8": (torch.float32, torch.int8, 1),
+    "fp32": (torch.float32, torch.float32, 1),
 }
+"""The dtypes of W and W_aux, and how many auxiliary models there are."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,16 @@ def products(name: str) -> list[Product]:
     """The plain GEMM first, then forward, input gradient and parameter gradients for every dtype of the weights."""
     target = TARGETS[name]
     found = [_plain(target)]
-    for weights, (weight_dtype, aux_dtype) in WEIGHTS.items():
+    for weights, (weight_dtype, aux_dtype, models) in WEIGHTS.items():
         with compiling_for(target) as compiled:
             x = torch.empty(M, K, dtype=ACTIVATIONS, requires_grad=True)
             weight = torch.empty(N, K, dtype=weight_dtype, requires_grad=True)
-            aux_weight, scale = torch.empty(N, K, dtype=aux_dtype), torch.empty(1, requires_grad=True)
+            shape = (N, K) if models == 1 else (models, N, K)
+            aux_weight, scale = torch.empty(shape, dtype=aux_dtype), torch.empty(models, requires_grad=True)
             aux_weight_scale = torch.empty(N, 1) if aux_dtype == torch.int8 else None
             y = cross_modal_linear(x, weight, aux_weight, scale, None, aux_weight_scale)
             y.backward(torch.empty_like(y))
-        combined = weight_dtype.itemsize + aux_dtype.itemsize
+        combined = weight_dtype.itemsize + models * aux_dtype.itemsize
         for label, kernel in zip(("forward", "grad_input", "grad_parameters"), _in_order(compiled), strict=True):
             tile = _constants(kernel)
             rows = tile["BLOCK_M"] + tile.get("MORE_M", 0)

@@ -61,20 +61,15 @@ def test_no_spills_and_within_shared_memory(target, kind, matmul_precision):
         assert used.spilled == 0, (kernel.src.constants, used)
 
 
-@pytest.mark.parametrize("models", [2, 3, 5])
 @pytest.mark.parametrize("target", TARGETS)
-def test_several_models_without_spills_and_within_shared_memory(target, models):
+def test_several_models_without_spills_and_within_shared_memory(target):
     with compiling_for(TARGETS[target]) as compiled:
-        for weight_dtype, aux_dtype in ((HALF, HALF), (FLOAT, HALF), (FLOAT, FLOAT), (HALF, "int8"), (FLOAT, "int4")):
-            tensors, grad_output = operands(600, 1040, 576, HALF, weight_dtype, models=models, needs_grad=())
-            if isinstance(aux_dtype, str):
-                tensors = quantized(tensors, aux_dtype)
-            else:
-                tensors["aux_weight"] = tensors["aux_weight"].to(aux_dtype).requires_grad_(aux_dtype == weight_dtype)
-            for name in ("x", "weight", "scale"):
-                tensors[name].requires_grad_()
+        for models, weight_dtype in ((2, HALF), (3, FLOAT)):
+            tensors, grad_output = operands(600, 1040, 576, HALF, weight_dtype, models=models)
             cross_modal_linear(**tensors).backward(grad_output)
-    assert len(compiled) == 15
+        tensors, grad_output = operands(600, 1040, 576, HALF, HALF, models=2, needs_grad=("x", "weight", "scale"))
+        cross_modal_linear(**quantized(tensors, "int8")).backward(grad_output)
+    assert len(compiled) == 9
     for kernel in compiled:
         assert resources(kernel).spilled == 0, (kernel.metadata.name, kernel.src.constants, resources(kernel))
 

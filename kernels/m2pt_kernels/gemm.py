@@ -280,8 +280,8 @@ def _combined_matmul_plans(
         left.dtype,
         4 if packed or models > 1 else max(weight.itemsize, aux_weight.itemsize),
         input_precision(left.dtype, target),
-        is_aligned((depth, columns), left, weight, aux_weight) and weight_bytes <= 16,
-        is_small(rows, columns) or packed or weight_bytes > 8,
+        is_aligned((depth, columns), left, weight, aux_weight) and weight_bytes <= 8,
+        is_small(rows, columns) or packed,
     )
     for tile in tiles:
         spills = tile.BLOCK_N > 32 if packed else tile.COMBINE_IN_WARPS
@@ -423,7 +423,7 @@ def _grad_parameters_by_pointers(
     depth, rows = grad_output.shape
     columns = x.shape[1]
     tiles = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N)
-    models = reference.models_in(aux_weight if aux_weight is not None else grad_aux)
+    models = reference.models_in(aux_weight, scale)
     partial = None if aux_weight is None else x.new_empty(models, tiles * tile.BLOCK_M, dtype=torch.float32)
     grad_parameters_kernel[(tiles,)](
         grad_output,

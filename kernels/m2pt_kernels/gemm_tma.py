@@ -443,7 +443,7 @@ def grad_parameters(
     depth, rows = grad_output.shape
     columns = x.shape[1]
     tiles = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N)
-    models = models_in(aux_weight if aux_weight is not None else grad_aux)
+    models = models_in(aux_weight, scale)
     partial = None if aux_weight is None else x.new_empty(models, tiles * tile.BLOCK_M, dtype=torch.float32)
     _provide_descriptor_memory()
     grad_parameters_tma_kernel[(tiles,)](

@@ -104,9 +104,11 @@ def grad_scale(accumulator: Tensor, aux_weight: Tensor, aux_weight_scale: Tensor
     return torch.cat(sums, 1).sum(1)
 
 
-def models_in(aux_weight: Tensor | None) -> int:
-    """How many auxiliary models an aux weight (N, K) or (n, N, K) has."""
-    return 1 if aux_weight is None or aux_weight.dim() == 2 else len(aux_weight)
+def models_in(aux_weight: Tensor | None, scale: Tensor | None = None) -> int:
+    """How many auxiliary models there are, by their aux weight (N, K) or (n, N, K), or else by their scales."""
+    if aux_weight is None:
+        return 1 if scale is None else len(scale)
+    return 1 if aux_weight.dim() == 2 else len(aux_weight)
 
 
 def aux_shape(weight_shape: tuple[int, ...], scale: Tensor) -> tuple[int, ...]:

@@ -34,9 +34,9 @@ def indices_inside(tile, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def offset_of(model: tl.constexpr, stride):
+def offset_of(model, stride):
     """Where an auxiliary model's matrix begins, `stride` elements after the one before."""
-    return tl.full((), model, tl.int64) * stride
+    return tl.cast(model, tl.int64) * stride
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def store_gradients(
         PACKED: tl.constexpr = aux_ptr.dtype.element_ty == tl.uint8
         aux_column = packed_index(column) if PACKED else column
         aux_ptrs = aux_ptr + row[:, None] * stride_aux_row + aux_column[None, :] * stride_aux_column
-        for model in tl.static_range(MODELS):
+        for model in tl.range(MODELS, num_stages=1):
             aux = tl.load(aux_ptrs + offset_of(model, stride_aux_model), mask, other=0.0)
             if PACKED:
                 group = (model * rows + row[:, None]) * (columns // GROUP_SIZE) + column[None, :] // GROUP_SIZE
@@ -96,7 +96,7 @@ def store_gradients(
             partial = offset_of(model, tl.num_programs(0) * ROWS) + tl.program_id(0).to(tl.int64) * ROWS
             tl.store(partial_ptr + partial + tl.arange(0, ROWS), sums)
     if grad_aux_ptr is not None:
-        for model in tl.static_range(MODELS):
+        for model in tl.range(MODELS, num_stages=1):
             scale = tl.load(scale_ptr + model).to(tl.float32)
             grad_aux = (scale * accumulator).to(grad_aux_ptr.dtype.element_ty)
             tl.store(grad_aux_ptr + offset_of(model, rows.to(tl.int64) * columns) + offsets, grad_aux, mask=mask)
