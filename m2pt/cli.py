@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .train import Recipe
 
+AUX_DTYPES = ("bfloat16", "int8", "int4", "float8_e4m3fn")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status.
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for report, figures and checkpoint")
     demo.add_argument("--seeds", type=int, default=5, help="fine-tuning runs of each variant, at least 2")
+    demo.add_argument("--aux-dtype", choices=AUX_DTYPES, help="how the auxiliary weights are stored")
     demo.set_defaults(run=_demo)
 
     merge = commands.add_parser(
@@ -86,7 +89,7 @@ def _add_training(commands: Any) -> None:
     train.add_argument("--init", metavar="PATH", help="checkpoint to start from")
     train.add_argument("--aux", metavar="PATH", help="checkpoint of the auxiliary model")
     train.add_argument("--aux-modality", metavar="NAME", help="what the auxiliary model was trained on, for the log")
-    dtypes = ("float32", "bfloat16", "float16", "int8", "int4", "float8_e4m3fn")
+    dtypes = ("float32", "float16", *AUX_DTYPES)
     train.add_argument("--aux-dtype", choices=dtypes, help="how the auxiliary weights are stored")
     train.add_argument("--train-aux", action="store_true", help="train the auxiliary weights too")
     train.set_defaults(run=_train)
@@ -143,7 +146,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     from .demo.report import markdown, write_report
     from .demo.settings import Settings
 
-    settings, out = Settings(seeds=arguments.seeds), arguments.out
+    settings, out = Settings(seeds=arguments.seeds, aux_dtype=arguments.aux_dtype), arguments.out
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the tensors are too small to share, and on a busy machine threads wait for each other
     results = run_experiment(settings, out / "merged.safetensors")

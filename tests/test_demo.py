@@ -65,6 +65,18 @@ def test_repeated_runs_give_the_same_figures(results, tmp_path):
     assert again.runs == results.runs and again.reconstruction_errors == results.reconstruction_errors
 
 
+def test_quantised_auxiliary_weights(results, folder, tmp_path):
+    quantised = run_experiment(replace(SHORT, aux_dtype="int8"), tmp_path / "merged.safetensors")
+    assert 0.001 < quantised.quantization_error < 0.02 and results.quantization_error is None
+    assert quantised.saved_bytes == results.saved_bytes
+    assert quantised.merge.max_logit_difference < 1e-4
+    assert [run.scales for run in quantised.runs] != [run.scales for run in results.runs]
+    write_report(quantised, tmp_path)
+    assert "stored as int8, with a relative error of" in (tmp_path / "report.md").read_text()
+    write_report(results, folder)
+    assert "stored as" not in (folder / "report.md").read_text()
+
+
 def test_files(results, folder):
     write_report(results, folder)
     plot_accuracy(results, folder / "accuracy.png")

@@ -13,7 +13,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import cross_modal_scales, merge_pathways, reparameterize_aux_into_target_model
+from .. import cross_modal_scales, merge_pathways, quantization_errors, reparameterize_aux_into_target_model
 from ..checkpoints import load_state_dict, save_state_dict
 from ..models import MaskedAutoencoder
 from ..saved_bytes import published_formulation, saved_for_backward_bytes
@@ -65,10 +65,15 @@ class Environment:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that was measured; the reconstruction errors are the masked autoencoders', by modality."""
+    """Everything that was measured.
+
+    The reconstruction errors are the masked autoencoders', by modality; the quantization error is the largest relative
+    one of an auxiliary weight, None where they are stored as they are.
+    """
 
     settings: Settings
     reconstruction_errors: dict[str, float]
+    quantization_error: float | None
     runs: list[Run]
     merge: Merge
     saved_bytes: list[SavedBytes]
@@ -99,13 +104,14 @@ def run_experiment(settings: Settings, merged_path: Path) -> Results:
         seed=1,
         description="pretraining on digits",
     )
+    published = reparameterize_aux_into_target_model(_classifier(target, seed=0), auxiliary)
     runs = []
     for seed in range(settings.seeds):
-        models = {
-            "baseline": _classifier(target, seed),
-            "pathway": reparameterize_aux_into_target_model(_classifier(target, seed), auxiliary),
-            "control": reparameterize_aux_into_target_model(_classifier(target, seed), permuted(auxiliary, seed)),
-        }
+        models: dict[str, nn.Module] = {"baseline": _classifier(target, seed)}
+        for variant, aux_model in (("pathway", auxiliary), ("control", permuted(auxiliary, seed))):
+            models[variant] = reparameterize_aux_into_target_model(
+                _classifier(target, seed), aux_model, aux_dtype=settings.aux_dtype
+            )
         for variant, model in models.items():
             description = f"fine-tuning {variant}, seed {seed + 1} of {settings.seeds}"
             _fine_tune(model, speech, settings, seed, description)
@@ -116,9 +122,10 @@ def run_experiment(settings: Settings, merged_path: Path) -> Results:
     return Results(
         settings,
         {"speech": speech_error, "digits": digit_error},
+        max(quantization_errors(published, settings.aux_dtype).aux_weights.values()) if settings.aux_dtype else None,
         runs,
         _merge(models["pathway"], speech, merged_path),
-        [_saved_bytes(models["baseline"], models["pathway"], batch, autocast) for autocast in (False, True)],
+        [_saved_bytes(models["baseline"], models["pathway"], published, batch, autocast) for autocast in (False, True)],
         Environment(torch.__version__, timm.__version__, os.cpu_count(), time.perf_counter() - start),
     )
 
@@ -197,10 +204,12 @@ def _merge(model: nn.Module, speech: Speech, path: Path) -> Merge:
     return Merge(accuracy, difference)
 
 
-def _saved_bytes(plain: nn.Module, connected: nn.Module, batch: Tensor, autocast: bool) -> SavedBytes:
+def _saved_bytes(
+    plain: nn.Module, connected: nn.Module, published: nn.Module, batch: Tensor, autocast: bool
+) -> SavedBytes:
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         plain_bytes = saved_for_backward_bytes(plain, batch)
         fused_bytes = saved_for_backward_bytes(connected, batch)
-        with published_formulation(connected):
-            published_bytes = saved_for_backward_bytes(connected, batch)
+        with published_formulation(published):
+            published_bytes = saved_for_backward_bytes(published, batch)
     return SavedBytes("bfloat16 autocast" if autocast else "float32", plain_bytes, fused_bytes, published_bytes)

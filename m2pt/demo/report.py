@@ -15,6 +15,10 @@ def markdown(results: Results) -> str:
     """The report without its pictures."""
     settings, merge, environment = results.settings, results.merge, results.environment
     summaries = summarize(results.runs)
+    stored = ""
+    if results.quantization_error is not None:
+        error = f"{100 * results.quantization_error:.2f} %"
+        stored = f" Auxiliary weights are stored as {settings.aux_dtype}, with a relative error of {error} at most."
     errors = ", ".join(f"{name} {error:.3f}" for name, error in results.reconstruction_errors.items())
     accuracy_rows = [
         f"| {s.variant} | {s.mean:.2f} | {s.standard_deviation:.2f} |"
@@ -33,7 +37,7 @@ def markdown(results: Results) -> str:
             f" {settings.seeds} seeds, 370 test utterances.",
             "Every variant of a seed starts from the same pretrained speech transformer and head and sees the same"
             " batches. The pathway adds the frozen weights of a digit transformer, the control the same weights with"
-            " their entries shuffled.",
+            f" their entries shuffled.{stored}",
             f"Learning rate {settings.fine_tuning.learning_rate:g}, chosen for the baseline on training utterances;"
             f" {settings.fine_tuning.scale_learning_rate:g} for the cross-modal scales.",
             "",

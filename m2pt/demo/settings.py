@@ -22,7 +22,10 @@ class TrainingSettings:
 @dataclass(frozen=True)
 class Settings:
     """The experiment. Learning rate, batch size and epochs were chosen by the baseline's accuracy on those training
-    utterances that it had no labels of, with seeds that the experiment does not use."""
+    utterances that it had no labels of, with seeds that the experiment does not use.
+
+    aux_dtype is how the auxiliary weights are stored, as `m2pt.quantize_aux` takes it; None leaves them as they are.
+    """
 
     seeds: int = 5
     labelled_per_speaker: int = 4
@@ -30,6 +33,7 @@ class Settings:
     speech_pretraining: TrainingSettings = TrainingSettings(epochs=80, batch_size=45)
     digit_pretraining: TrainingSettings = TrainingSettings(epochs=12, batch_size=64)
     fine_tuning: TrainingSettings = TrainingSettings(epochs=30, batch_size=12)
+    aux_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.seeds < 2:
