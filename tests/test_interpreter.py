@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def test_operators_in_the_interpreter():
-    tests = [Path(__file__).with_name(name) for name in ("test_ops.py", "test_several_models.py")]
+    tests = [Path(__file__).with_name(name) for name in ("test_ops.py", "test_several_models.py", "test_numerics.py")]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env=os.environ | {"TRITON_INTERPRET": "1"},

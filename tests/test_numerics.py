@@ -1,0 +1,124 @@
+"""Numbers under stress: magnitudes, denormals, NaN and infinity, long sums, and the same bits on every run.
+
+Errors are measured against float64, and may be twice what plain torch makes of the same tensors, plus a floor: one
+rounding of the largest entry, or what denormals round to.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_ops import DTYPES, NAMES, exact, in_torch, operands, outputs
+
+from m2pt_kernels import cross_modal_linear
+from m2pt_kernels.configs import INTERPRETED
+
+stressed = settings(
+    max_examples=10 if INTERPRETED else 60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def assert_within_twice_torchs_error(tensors, grad_output):
+    """Where plain torch overflows, so may the result; nowhere else."""
+    got, torch_got = outputs(cross_modal_linear, tensors, grad_output), in_torch(tensors, grad_output)
+    for name, expected in exact(tensors, grad_output).items():
+        finite = torch_got[name].isfinite()
+        assert got[name][finite].isfinite().all(), name
+        if not finite.any():
+            continue
+        error, torch_error = ((found[name].double() - expected)[finite].abs().max() for found in (got, torch_got))
+        limits = torch.finfo(got[name].dtype)
+        largest = sum_of_magnitudes(tensors, grad_output) if name == "scale" else expected[finite].abs().max()
+        floor = limits.eps * largest + limits.smallest_normal * limits.eps * tensors["x"].shape[-1]
+        assert error <= 2 * torch_error + floor, f"{name}: {error:.2e}, torch {torch_error:.2e}, floor {floor:.2e}"
+
+
+def sum_of_magnitudes(tensors, grad_output):
+    """What the scale's gradient would be if nothing cancelled."""
+    accumulator = grad_output.double().t() @ tensors["x"].detach().double()
+    return (accumulator.abs() * tensors["aux_weight"].detach().double().abs()).sum()
+
+
+@stressed
+@given(
+    models=st.integers(1, 3),
+    shape=st.tuples(*[st.integers(1, 70)] * 3),
+    dtypes=st.sampled_from(DTYPES),
+    scale=st.floats(-8, 4).map(lambda exponent: 10**exponent),
+    sign=st.sampled_from([-1, 1]),
+    magnitudes=st.tuples(*[st.floats(-6, 3).map(lambda exponent: 10**exponent)] * 4),
+)
+def test_any_magnitude(device, models, shape, dtypes, scale, sign, magnitudes):
+    tensors, grad_output = operands(*shape, *dtypes, device, needs_grad=(), models=models)
+    tensors["scale"] = tensors["scale"] * (sign * scale)
+    for name, magnitude in zip(("x", "weight", "aux_weight"), magnitudes, strict=False):
+        tensors[name] *= magnitude
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    assert_within_twice_torchs_error(tensors, grad_output * magnitudes[3])
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "aux_weight", "grad_output"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_denormals_count(device, dtypes, name):
+    tensors, grad_output = operands(17, 12, 33, *dtypes, device, needs_grad=())
+    tensors["grad_output"] = grad_output
+    denormal = torch.finfo(tensors[name].dtype).smallest_normal / 8
+    tensors[name] = (torch.randn_like(tensors[name]).clamp(-2, 2) * 4).round() * (denormal / 4)
+    assert 0 < tensors[name].abs().max() < torch.finfo(tensors[name].dtype).smallest_normal
+    if name != "grad_output":
+        tensors["bias"].zero_()
+        tensors["weight" if name == "aux_weight" else "aux_weight"].zero_()
+    grad_output = tensors.pop("grad_output")
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    assert_within_twice_torchs_error(tensors, grad_output)
+    got, want = outputs(cross_modal_linear, tensors, grad_output), exact(tensors, grad_output)
+    for key, found in got.items():
+        assert found.count_nonzero() >= 0.9 * want[key].to(found.dtype).count_nonzero(), key
+
+
+@stressed
+@given(
+    shape=st.tuples(*[st.integers(1, 40)] * 3),
+    dtypes=st.sampled_from(DTYPES),
+    name=st.sampled_from(["x", "weight", "aux_weight", "bias", "grad_output"]),
+    value=st.sampled_from([math.nan, math.inf, -math.inf]),
+    position=st.floats(0, 1, exclude_max=True),
+)
+def test_nan_and_infinity_spread_as_in_torch(device, shape, dtypes, name, value, position):
+    """The same entries are finite, and those that are not are NaN or the same infinity."""
+    tensors, grad_output = operands(*shape, *dtypes, device, needs_grad=())
+    tensors["grad_output"] = grad_output
+    tensors[name].view(-1)[int(position * tensors[name].numel())] = value
+    grad_output = tensors.pop("grad_output")
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    got, torch_got = outputs(cross_modal_linear, tensors, grad_output), in_torch(tensors, grad_output)
+    for key, found in got.items():
+        assert torch.equal(found.isnan(), torch_got[key].isnan()), key
+        assert torch.equal(found == math.inf, torch_got[key] == math.inf), key
+        assert torch.equal(found == -math.inf, torch_got[key] == -math.inf), key
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_every_run_gives_the_same_bits(device, dtypes):
+    sizes = (70, 45, 80) if INTERPRETED else (300, 192, 768)
+    tensors, grad_output = operands(*sizes, *dtypes, device, models=2)
+    first, *others = (outputs(cross_modal_linear, tensors, grad_output) for _ in range(5))
+    assert first.keys() == {"y", *NAMES}
+    for other in others:
+        assert all(torch.equal(other[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [DTYPES[0][0], DTYPES[-1][0]], ids=str)
+def test_scale_gradient_of_a_million_tokens(device, dtype):
+    """A sum of 2**20 terms of one sign, the worst for float32 accumulators: plain torch's error here is about 4e-5."""
+    rows = 2**11 if INTERPRETED else 2**20
+    tensors, grad_output = operands(rows, 6, 9, dtype, dtype, device, needs_grad=("scale", "weight"))
+    tensors["x"] = tensors["x"].abs()
+    assert_within_twice_torchs_error(tensors, grad_output.abs())
