@@ -94,8 +94,9 @@ def _pipe(name: str) -> str:
 
 
 def _shared_bytes(name: str) -> int:
-    """Of a whole warp: LDS.64 reads 8 bytes a lane, LDSM.16.M88.4 four matrices of 128 bytes."""
+    """Of a whole warp: LDS.64 reads 8 bytes a lane, LDSM.16.M88.4 four matrices of 128 bytes, LDSM.16.M88 one."""
     if name.startswith(("LDSM", "STSM")):
-        return 128 * int(name.rpartition(".")[2])
+        matrices = name.rpartition(".")[2]
+        return 128 * (int(matrices) if matrices.isdigit() else 1)
     width = re.search(r"\.(64|128)\b", name)
     return 32 * (int(width[1]) // 8 if width else 4)

@@ -122,17 +122,39 @@ def test_quantized_without_spills_and_within_shared_memory(target, storage):
 
 
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
-@pytest.mark.parametrize("storage", ["int8", "float8_e4m3fn"])
-def test_hopper_dequantises_in_registers_without_waiting(storage, weight_dtype):
-    tensors, grad_output = operands(600, 272, 208, HALF, weight_dtype)
+@pytest.mark.parametrize("storage, in_features", [("int8", 208), ("int8", 224), ("float8_e4m3fn", 224)])
+def test_hopper_dequantises_in_registers_without_waiting(storage, weight_dtype, in_features):
+    tensors, grad_output = operands(600, 272, in_features, HALF, weight_dtype)
     with compiling_for(TARGETS["sm_90"]) as compiled:
         cross_modal_linear(**quantized(tensors, storage)).backward(grad_output)
     assert len(compiled) == 3
     for kernel in compiled:
         assert "_tma_" in kernel.metadata.name
+        assert resources(kernel).spilled == 0
         assert serialised_wgmma(kernel) == []
         loop = main_loop(kernel)
         assert loop.instructions["tensor"] == 4 and loop.stores_to_shared == 0
+        # A warp combines 16 x 32 a step: every entry is read once, and 8 float32 scales by each of its 32 lanes.
+        assert loop.shared_bytes <= 16 * 32 * (weight_dtype.itemsize + 1) + 8 * 32 * 4
+
+
+def test_hopper_dequantises_three_models_in_registers():
+    tensors, grad_output = operands(600, 272, 224, HALF, FLOAT, models=3, needs_grad=("x",))
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        cross_modal_linear(**quantized(tensors, "float8_e4m3fn")).backward(grad_output)
+    grad_input = next(kernel for kernel in compiled if kernel.metadata.name == "combined_matmul_tma_kernel")
+    assert resources(grad_input).spilled == 0
+    assert serialised_wgmma(grad_input) == []
+    assert main_loop(grad_input).stores_to_shared == 0
+
+
+def test_columns_that_are_not_a_multiple_of_16_bytes_are_not_read_in_pairs():
+    tensors, _ = operands(600, 272, 200, HALF, HALF, needs_grad=("x",))
+    tensors["aux_weight"] = torch.empty(272, 208, dtype=torch.int8)[:, :200]
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        y = cross_modal_linear(**tensors, aux_weight_scale=torch.empty(272, 1))
+        y.backward(torch.empty_like(y))
+    assert {kernel.metadata.name for kernel in compiled} == {"combined_matmul_tma_kernel", "combined_matmul_kernel"}
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

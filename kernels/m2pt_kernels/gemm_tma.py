@@ -20,14 +20,16 @@ from .tiles import aux_strides, offset_of, tile_of_program
 
 @triton.jit
 def _relabel(tile, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """Permute every 8 rows as an OUTER x INNER matrix transposed; (4, 2) and (2, 4) undo each other.
+    """Permute every OUTER * INNER rows as an OUTER x INNER matrix transposed; (4, 2) and (2, 4) undo each other.
 
-    In wgmma's A operand four lanes share a row, and eight rows a warp: relabelled, they read float32 rows without bank
-    conflicts. Rows of the weight are independent, so nothing else changes.
+    In wgmma's A operand four lanes share a row, and eight rows a warp: by (4, 2) they read float32 rows without bank
+    conflicts. A lane has the rows i and i + 8 of every 16: by (8, 2) these are neighbours in memory. Rows of the
+    weight are independent, so nothing else changes.
     """
     ROWS: tl.constexpr = tile.shape[0]
     COLUMNS: tl.constexpr = tile.shape[1]
-    return tile.reshape([ROWS // 8, OUTER, INNER, COLUMNS]).permute((0, 2, 1, 3)).reshape([ROWS, COLUMNS])
+    BLOCKS: tl.constexpr = ROWS // (OUTER * INNER)
+    return tile.reshape([BLOCKS, OUTER, INNER, COLUMNS]).permute((0, 2, 1, 3)).reshape([ROWS, COLUMNS])
 
 
 @triton.jit
@@ -50,7 +52,7 @@ def _folded_halves(tile):
 def _store_transposed(descriptor, accumulator, row, column, RELABEL: tl.constexpr):
     tile = accumulator.to(descriptor.dtype)
     if RELABEL:
-        tile = _relabel(tile, 2, 4)
+        tile = _relabel(tile, 2, RELABEL)
     descriptor.store([row, column], tile.T)
 
 
@@ -60,15 +62,30 @@ def _column_of(vector_ptr, start, size, BLOCK: tl.constexpr, RELABEL: tl.constex
     # By TMA too: Triton 3.8 offsets the mask of an ordinary load twice in the second of the two consumer groups.
     column = tl.make_tensor_descriptor(vector_ptr, [size], [1], [BLOCK]).load([start]).to(tl.float32)[:, None]
     if RELABEL:
-        column = _relabel(column, 4, 2)
+        column = _relabel(column, RELABEL, 2)
     return column
 
 
 @triton.jit
-def _tile_of_weight(descriptor, k, column, DEPTH_FIRST: tl.constexpr):
+def _tile_of_weight(descriptor, k, column, DEPTH_FIRST: tl.constexpr, RELABEL: tl.constexpr):
     """Of W or W_aux, in float32 and relabelled, (columns, depth)."""
-    tile = descriptor.load([k, column]).T if DEPTH_FIRST else _relabel(descriptor.load([column, k]), 4, 2)
+    tile = descriptor.load([k, column]).T if DEPTH_FIRST else descriptor.load([column, k])
+    if RELABEL:
+        tile = _relabel(tile, RELABEL, 2)
     return tile.to(tl.float32)
+
+
+@triton.jit
+def _tile_of_pairs(descriptor, k, column, dtype: tl.constexpr, RELABEL: tl.constexpr):
+    """The same of a W_aux of 8 bits that is described as (panels, depth, pairs of columns) of int16."""
+    PANELS: tl.constexpr = descriptor.block_shape[0]
+    DEPTH: tl.constexpr = descriptor.block_shape[1]
+    PAIRS: tl.constexpr = descriptor.block_shape[2]
+    panels = descriptor.load([column // (2 * PAIRS), k, 0])
+    pairs = panels.permute((0, 2, 1)).reshape([PANELS * PAIRS, DEPTH])
+    tile = tl.join(pairs.to(tl.int8), (pairs >> 8).to(tl.int8)).to(dtype, bitcast=True)
+    tile = tile.permute((0, 2, 1)).reshape([PANELS * PAIRS * 2, DEPTH])
+    return _relabel(tile, RELABEL, 2).to(tl.float32)
 
 
 @triton.jit
@@ -94,14 +111,16 @@ def combined_matmul_tma_kernel(
     GROUP: tl.constexpr,
     DEPTH_FIRST: tl.constexpr,
     MODELS: tl.constexpr,
+    PANEL: tl.constexpr,
 ):
     """output = left (weight + sum of scale * aux) + bias, tiles of BLOCK_M + MORE_M rows, an accumulator each.
 
     left is (rows, depth); weight and each aux lie in memory as (columns, depth), or (depth, columns) if DEPTH_FIRST. A
-    quantised aux has a scale for each row in memory.
+    quantised aux has a scale for each row in memory; if DEPTH_FIRST, columns is a multiple of PANEL.
     MORE_M is 0 or half of BLOCK_M; the output leaves in pieces of that many rows, to spare shared memory for stages.
     """
-    RELABEL: tl.constexpr = not DEPTH_FIRST
+    PAIRED: tl.constexpr = DEPTH_FIRST and aux_scale_ptr is not None
+    RELABEL: tl.constexpr = 8 if PAIRED else 0 if DEPTH_FIRST else 4
     PIECE: tl.constexpr = BLOCK_M // 2
     left = tl.make_tensor_descriptor(left_ptr, [rows, depth], [stride_left, 1], [BLOCK_M, BLOCK_K])
     output = tl.make_tensor_descriptor(output_ptr, [rows, columns], [columns, 1], [PIECE, BLOCK_N])
@@ -122,10 +141,19 @@ def combined_matmul_tma_kernel(
         matrix_ptr = aux_ptr + offset_of(model, stride_aux_model)
         # A (1, 1) block: a scalar would send the combined tile through shared memory.
         scale = tl.load(scale_ptr + model + tl.zeros((1, 1), tl.int32)).to(tl.float32)
-        if DEPTH_FIRST:
+        if PAIRED:
+            # In pairs, as warps load elements of 16 bits transposed, not of 8; in panels, as Triton 3.8 gives half of a
+            # tile's columns to each of two warp groups and cuts between panels, but no row that is swizzled.
+            panels = tl.make_tensor_descriptor(
+                matrix_ptr.to(tl.pointer_type(tl.int16)),
+                [columns // PANEL, depth, PANEL // 2],
+                [PANEL // 2, stride_aux // 2, 1],
+                [BLOCK_N // PANEL, BLOCK_K, PANEL // 2],
+            )
+            auxes += (panels,)
+            aux_scales += (tl.make_tensor_descriptor(aux_scale_ptr + model * depth, [depth], [1], [BLOCK_K]),)
+        elif DEPTH_FIRST:
             auxes += (tl.make_tensor_descriptor(matrix_ptr, [depth, columns], [stride_aux, 1], [BLOCK_K, BLOCK_N]),)
-            if aux_scale_ptr is not None:
-                aux_scales += (tl.make_tensor_descriptor(aux_scale_ptr + model * depth, [depth], [1], [BLOCK_K]),)
         else:
             auxes += (tl.make_tensor_descriptor(matrix_ptr, [columns, depth], [stride_aux, 1], [BLOCK_N, BLOCK_K]),)
             if aux_scale_ptr is not None:
@@ -133,12 +161,15 @@ def combined_matmul_tma_kernel(
         scales += (scale,)
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, depth, BLOCK_K, warp_specialize=True):
-        combined = _tile_of_weight(weight, k, column, DEPTH_FIRST)
+        combined = _tile_of_weight(weight, k, column, DEPTH_FIRST, RELABEL)
         for model in tl.static_range(MODELS):
             step_scale = scales[model]
-            if DEPTH_FIRST and aux_scale_ptr is not None:
-                step_scale *= aux_scales[model].load([k])[None, :]
-            combined += step_scale * _tile_of_weight(auxes[model], k, column, DEPTH_FIRST)
+            if PAIRED:
+                # Not `[None, :]`: specialisation hands a load on in one layout, and the products would ask for two.
+                step_scale *= aux_scales[model].load([k]).reshape([1, BLOCK_K])
+                combined += step_scale * _tile_of_pairs(auxes[model], k, column, aux_ptr.dtype.element_ty, RELABEL)
+            else:
+                combined += step_scale * _tile_of_weight(auxes[model], k, column, DEPTH_FIRST, RELABEL)
         combined = combined.to(left.dtype)
         accumulator = tl.dot(combined, left.load([row, k]).T, accumulator)
         if MORE_M > 0:
@@ -271,13 +302,10 @@ _SEVERAL_TILES: dict[int, dict[int, tuple[_CombinedTile, ...]]] = {
         **dict.fromkeys((10, 12, 16), (_CombinedTile(256, 128, 128, 32, 8, 2),)),
     },
 }
+# The same on sm_90 where they are quantised and their rows run along the depth, with a scale for each step of it.
+_SEVERAL_PAIRED_TILES: dict[int, tuple[_CombinedTile, ...]]
+_SEVERAL_PAIRED_TILES = dict.fromkeys((4, 5, 6, 7), (_CombinedTile(256, 0, 128, 32, 4, 4),))
 _MOST_MODELS = 3
-# The same of sm_90 where W_aux is quantised and its rows run along the depth: each of two warp groups reads half of a
-# tile's columns, and TMA swizzles 128 bytes of a row.
-_WIDE_TILES = {
-    3: (_CombinedTile(128, 0, 256, 32, 4, 4),),
-    **dict.fromkeys((4, 5, 6), (_CombinedTile(128, 0, 256, 32, 4, 3),)),
-}
 # By generation, then by whether W_aux and the gradients have elements of several sizes: then their layouts differ, and
 # on sm_100 only 256 rows a tile, or few columns, leave registers to convert between them.
 _GRAD_TILES: dict[int, dict[bool, tuple[TileConfig, ...]]] = {
@@ -317,6 +345,7 @@ def takes_combined_matmul(
         and _by_tma(aux_weight, unit)
         and (bias is None or bias.data_ptr() % 16 == 0)
         and (aux_weight_scale is None or (unit == depth_first and _is_vector(aux_weight_scale)))
+        and (aux_weight_scale is None or not depth_first or weight.shape[1] % 16 == 0)
     )
 
 
@@ -368,9 +397,10 @@ def combined_tiles(target: GPUTarget | None, weight: Tensor, aux_weight: Tensor)
     generation, models = _generation(target), models_in(aux_weight)
     if models > _MOST_MODELS:
         return ()
-    tables = _COMBINED_TILES if models == 1 else _SEVERAL_TILES
-    wide = generation == 9 and weight.stride(0) != 1 and aux_weight.itemsize == 1
-    tiles = _WIDE_TILES if wide else tables.get(generation, {})
+    if generation == 9 and models > 1 and weight.stride(0) != 1 and aux_weight.itemsize == 1:
+        tiles = _SEVERAL_PAIRED_TILES
+    else:
+        tiles = (_COMBINED_TILES if models == 1 else _SEVERAL_TILES).get(generation, {})
     return tiles.get(weight.itemsize + models * aux_weight.itemsize, ())
 
 
@@ -426,6 +456,8 @@ def combined_matmul(
         GROUP=GROUP,
         DEPTH_FIRST=depth_first,
         MODELS=models_in(aux_weight),
+        # Fewer rows to copy; 64 would make two panels a tile, and Triton does not divide a dimension of two.
+        PANEL=32 if columns % 32 == 0 else 16,
     )
 
 
