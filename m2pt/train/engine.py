@@ -82,8 +82,8 @@ class Trainer:
         self.module, self.objective, self.recipe, self.world = module, objective, recipe, world
         sharded = recipe.machine.sharding == "fsdp"
         decay = recipe.run.ema_decay
-        # in float32 timm needs no random rounding of bfloat16 weights, one by one it leaves frozen ones exact, and buffers
-        # are copied because float8 cannot be averaged
+        # in float32 timm needs no random rounding of bfloat16 weights, and one by one it leaves frozen ones exact;
+        # buffers are copied, because float8 has no average
         self.ema = (
             ModelEmaV3(module, decay, dtype=torch.float32, foreach=False, exclude_buffers=True) if decay else None
         )
