@@ -1,18 +1,21 @@
 """Run a function in two processes that can communicate, on the CPU."""
 
+import multiprocessing
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch.multiprocessing import start_processes
+
+multiprocessing.set_forkserver_preload(["m2pt.train"])  # imports it once for all, where no thread has started yet
 
 
 def in_two_processes(function, *arguments):
     """What `function(*arguments)` returned in each of them; its error, if it raised one."""
     with TemporaryDirectory() as folder:
-        multiprocessing.spawn(_run, (folder, function, arguments), nprocs=2)
+        start_processes(_run, (folder, function, arguments), nprocs=2, start_method="forkserver")
         return [torch.load(Path(folder, str(rank)), weights_only=False) for rank in range(2)]
 
 
