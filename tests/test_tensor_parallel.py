@@ -5,30 +5,29 @@ import itertools
 import pytest
 import torch
 from test_ops import operands, outputs, published
-from test_pathway import connected, images
+from test_pathway import fused_layers, images, vit
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 from two_processes import in_two_processes
 
-from m2pt import FusedCrossModalLinear, quantize_aux
+from m2pt import FusedCrossModalLinear, quantize_aux, reparameterize_aux_into_target_model
 from m2pt.tensor_parallel import ColwiseParallel, RowwiseParallel
 from m2pt_kernels import cross_modal_linear, dequantize, quantize
 
-STORAGES = [None, "int8", "int4"]
 LAYOUTS = {
-    "columns": {"weight": Shard(0), "aux_weight": Shard(0), "aux_weight_scale": Shard(0), "bias": Shard(0)},
-    "rows": {"x": Shard(2), "weight": Shard(1), "aux_weight": Shard(1)},
+    "columns": {"weight": Shard(0), "aux_weight": Shard(-2), "aux_weight_scale": Shard(-2), "bias": Shard(0)},
+    "rows": {"x": Shard(2), "weight": Shard(1), "aux_weight": Shard(-1)},
     "batch": {"x": Shard(0)},
     "sequence": {"x": Shard(1)},
 }
-CASES = list(itertools.product(STORAGES, LAYOUTS, [True, False]))
+CASES = list(itertools.product([None, "int8", "int4"], [1, 2], LAYOUTS, [True, False]))
 
 
-def case(storage, has_bias, in_features=128):
+def case(storage, models, has_bias, in_features=128):
     """Operands and a gradient for the output, and the same operands as plain torch has them."""
     torch.manual_seed(0)
-    tensors, grad_output = operands(24, 6, in_features, torch.float64, torch.float64)
+    tensors, grad_output = operands(24, 6, in_features, torch.float64, torch.float64, models=models)
     tensors["x"] = tensors["x"].detach().view(4, 6, in_features).requires_grad_()
     tensors["scale"] = tensors["scale"].detach().double().requires_grad_()
     if not has_bias:
@@ -43,9 +42,11 @@ def case(storage, has_bias, in_features=128):
 def every_operator():
     """Whole results of every case, and how often the operators communicated."""
     mesh, results = init_device_mesh("cpu", (2,)), {}
-    for storage, layout, has_bias in CASES:
-        tensors, grad_output, _ = case(storage, has_bias)
-        placements = LAYOUTS[layout] | ({"aux_weight_scale": Shard(1)} if (storage, layout) == ("int4", "rows") else {})
+    for storage, models, layout, has_bias in CASES:
+        tensors, grad_output, _ = case(storage, models, has_bias)
+        placements = LAYOUTS[layout] | (
+            {"aux_weight_scale": Shard(-1)} if (storage, layout) == ("int4", "rows") else {}
+        )
         shards = {
             name: distribute_tensor(tensor.detach(), mesh, [placements.get(name, Replicate())]).requires_grad_(
                 tensor.requires_grad
@@ -60,7 +61,7 @@ def every_operator():
         with CommDebugMode() as backward:
             y.backward(grad_output)
         grads = {name: shard.grad for name, shard in shards.items() if shard.requires_grad}
-        results[storage, layout, has_bias] = (
+        results[storage, models, layout, has_bias] = (
             forward.get_total_counts() + backward.get_total_counts(),
             {name: result.full_tensor() for name, result in ({"y": y.detach()} | grads).items()},
         )
@@ -72,12 +73,12 @@ def operators():
     return in_two_processes(every_operator)
 
 
-@pytest.mark.parametrize("storage,layout,has_bias", CASES)
-def test_operators_on_shards_do_not_communicate_and_compute_the_same(operators, storage, layout, has_bias):
-    _, grad_output, plain = case(storage, has_bias)
+@pytest.mark.parametrize("storage,models,layout,has_bias", CASES)
+def test_operators_on_shards_do_not_communicate_and_compute_the_same(operators, storage, models, layout, has_bias):
+    _, grad_output, plain = case(storage, models, has_bias)
     want = outputs(published, plain, grad_output)
     for results in operators:
-        communications, got = results[storage, layout, has_bias]
+        communications, got = results[storage, models, layout, has_bias]
         assert communications == 0
         torch.testing.assert_close(got, want)
 
@@ -88,12 +89,18 @@ PLAN = {
     "mlp.fc1": ColwiseParallel(),
     "mlp.fc2": RowwiseParallel(),
 }
-AUXILIARY = ["frozen", "trained", "bfloat16", "int8", "int4"]
+AUXILIARY = ["frozen", "trained", "bfloat16", "int8", "int4", "two trained", "two int8", "two int4"]
 
 
 def model_with(auxiliary):
-    model = connected(torch.float64, auxiliary == "trained", depth=1, embed_dim=128, num_heads=2)
-    return model if auxiliary in ("frozen", "trained") else quantize_aux(model, auxiliary)
+    """A small ViT whose auxiliary weights are so."""
+    size = {"depth": 1, "embed_dim": 128, "num_heads": 2}
+    models = [vit(seed, **size).double() for seed in range(3 if "two" in auxiliary else 2)]
+    model = reparameterize_aux_into_target_model(models[0], models[1:], is_aux_trainable="trained" in auxiliary)
+    for layer in fused_layers(model).values():
+        torch.nn.init.normal_(layer.cross_modal_scale)
+    storage = auxiliary.split()[-1]
+    return model if storage in ("frozen", "trained") else quantize_aux(model, storage)
 
 
 def whole(tensor):
@@ -143,7 +150,7 @@ def test_a_divided_model_trains_as_a_whole_one(models, auxiliary):
             layer, _, kind = name.rpartition(".")
             is_whole = kind == "cross_modal_scale" or (
                 layer.endswith(("proj", "fc2"))
-                and (kind == "bias" or (kind, auxiliary) == ("aux_weight_scale", "int8"))
+                and (kind == "bias" or (kind == "aux_weight_scale" and "int8" in auxiliary))
             )
             assert part == (1 if is_whole else 0.5), name
         torch.testing.assert_close(got, want)
@@ -157,7 +164,7 @@ def three_groups_in_two_processes():
     with pytest.raises(ValueError, match=r"aux_weight: .*2 processes.* got 3"):
         parallelize_module(layer, mesh, RowwiseParallel())
     assert not any(isinstance(value, DTensor) for value in layer.state_dict().values())
-    tensors, _, plain = case("int4", True, 192)
+    tensors, _, plain = case("int4", 1, True, 192)
     placements = {"x": Shard(2), "weight": Shard(1), "aux_weight": Shard(1)}
     shards = {name: distribute_tensor(t, mesh, [placements.get(name, Replicate())]) for name, t in tensors.items()}
     torch.testing.assert_close(cross_modal_linear(**shards).full_tensor(), published(**plain))

@@ -35,9 +35,11 @@ def test_opcheck_forward(dtype, needs_grad):
 
 
 @pytest.mark.parametrize("storage", [None, "int8", "int4"])  # opcheck itself cannot compare float8 tensors
-@pytest.mark.parametrize("has_bias,leading", [(True, (2, 3)), (False, (5,)), (False, ()), (True, (0, 3))], ids=str)
-def test_opcheck_every_argument(has_bias, leading, storage):
-    tensors, _ = operands(1, 6, 64, needs_grad=("weight", "scale", "bias"))
+@pytest.mark.parametrize(
+    "has_bias,leading,models", [(True, (2, 3), 2), (False, (5,), 1), (False, (), 2), (True, (0, 3), 1)], ids=str
+)
+def test_opcheck_every_argument(has_bias, leading, models, storage):
+    tensors, _ = operands(1, 6, 64, needs_grad=("weight", "scale", "bias"), models=models)
     _, weight, aux_weight, scale, bias = tensors.values()
     aux_weight, aux_weight_scale = stored(aux_weight, storage)
     x, grad_output = torch.randn(*leading, 64, requires_grad=True), torch.randn(*leading, 6)
@@ -48,14 +50,15 @@ def test_opcheck_every_argument(has_bias, leading, storage):
 
 
 @pytest.mark.parametrize("storage", [None, "int8", "int4"])
-@pytest.mark.parametrize("leading", [(5,), (2, 3)], ids=str)
-def test_opcheck_grad_parameters(leading, storage):
+@pytest.mark.parametrize("leading,models", [((5,), 1), ((2, 3), 2)], ids=str)
+def test_opcheck_grad_parameters(leading, models, storage):
     """Each gradient is asked for by an argument that may be None."""
-    aux_weight, aux_weight_scale = stored(torch.randn(6, 64), storage)
+    tensors, _ = operands(1, 6, 64, needs_grad=(), models=models)
+    aux_weight, aux_weight_scale = stored(tensors["aux_weight"], storage)
     grad_output, x = torch.randn(*leading, 6), torch.randn(*leading, 64)
     for arguments in itertools.product(
         (None, aux_weight),
-        (None,) if storage else (None, torch.rand(1)),
+        (None,) if storage else (None, tensors["scale"]),
         (None, torch.bfloat16),
         (None, torch.float16),
         (aux_weight_scale,),
@@ -93,8 +96,8 @@ def test_compile_without_graph_breaks_and_with_one_recompilation(autocast):
 
 
 COMPILED = {
-    "layer, trained auxiliary": (
-        lambda: FusedCrossModalLinear(8, 6, aux_weight=torch.randn(6, 8), is_aux_trainable=True),
+    "layer, two trained auxiliaries": (
+        lambda: FusedCrossModalLinear(8, 6, aux_weight=[*torch.randn(2, 6, 8)], is_aux_trainable=True),
         (5, 8),
     ),
     "model, int8 auxiliary": (lambda: quantize_aux(connected(depth=1), "int8"), (3, 32, 32)),
@@ -140,17 +143,18 @@ def test_compile_quantized(autocast):
         torch.testing.assert_close(got[name], want[name], msg=name)
 
 
-def functional_arguments():
+def functional_arguments(models=1):
     """x, weight, aux_weight, scale, bias in float64."""
-    tensors, _ = operands(4, 6, 8, torch.float64, torch.float64, needs_grad=())
+    tensors, _ = operands(4, 6, 8, torch.float64, torch.float64, needs_grad=(), models=models)
     return tuple(tensor.double() for tensor in tensors.values())
 
 
 @pytest.mark.parametrize(
     "in_dims", [(0, None, None, None, None), (None, None, None, 0, None), (0, 0, 0, 0, 0)], ids=str
 )
-def test_vmap(in_dims):
-    arguments = functional_arguments()
+@pytest.mark.parametrize("models", [1, 2])
+def test_vmap(models, in_dims):
+    arguments = functional_arguments(models)
     batched = [
         tensor if dim is None else torch.stack([tensor, 2 * tensor]).requires_grad_()
         for tensor, dim in zip(arguments, in_dims, strict=True)
