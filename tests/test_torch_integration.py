@@ -50,12 +50,12 @@ def test_opcheck_every_argument(has_bias, leading, models, storage):
 
 
 @pytest.mark.parametrize("storage", [None, "int8", "int4"])
-@pytest.mark.parametrize("leading,models", [((5,), 1), ((2, 3), 2)], ids=str)
-def test_opcheck_grad_parameters(leading, models, storage):
+@pytest.mark.parametrize("leading,models,dtype", [((5,), 1, torch.float32), ((2, 3), 2, torch.bfloat16)], ids=str)
+def test_opcheck_grad_parameters(leading, models, dtype, storage):
     """Each gradient is asked for by an argument that may be None."""
     tensors, _ = operands(1, 6, 64, needs_grad=(), models=models)
     aux_weight, aux_weight_scale = stored(tensors["aux_weight"], storage)
-    grad_output, x = torch.randn(*leading, 6), torch.randn(*leading, 64)
+    grad_output, x = torch.randn(*leading, 6, dtype=dtype), torch.randn(*leading, 64, dtype=dtype)
     for arguments in itertools.product(
         (None, aux_weight),
         (None,) if storage else (None, tensors["scale"]),
