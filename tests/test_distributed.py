@@ -8,12 +8,19 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from test_pathway import connected, images
 from tiny_runs import assignments, make_data, tiny_model
+from torch.distributed.tensor import DTensor
+from two_processes import in_two_processes
 
+from m2pt import quantize_aux
 from m2pt.checkpoints import load_state_dict, save_state_dict
 from m2pt.cli import main
+from m2pt.train.distributed import World, distribute
 from m2pt.train.engine import Trainer
 from m2pt.train.log import read_log
+from m2pt.train.recipe import Machine
 
 PROGRAM = """
 import json, sys
@@ -131,6 +138,62 @@ def test_shards_continue_what_one_process_began(folder):
     assert two["optimizer"]["state"].keys() == one["optimizer"]["state"].keys() != set()
     for name, state in one["optimizer"]["state"].items():
         torch.testing.assert_close(two["optimizer"]["state"][name], state, rtol=1e-5, atol=1e-6)
+
+
+AUXILIARY = ["frozen", "trained", "bfloat16", "int8", "int4", "float8_e4m3fn"]
+
+
+def model_with(auxiliary):
+    model = connected(torch.float64, auxiliary == "trained", depth=1, embed_dim=64, num_heads=2)
+    return model if auxiliary in ("frozen", "trained") else quantize_aux(model, auxiliary)
+
+
+def loss_and_gradients(model, inputs):
+    """Of a model that may be wrapped; every gradient whole and under the name it has in a plain model."""
+    loss = model(inputs).square().mean()
+    loss.backward()
+    gradients = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        for name, gradient in gradients.items()
+    }
+
+
+def every_wrapped_model():
+    """Loss and gradients of this process's half of the images, for every sharding and auxiliary weight."""
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    mine = images(torch.float64).chunk(world.size)[world.rank]
+    return {
+        (sharding, auxiliary): loss_and_gradients(
+            distribute(
+                model_with(auxiliary),
+                Machine(precision="float32", sharding=sharding),
+                world,
+                has_unused_parameters=False,
+            ),
+            mine,
+        )
+        for sharding in ("ddp", "fsdp")
+        for auxiliary in AUXILIARY
+    }
+
+
+@pytest.fixture(scope="module")
+def wrapped():
+    return in_two_processes(every_wrapped_model)
+
+
+@pytest.mark.parametrize("auxiliary", AUXILIARY)
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_loss_and_every_gradient_are_those_of_one_process(wrapped, sharding, auxiliary):
+    model = model_with(auxiliary)
+    loss, gradients = loss_and_gradients(model, images(torch.float64))
+    assert gradients.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert ("blocks.0.mlp.fc1.aux_weight" in gradients) == (auxiliary == "trained")
+    results = [each[sharding, auxiliary] for each in wrapped]
+    torch.testing.assert_close(sum(loss for loss, _ in results) / 2, loss)
+    for _, found in results:
+        torch.testing.assert_close(found, gradients)
 
 
 def test_pretraining_in_two_processes(folder):

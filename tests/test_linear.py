@@ -135,17 +135,25 @@ def test_follows_to(target):
     assert (y.shape, y.dtype, y.device) == ((3, 5, OUT), x.dtype, x.device)
 
 
-def rebuilt(layer):
+def rebuilt(layer, assign=False):
     twin = fused(is_aux_trainable=layer.aux_weight.requires_grad)[0]
     buffer = io.BytesIO()
     torch.save(layer.state_dict(), buffer)
     buffer.seek(0)
-    twin.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+    twin.load_state_dict(torch.load(buffer, weights_only=True), strict=True, assign=assign)
     return twin
 
 
+def assigned(layer):
+    return rebuilt(layer, assign=True)
+
+
+def pickled(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
 @pytest.mark.parametrize("is_aux_trainable", [True, False])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), rebuilt])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, rebuilt, assigned])
 def test_duplicates_compute_the_same_and_share_nothing(duplicate, is_aux_trainable):
     layer, _, _ = fused(0.5, is_aux_trainable=is_aux_trainable)
     twin = duplicate(layer)

@@ -360,6 +360,14 @@ def test_scale_gradient_is_exact_and_reproducible(device, dtype, seed):
     assert all(torch.equal(run, runs[0]) for run in runs)
 
 
+@pytest.mark.parametrize("has_scale", [True, False])
+def test_an_aux_gradient_takes_both_a_scale_and_a_dtype(device, has_scale):
+    tensors, grad_output = operands(17, 12, 9, device=device, needs_grad=())
+    scale, aux_dtype = (tensors["scale"], None) if has_scale else (None, torch.float32)
+    arguments = (grad_output, tensors["x"], None, scale, torch.float32, aux_dtype)
+    assert [grad.numel() for grad in torch.ops.m2pt_kernels.grad_parameters(*arguments)] == [12 * 9, 0, 0]
+
+
 def test_long_reduction(device):
     tensors, grad_output = operands(5000, 3, 2, device=device)
     assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)

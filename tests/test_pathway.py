@@ -1,5 +1,6 @@
 """Connecting two timm ViTs, training what should be trained, and folding the connection away."""
 
+import copy
 import re
 from contextlib import contextmanager
 from functools import partial
@@ -7,6 +8,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -17,6 +19,7 @@ from m2pt import (
     cross_modal_scales,
     freeze_for_linear_probe,
     merge_pathways,
+    quantize_aux,
     reparameterize_aux_into_target_model,
     scale_table,
 )
@@ -495,6 +498,24 @@ def test_gradients_are_the_same_with_activation_checkpointing(use_reentrant):
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=use_reentrant)
     torch.testing.assert_close(gradients(model, images()), expected)
+
+
+@pytest.mark.parametrize("storage", [None, "bfloat16", "int8", "int4", "float8_e4m3fn"])
+def test_moving_average_follows_the_scales_and_keeps_what_is_frozen(storage):
+    model = connected(embed_dim=64, num_heads=2)
+    if storage:
+        quantize_aux(model, storage)
+    average = ModelEmaV3(model, decay=0.75, exclude_buffers=True, foreach=False)
+    before = copy.deepcopy(model.state_dict())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.no_grad():
+        for name in trained:
+            model.get_parameter(name).add_(1)
+    average.update(model)
+    for name, value in average.module.state_dict().items():
+        assert value.dtype == before[name].dtype
+        torch.testing.assert_close(value.float(), before[name].float() + 0.25 * (name in trained), msg=name)
+    assert sum(name.endswith("cross_modal_scale") for name in trained) == len(PLACES)
 
 
 def test_autocast_computes_what_the_published_formulation_does(published):

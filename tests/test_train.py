@@ -190,6 +190,14 @@ def test_the_moving_average_is_what_is_evaluated_and_merged(folder, tmp_path):
     assert not torch.equal(average["head.weight"], last["head.weight"])
 
 
+def test_the_moving_average_keeps_float8_auxiliary_weights(folder, tmp_path):
+    out = run("image", folder, tmp_path / "run", "run.ema_decay=0.5", "--aux-dtype", "float8_e4m3fn")
+    average, last = (checkpoint(out)[key] for key in ("ema", "model"))
+    name = "blocks.0.mlp.fc1.aux_weight"
+    assert average[name].dtype == torch.float8_e4m3fn
+    assert torch.equal(average[name].view(torch.uint8), last[name].view(torch.uint8))
+
+
 def test_resume_wants_the_same_recipe_but_not_the_same_machine(folder, tmp_path, capsys):
     out = run("image", folder, tmp_path / "run")
     before = checkpoint(out)

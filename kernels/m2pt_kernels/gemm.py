@@ -369,6 +369,7 @@ def grad_parameters(
     repeated runs give the same bits.
     """
     aux_weight_scale = None if aux_weight is None else aux_weight_scale
+    scale = None if aux_dtype is None else scale
     arguments = grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale
     plan = _plan("grad_parameters", *arguments)
     if plan == EAGER:

@@ -248,9 +248,17 @@ def _(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_sca
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(0) if weight_dtype is None else x.new_empty(shape, dtype=weight_dtype),
-        x.new_empty(0) if scale is None else x.new_empty(reference.aux_shape(shape, scale), dtype=aux_dtype),
+        x.new_empty(0)
+        if scale is None or aux_dtype is None
+        else x.new_empty(reference.aux_shape(shape, scale), dtype=aux_dtype),
         x.new_empty(0) if aux_weight is None else x.new_empty(reference.models_in(aux_weight), dtype=wide),
     )
+
+
+_UNSUPPORTED = (
+    "cross_modal_linear: forward-mode derivatives and torch.func transforms other than vmap are not supported;"
+    " differentiate with torch.autograd"
+)
 
 
 class _CrossModalLinear(torch.autograd.Function):
@@ -303,6 +311,10 @@ class _CrossModalLinear(torch.autograd.Function):
             None,
         )
 
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(_UNSUPPORTED)
+
 
 def _below_autograd(x, weight, aux_weight, scale, bias, aux_weight_scale):
     with torch._C._AutoDispatchBelowAutograd():
@@ -310,6 +322,8 @@ def _below_autograd(x, weight, aux_weight, scale, bias, aux_weight_scale):
 
 
 def _autograd(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(_UNSUPPORTED)
     return _CrossModalLinear.apply(x, weight, aux_weight, scale, bias, aux_weight_scale, _below_autograd)
 
 

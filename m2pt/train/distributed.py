@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from ..linear import FusedCrossModalLinear
 from .recipe import Machine
 
 MEETINGS = itertools.count()
@@ -92,6 +93,14 @@ def distribute(module: nn.Module, machine: Machine, world: World, has_unused_par
     if world.size == 1:
         return module
     devices = [world.device] if world.device.type == "cuda" else None
+    quantised = [
+        f"{name}.{buffer}"
+        for name, layer in module.named_modules()
+        if isinstance(layer, FusedCrossModalLinear)
+        for buffer, _ in layer.named_buffers()
+    ]
+    # every process read them from the same file; DDP would send them before every forward, and gloo cannot send float8
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, quantised)
     return DistributedDataParallel(module, devices, find_unused_parameters=has_unused_parameters)
 
 

@@ -82,8 +82,11 @@ class Trainer:
         self.module, self.objective, self.recipe, self.world = module, objective, recipe, world
         sharded = recipe.machine.sharding == "fsdp"
         decay = recipe.run.ema_decay
-        # in float32 timm needs no random rounding of bfloat16 weights, and one by one it leaves frozen ones exact
-        self.ema = ModelEmaV3(module, decay, dtype=torch.float32, foreach=False) if decay else None
+        # in float32 timm needs no random rounding of bfloat16 weights, and one by one it leaves frozen ones exact;
+        # buffers are copied, because float8 has no average
+        self.ema = (
+            ModelEmaV3(module, decay, dtype=torch.float32, foreach=False, exclude_buffers=True) if decay else None
+        )
         if recipe.machine.compile:
             module.compile()
         self.model = distribute(module, recipe.machine, world, has_unused_parameters)

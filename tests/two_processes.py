@@ -1,0 +1,26 @@
+"""Run a function in two processes that can communicate, on the CPU."""
+
+import multiprocessing
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import start_processes
+
+multiprocessing.set_forkserver_preload(["m2pt.train"])  # imports it once for all, where no thread has started yet
+
+
+def in_two_processes(function, *arguments):
+    """What `function(*arguments)` returned in each of them; its error, if it raised one."""
+    with TemporaryDirectory() as folder:
+        start_processes(_run, (folder, function, arguments), nprocs=2, start_method="forkserver")
+        return [torch.load(Path(folder, str(rank)), weights_only=False) for rank in range(2)]
+
+
+def _run(rank, folder, function, arguments):
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", meeting, timedelta(minutes=1), world_size=2, rank=rank)
+    torch.save(function(*arguments), Path(folder, str(rank)))
+    dist.destroy_process_group()
