@@ -1,8 +1,10 @@
 """Training from the command line: four modalities, resuming, merging, pretraining, evaluation and what is refused."""
 
+import copy
 import json
 import math
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -21,12 +23,13 @@ from m2pt.data import create_dataset
 from m2pt.train import load_recipe, parse_assignment
 from m2pt.train.batches import training_batches
 from m2pt.train.deployment import deployed, probe_head
-from m2pt.train.distributed import World
+from m2pt.train.distributed import World, distribute
 from m2pt.train.engine import Trainer, evaluate
 from m2pt.train.files import load_weights
 from m2pt.train.log import read_log
 from m2pt.train.metrics import Metric, mean_average_precision, mious, part_ious, top_accuracies
 from m2pt.train.optimization import create_loss, create_mixing, create_optimizer, create_scheduler, parameter_groups
+from m2pt.train.recipe import Machine
 
 OTHER = {"image": "audio", "audio": "point", "point": "video", "video": "image"}
 ALONE = World(0, 1, torch.device("cpu"))
@@ -83,6 +86,25 @@ def assert_equal(a, b):
             assert_equal(left, right)
     else:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@contextmanager
+def interrupted(monkeypatch, stop):
+    """Ctrl-C before a step."""
+    update = Trainer.update
+
+    def interrupting(trainer, batches):
+        if trainer.step == stop:
+            raise KeyboardInterrupt
+        return update(trainer, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", interrupting)
+        yield
+
+
+def log_without(out, *names):
+    return [{name: value for name, value in line.items() if name not in names} for line in read_log(out)]
 
 
 @pytest.mark.parametrize("modality", RECIPES)
@@ -156,15 +178,7 @@ def test_resumed_training_is_the_same_bit_for_bit(modality, stop, tmp_path, monk
     ]
     whole = run(modality, tmp_path, tmp_path / "whole", *settings)
 
-    update = Trainer.update
-
-    def interrupted(trainer, batches):
-        if trainer.step == stop:
-            raise KeyboardInterrupt
-        return update(trainer, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", interrupted)
+    with interrupted(monkeypatch, stop):
         parts = run(modality, tmp_path, tmp_path / "parts", *settings, code=130)
     assert checkpoint(parts)["step"] == stop
     torch.manual_seed(99)
@@ -175,11 +189,25 @@ def test_resumed_training_is_the_same_bit_for_bit(modality, stop, tmp_path, monk
     assert checkpoint(whole)["step"] == 6
     assert_equal(checkpoint(whole), checkpoint(parts))
     assert_equal(load_state_dict(whole / "merged.safetensors"), load_state_dict(parts / "merged.safetensors"))
-    logs = (
-        [{k: v for k, v in line.items() if k != "samples_per_second"} for line in read_log(out)]
-        for out in (whole, parts)
-    )
-    assert next(logs) == next(logs)
+    assert log_without(whole, "samples_per_second") == log_without(parts, "samples_per_second")
+
+
+def test_steps_inside_backward_are_the_same_bit_for_bit_and_may_be_switched_on_later(folder, tmp_path, monkeypatch):
+    settings = ["run.ema_decay=0.5", "optimizer.base_lr=0.1", "optimizer.scale_learning_rate=10.0"]
+    settings += ["--aux-dtype=int8", "run.checkpoint_steps=1"]
+    inside = "machine.step_in_backward=true"
+    after = run("image", folder, tmp_path / "after", *settings)
+    with interrupted(monkeypatch, 1):
+        run("image", folder, tmp_path / "inside", *settings, code=130)
+    with interrupted(monkeypatch, 3):
+        run("image", folder, tmp_path / "inside", *settings, inside, "--resume", code=130)
+    out = run("image", folder, tmp_path / "inside", *settings, inside, "--resume")
+    for key in ("model", "ema", "optimizer", "step"):
+        assert_equal(checkpoint(out)[key], checkpoint(after)[key])
+    unlike = ("gradient_norm", "samples_per_second")
+    assert log_without(out, *unlike) == log_without(after, *unlike)
+    assert all("gradient_norm" in line for line in read_log(after) if "loss" in line)
+    assert [line["step"] for line in read_log(out) if "gradient_norm" in line] == [1]
 
 
 def test_the_moving_average_is_what_is_evaluated_and_merged(folder, tmp_path):
@@ -225,6 +253,17 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(folder, tmp_path, capsys)
     out = run("point", folder, tmp_path / "run", "optimizer.base_lr=1e30", "schedule.warmup_lr=0.0", code=2)
     assert "m2pt: error: step 1: the loss is nan" in capsys.readouterr().err
     assert not (out / "result.json").exists()
+
+
+@pytest.mark.parametrize("step_in_backward", ["true", "false"])
+def test_a_loss_that_is_not_finite_leaves_the_weights(step_in_backward, folder):
+    recipe = tiny_recipe("image", folder, f"machine.step_in_backward={step_in_backward}")
+    model = tiny_model("image", 2)
+    before = copy.deepcopy(model.state_dict())
+    trainer = Trainer(model, lambda model, batch: model(batch).mean() * math.inf, recipe, ALONE, 2)
+    with pytest.raises(FloatingPointError, match="step 0: the loss is"):
+        trainer.update([torch.randn(4, 3, 32, 32)])
+    assert_equal(model.state_dict(), before)
 
 
 def test_auxiliary_weights_are_trained_on_demand_in_their_dtype(folder, tmp_path):
@@ -350,6 +389,20 @@ def test_recipes_are_for_one_command(folder, tmp_path, capsys):
             "data.batch_size: expected a multiple of 6 for 1 processes, 3 passes and mixed pairs",
         ),
         (["machine.sharding=fsdp"], "machine.sharding: 'fsdp' needs several processes"),
+        (
+            ["machine.step_in_backward=true", "machine.accumulation=2"],
+            "machine.accumulation: expected 1 with step_in_backward, got 2",
+        ),
+        (
+            ["machine.step_in_backward=true", "machine.precision=float16"],
+            "machine.precision: expected 'bfloat16' or 'float32' with step_in_backward",
+        ),
+        (["machine.step_in_backward=true", "machine.compile=true"], "machine.compile: a compiled model's gradients"),
+        (
+            ["machine.step_in_backward=true", "optimizer.clip_grad=1.0"],
+            "optimizer.clip_grad: expected 0 with machine.step_in_backward, got 1.0",
+        ),
+        (["machine.step_in_backward=true", "optimizer.name=lamb"], "optimizer: expected one that updates every"),
         (["model.overrides.depth=3"], "aux_model: expected 3 blocks"),
         (["data.settings.colour=1"], "setting of layout folder: expected one of"),
         (["data.test_split=none"], "split: expected one of"),
@@ -438,6 +491,11 @@ def test_lars_adapts_matrices_only(folder):
         assert group["always_adapt"] == all(parameter.ndim > 1 for parameter in group["params"])
 
 
+def test_ddp_refuses_steps_inside_backward():
+    with pytest.raises(ValueError, match=r"machine.step_in_backward: DDP .*machine.sharding=fsdp"):
+        distribute(nn.Linear(2, 2), Machine(step_in_backward=True), World(0, 2, torch.device("cpu")), False)
+
+
 def test_losses_against_torch():
     logits, classes = torch.randn(4, 5), torch.randint(5, (4,))
     recipe = load_recipe("image_imagenet")
@@ -496,15 +554,7 @@ def test_a_stream_of_shards_is_trained_on_and_resumed(folder, tmp_path, monkeypa
     command = ["train", "image_imagenet", "--data", str(shards), *assignments("image"), "machine.workers=1"]
     command += ["data.layout=webdataset", "data.settings.num_classes=2", "run.checkpoint_steps=1"]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
-    update = Trainer.update
-
-    def interrupted(trainer, batches):
-        if trainer.step == 3:
-            raise KeyboardInterrupt
-        return update(trainer, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", interrupted)
+    with interrupted(monkeypatch, 3):
         assert main([*command, "--out", str(tmp_path / "parts")]) == 130
     assert main([*command, "--out", str(tmp_path / "parts"), "--resume"]) == 0
     assert_equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))

@@ -172,6 +172,8 @@ class Machine:
         workers: processes of each process that read data; 0 to read in the training process.
         precision: of autocast; "float32" for none.
         checkpoint_activations: compute the blocks' activations again in backward.
+        step_in_backward: update each parameter inside backward and free its gradient, see `m2pt.step_in_backward`;
+            the norm of the gradient is then not known, and not logged.
         compile: torch.compile the model.
         sharding: what several processes do: "ddp" keeps the model in each, "fsdp" divides it among them.
     """
@@ -180,6 +182,7 @@ class Machine:
     workers: int = 8
     precision: Dtype = "bfloat16"
     checkpoint_activations: bool = False
+    step_in_backward: bool = False
     compile: bool = False
     sharding: Literal["ddp", "fsdp"] = "ddp"
 
@@ -187,6 +190,14 @@ class Machine:
         check_positive(accumulation=self.accumulation)
         if self.workers < 0:
             raise ValueError(f"workers: expected 0 or more, got {self.workers}")
+        if not self.step_in_backward:
+            return
+        if self.accumulation > 1:
+            raise ValueError(f"accumulation: expected 1 with step_in_backward, got {self.accumulation}")
+        if self.precision == "float16":
+            raise ValueError("precision: expected 'bfloat16' or 'float32' with step_in_backward, got 'float16'")
+        if self.compile:
+            raise ValueError("compile: a compiled model's gradients come all at once: leave step_in_backward out")
 
 
 @dataclass(frozen=True)
@@ -207,6 +218,10 @@ class Recipe:
         if self.model.trainable == "head" and self.auxiliary.trainable:
             raise ValueError(
                 "auxiliary.trainable: a linear probe (model.trainable = 'head') trains head and scales only"
+            )
+        if self.machine.step_in_backward and self.optimizer.clip_grad:
+            raise ValueError(
+                f"optimizer.clip_grad: expected 0 with machine.step_in_backward, got {self.optimizer.clip_grad}"
             )
 
     @property
