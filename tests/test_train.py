@@ -266,6 +266,33 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(step_in_backward, folder):
     assert_equal(model.state_dict(), before)
 
 
+def test_adam_with_states_of_a_byte(folder, tmp_path, monkeypatch):
+    """On the CPU, where bitsandbytes has the same update; timm's check for a GPU is answered with yes."""
+
+    def create_on_cpu(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            return create_optimizer(*arguments)
+
+    monkeypatch.setattr("m2pt.train.engine.create_optimizer", create_on_cpu)
+    start = ["--init", str(folder / "image.safetensors"), "optimizer.base_lr=0.1"]
+    exact = run("image", folder, tmp_path / "exact", *start)
+    settings = [*start, "optimizer.name=bnbadamw8bit"]
+    whole = run("image", folder, tmp_path / "whole", *settings)
+    settings += ["machine.step_in_backward=true", "run.checkpoint_steps=1"]
+    with interrupted(monkeypatch, 3):
+        run("image", folder, tmp_path / "parts", *settings, code=130)
+    parts = run("image", folder, tmp_path / "parts", *settings, "--resume")
+    for key in ("model", "optimizer", "step"):
+        assert_equal(checkpoint(parts)[key], checkpoint(whole)[key])
+    name = "blocks.0.mlp.fc1.weight"
+    states = checkpoint(whole)["optimizer"]["state"][name]["__bnb_optimizer_quant_state__"]
+    assert states["state1"].dtype == states["state2"].dtype == torch.uint8
+    begin = load_state_dict(folder / "image.safetensors")[name]
+    expected, found = (checkpoint(out)["model"][name] for out in (exact, whole))
+    assert 0 < (found - expected).norm() < 0.02 * (expected - begin).norm()
+
+
 def test_auxiliary_weights_are_trained_on_demand_in_their_dtype(folder, tmp_path):
     auxiliary = load_state_dict(folder / "audio.safetensors")["blocks.0.mlp.fc1.weight"].bfloat16()
     fast = "optimizer.base_lr=1.0"
@@ -403,6 +430,7 @@ def test_recipes_are_for_one_command(folder, tmp_path, capsys):
             "optimizer.clip_grad: expected 0 with machine.step_in_backward, got 1.0",
         ),
         (["machine.step_in_backward=true", "optimizer.name=lamb"], "optimizer: expected one that updates every"),
+        (["optimizer.name=bnbadamw8bit"], "optimizer.name: bnbadamw8bit: CUDA required"),
         (["model.overrides.depth=3"], "aux_model: expected 3 blocks"),
         (["data.settings.colour=1"], "setting of layout folder: expected one of"),
         (["data.test_split=none"], "split: expected one of"),
@@ -494,6 +522,12 @@ def test_lars_adapts_matrices_only(folder):
 def test_ddp_refuses_steps_inside_backward():
     with pytest.raises(ValueError, match=r"machine.step_in_backward: DDP .*machine.sharding=fsdp"):
         distribute(nn.Linear(2, 2), Machine(step_in_backward=True), World(0, 2, torch.device("cpu")), False)
+
+
+def test_shards_refuse_optimizers_of_bitsandbytes(folder):
+    recipe = tiny_recipe("image", folder, "optimizer.name=bnbadamw8bit", "machine.sharding=fsdp")
+    with pytest.raises(ValueError, match=r"optimizer.name: bnbadamw8bit .*machine.sharding=fsdp"):
+        create_optimizer(nn.Linear(2, 2), recipe)
 
 
 def test_losses_against_torch():

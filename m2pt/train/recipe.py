@@ -82,6 +82,7 @@ class Optimizer:
     Attributes:
         base_lr: the learning rate for a batch of 256; it is multiplied by `data.batch_size / 256`.
         name, weight_decay, layer_decay, options: of `timm.optim.create_optimizer_v2`; the options are the optimizer's.
+            "bnbadamw8bit" is AdamW with states of a byte, on GPUs, with the extra `adam8bit`.
         scale_learning_rate: factor of the cross-modal scales' learning rate over that of their block.
         clip_grad: the largest norm of the gradient; 0 for any.
     """
