@@ -34,6 +34,12 @@ STEPS = [
 ]
 SETTINGS = [*STEPS, "loss.mixup=0.0", "loss.cutmix=0.0", "model.overrides.drop_path_rate=0.0", "run.ema_decay=0.5"]
 UNCLIPPED = ["optimizer.clip_grad=0.0", "optimizer.options.momentum=0.9"]
+SMALLEST = [
+    "machine.sharding=fsdp",
+    "machine.step_in_backward=true",
+    "machine.checkpoint_activations=true",
+    "machine.offload_activations=true",
+]
 MOMENTUM = ["optimizer.options.momentum=0.9", "run.checkpoint_steps=1"]
 
 
@@ -80,7 +86,7 @@ def folder(tmp_path_factory):
     together(
         command(folder, "ddp"),
         command(folder, "fsdp", "machine.sharding=fsdp"),
-        command(folder, "fsdp_inside", *UNCLIPPED, "machine.sharding=fsdp", "machine.step_in_backward=true"),
+        command(folder, "fsdp_inside", *UNCLIPPED, *SMALLEST),
         command(folder, "fsdp_bfloat16", "machine.sharding=fsdp", "machine.precision=bfloat16"),
         [*command(folder, "resumed_fsdp", *MOMENTUM, "machine.sharding=fsdp"), "--resume"],
         [*pretraining, *assignments("point"), *decoder],
@@ -119,7 +125,7 @@ def test_two_processes_compute_what_one_computes(folder, name):
     assert results[0] == results[1]
 
 
-def test_shards_take_steps_inside_backward(folder):
+def test_shards_with_steps_inside_backward_and_offloading(folder):
     one, two = (checkpoint(folder / name) for name in ("one_unclipped", "fsdp_inside"))
     for key in ("model", "ema"):
         torch.testing.assert_close(two[key], one[key], rtol=1e-5, atol=1e-6)

@@ -14,6 +14,7 @@ import webdataset
 from sklearn.metrics import jaccard_score
 from tiny_runs import RECIPES, SIZES, WIDTH, assignments, make_data, tiny_model
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 
 from m2pt import reparameterize_aux_into_target_model
 from m2pt.checkpoint_formats import load_auxiliary, load_pretrained
@@ -324,10 +325,37 @@ def test_half_precision(precision, folder, tmp_path):
     assert_equal(checkpoint(out), state)
 
 
-def test_activation_checkpointing_changes_nothing(folder, tmp_path):
+def test_activation_checkpointing_and_offloading_change_nothing(folder, tmp_path):
     plain = run("image", folder, tmp_path / "plain", "schedule.epochs=1")
-    again = run("image", folder, tmp_path / "again", "schedule.epochs=1", "machine.checkpoint_activations=true")
+    checkpointing = ("schedule.epochs=1", "machine.checkpoint_activations=true")
+    again = run("image", folder, tmp_path / "again", *checkpointing)
     torch.testing.assert_close(checkpoint(again)["model"], checkpoint(plain)["model"])
+    inside = ("machine.offload_activations=true", "machine.step_in_backward=true")
+    offloaded = run("image", folder, tmp_path / "offloaded", *checkpointing, *inside)
+    assert_equal(checkpoint(offloaded)["model"], checkpoint(again)["model"])
+
+
+def test_offloaded_are_the_inputs_of_blocks(folder, monkeypatch):
+    """A copy is made of every block's input, and of no weight of a block."""
+    packed = []
+
+    class Packing(save_on_cpu):
+        def __init__(self, pin_memory):
+            super().__init__(pin_memory)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: (packed.append(tensor.data_ptr()), pack(tensor))[1]
+
+    monkeypatch.setattr("m2pt.train.engine.save_on_cpu", Packing)
+    machine = ("machine.checkpoint_activations=true", "machine.offload_activations=true")
+    model = tiny_model("image", 2)
+    model.set_grad_checkpointing()
+    inputs = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, inputs_: inputs.append(inputs_[0].data_ptr()))
+    trainer = Trainer(model, lambda model, batch: model(batch).mean(), tiny_recipe("image", folder, *machine), ALONE, 2)
+    trainer.update([torch.randn(4, 3, 32, 32)])
+    assert set(inputs[:2]) <= set(packed)
+    assert not {parameter.data_ptr() for parameter in model.blocks.parameters()} & set(packed)
 
 
 def test_accumulated_passes_are_one_batch(folder, tmp_path):
@@ -429,6 +457,7 @@ def test_recipes_are_for_one_command(folder, tmp_path, capsys):
             ["machine.step_in_backward=true", "optimizer.clip_grad=1.0"],
             "optimizer.clip_grad: expected 0 with machine.step_in_backward, got 1.0",
         ),
+        (["machine.offload_activations=true"], "machine.offload_activations: expected checkpoint_activations = true"),
         (["machine.step_in_backward=true", "optimizer.name=lamb"], "optimizer: expected one that updates every"),
         (["optimizer.name=bnbadamw8bit"], "optimizer.name: bnbadamw8bit: CUDA required"),
         (["model.overrides.depth=3"], "aux_model: expected 3 blocks"),

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -50,6 +52,11 @@ def classification_objective(
 def autocast(machine: Machine, device: torch.device) -> torch.autocast:
     """The recipe's precision."""
     return torch.autocast(device.type, getattr(torch, machine.precision), enabled=machine.precision != "float32")
+
+
+def offloading(machine: Machine) -> AbstractContextManager:
+    """Whether what the forward pass saves waits for backward in the host's memory."""
+    return save_on_cpu(pin_memory=True) if machine.offload_activations else nullcontext()
 
 
 class Trainer:
@@ -129,10 +136,11 @@ class Trainer:
         return figures | {"learning_rate": max(group["lr"] for group in self.optimizer.param_groups)}
 
     def _backward(self, batch: Any, is_last: bool) -> Tensor:
+        machine = self.recipe.machine
         with synchronised(self.model, enabled=is_last):
-            with autocast(self.recipe.machine, self.world.device):
-                loss = self.objective(self.model, batch) / self.recipe.machine.accumulation
-            if self.recipe.machine.step_in_backward:
+            with autocast(machine, self.world.device), offloading(machine):
+                loss = self.objective(self.model, batch) / machine.accumulation
+            if machine.step_in_backward:
                 self._finite_mean(loss.detach().clone())
             self.scaler.scale(loss).backward()
         return loss.detach()

@@ -173,6 +173,7 @@ class Machine:
         workers: processes of each process that read data; 0 to read in the training process.
         precision: of autocast; "float32" for none.
         checkpoint_activations: compute the blocks' activations again in backward.
+        offload_activations: keep the inputs of these blocks in the host's memory until then.
         step_in_backward: update each parameter inside backward and free its gradient, see `m2pt.step_in_backward`;
             the norm of the gradient is then not known, and not logged.
         compile: torch.compile the model.
@@ -183,6 +184,7 @@ class Machine:
     workers: int = 8
     precision: Dtype = "bfloat16"
     checkpoint_activations: bool = False
+    offload_activations: bool = False
     step_in_backward: bool = False
     compile: bool = False
     sharding: Literal["ddp", "fsdp"] = "ddp"
@@ -191,6 +193,8 @@ class Machine:
         check_positive(accumulation=self.accumulation)
         if self.workers < 0:
             raise ValueError(f"workers: expected 0 or more, got {self.workers}")
+        if self.offload_activations and (self.compile or not self.checkpoint_activations):
+            raise ValueError("offload_activations: expected checkpoint_activations = true and compile = false with it")
         if not self.step_in_backward:
             return
         if self.accumulation > 1:
