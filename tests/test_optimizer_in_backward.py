@@ -10,7 +10,7 @@ from torch import nn
 from m2pt import step_in_backward
 from m2pt.optimizer_in_backward import JOINT
 
-ON_A_CPU = [name for name in list_optimizers() if not name.startswith(("bnb", "fused"))]
+ON_A_CPU = [name for name in list_optimizers() if not name.startswith(("bnb", "fused"))] + ["lookahead_adamw"]
 
 
 def model():
@@ -49,6 +49,11 @@ def test_every_optimizer_of_timm_trains_the_same_model_or_is_refused(name):
     train(inside, optimizers[1], lambda: None)
     torch.testing.assert_close(inside.state_dict(), after.state_dict(), rtol=0, atol=0)
     assert not torch.equal(after[0].weight, model()[0].weight)
+
+
+def test_an_optimizer_that_wants_a_closure_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer: .*got LBFGS"):
+        step_in_backward(torch.optim.LBFGS(model().parameters()))
 
 
 def test_one_gradient_at_a_time():
