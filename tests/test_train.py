@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -459,7 +460,6 @@ def test_recipes_are_for_one_command(folder, tmp_path, capsys):
         ),
         (["machine.offload_activations=true"], "machine.offload_activations: expected checkpoint_activations = true"),
         (["machine.step_in_backward=true", "optimizer.name=lamb"], "optimizer: expected one that updates every"),
-        (["optimizer.name=bnbadamw8bit"], "optimizer.name: bnbadamw8bit: CUDA required"),
         (["model.overrides.depth=3"], "aux_model: expected 3 blocks"),
         (["data.settings.colour=1"], "setting of layout folder: expected one of"),
         (["data.test_split=none"], "split: expected one of"),
@@ -553,10 +553,18 @@ def test_ddp_refuses_steps_inside_backward():
         distribute(nn.Linear(2, 2), Machine(step_in_backward=True), World(0, 2, torch.device("cpu")), False)
 
 
-def test_shards_refuse_optimizers_of_bitsandbytes(folder):
-    recipe = tiny_recipe("image", folder, "optimizer.name=bnbadamw8bit", "machine.sharding=fsdp")
+def test_optimizers_of_bitsandbytes_need_whole_parameters_a_gpu_and_their_package(folder, monkeypatch):
+    def create(*more):
+        create_optimizer(nn.Linear(2, 2), tiny_recipe("image", folder, "optimizer.name=bnbadamw8bit", *more))
+
     with pytest.raises(ValueError, match=r"optimizer.name: bnbadamw8bit .*machine.sharding=fsdp"):
-        create_optimizer(nn.Linear(2, 2), recipe)
+        create("machine.sharding=fsdp")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"optimizer.name: bnbadamw8bit: CUDA required"):
+        create()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"bitsandbytes .*pip install 'm2pt-triton\[adam8bit\]'"):
+        create()
 
 
 def test_losses_against_torch():
