@@ -38,7 +38,7 @@ def measure(variant: str, batch: int) -> Measurement:
         images, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
         for _ in range(STEPS + 1):
             start = perf_counter()
-            training_step(model, [optimizer], images, labels, autocast=False)
+            training_step(model, optimizer, images, labels, autocast=False)
             seconds.append(perf_counter() - start)
     return median(seconds[1:]), peak_rss(), peak_rss() - imported
 

@@ -1,18 +1,19 @@
 """Simulated peak memory of one training step at 224 pixels: float32 weights, bfloat16 autocast, AdamW.
 
 Run as `python -m benchmarks.memory`. Nothing is computed: fake tensors are allocated and freed as by the operators of
-the step. Simulated as on a GPU, where this package's operators need no scratch memory; the allocator's rounding and
-fragmentation, the CUDA context and cuBLAS workspaces are left out. "Step in backward": every parameter is updated as
-soon as its gradient is there, and the gradient freed.
+the step. Simulated as on a GPU, where this package's operators need no scratch memory and AdamW is fused; the
+allocator's rounding and fragmentation, the CUDA context and cuBLAS workspaces are left out.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._tools.mem_tracker import MemTracker
 from tqdm import tqdm
 
@@ -21,16 +22,16 @@ from benchmarks.results import FOLDER, Row
 from benchmarks.variants import (
     FUSED_INT4,
     FUSED_INT8,
+    NO_LEVERS,
     PUBLISHED_TRAINED,
     VARIANTS,
+    Levers,
     adamw,
-    adamw_in_backward,
     training_step,
     vision_transformer,
 )
 
-IN_BACKWARD = f"{FUSED_INT8}, step in backward"
-MEMORY_VARIANTS = (*VARIANTS, FUSED_INT8, FUSED_INT4, IN_BACKWARD)
+MEMORY_VARIANTS = (*VARIANTS, FUSED_INT8, FUSED_INT4)
 
 MODELS = {
     "ViT-B": "vit_base_patch16_224",
@@ -65,20 +66,33 @@ class Step:
 STEPS = [Step(*values) for values in product(MODELS, BATCHES, (False, True))]
 
 
-def peak_gib(step: Step, variant: str) -> float:
+def peak_gib(step: Step, variant: str, levers: Levers = NO_LEVERS) -> float:
     """Simulated, of weights, gradients, Adam states, images and everything kept for backward."""
-    in_backward = variant == IN_BACKWARD
-    model_at = vision_transformer(FUSED_INT8 if in_backward else variant, MODELS[step.model], "meta")
+    model_at = vision_transformer(variant, MODELS[step.model], "meta")
     with model_at as model, FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.set_grad_checkpointing(step.checkpointing)
-        optimizers = adamw_in_backward(model) if in_backward else [adamw(model)]
+        optimizer = adamw(model, levers)
         images, labels = torch.empty(step.batch, 3, 224, 224), torch.zeros(step.batch, dtype=torch.long)
         tracker = PeakTracker()
-        tracker.track_external(model, *optimizers, images, labels)
-        with tracker:
-            training_step(model, optimizers, images, labels, autocast=True)
+        tracker.track_external(model, optimizer, images, labels)
+        with tracker, saved_tensors_hooks(to_host, from_host) if levers.on_host else nullcontext():
+            training_step(model, optimizer, images, labels, autocast=True)
         return tracker.peak / GIB
+
+
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+def to_host(tensor: Tensor) -> Layout:
+    """As `torch.autograd.graph.save_on_cpu` has it: a saved tensor leaves the device."""
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def from_host(layout: Layout) -> Tensor:
+    """And comes back as another tensor."""
+    shape, stride, dtype = layout
+    return torch.empty_strided(shape, stride, dtype=dtype)
 
 
 def row(step: Step, peaks: dict[str, float]) -> Row:

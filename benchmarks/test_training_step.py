@@ -43,7 +43,7 @@ def prepare_step(
     labels = torch.randint(1000, (model.batch,), device=DEVICE)
     states = (value for state in optimizer.state.values() for value in state.values())
     lasting = sum(tensor.nbytes for tensor in chain(network.parameters(), states))
-    return partial(training_step, network, [optimizer], images, labels, autocast), lasting
+    return partial(training_step, network, optimizer, images, labels, autocast), lasting
 
 
 @pytest.mark.benchmark(timer=STOPWATCH)

@@ -1,14 +1,17 @@
 """The models that are compared, and the training step they are compared in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
 
-from m2pt import reparameterize_aux_into_target_model
+from m2pt import reparameterize_aux_into_target_model, step_in_backward
 from m2pt.saved_bytes import published_formulation
 
 PLAIN = "plain"
@@ -17,9 +20,8 @@ PUBLISHED_FROZEN = "published, W_aux frozen"
 FUSED = "this package, W_aux frozen"
 VARIANTS = (PLAIN, PUBLISHED_TRAINED, PUBLISHED_FROZEN, FUSED)
 
-FUSED_INT8 = "this package, W_aux int8"
-FUSED_INT4 = "this package, W_aux int4"
-AUX_DTYPES = {FUSED_INT8: "int8", FUSED_INT4: "int4"}
+AUX_DTYPES = {f"this package, W_aux {dtype}": dtype for dtype in ("bfloat16", "int8", "float8_e4m3fn", "int4")}
+FUSED_BFLOAT16, FUSED_INT8, FUSED_FLOAT8, FUSED_INT4 = AUX_DTYPES
 
 
 @contextmanager
@@ -44,43 +46,39 @@ def computing_as(variant: str, model: nn.Module) -> AbstractContextManager[None]
     return published_formulation(model) if variant in (PUBLISHED_TRAINED, PUBLISHED_FROZEN) else nullcontext()
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over what is trainable, its states already there, without transient memory in its steps."""
+FUSED_ADAMW = partial(AdamW, fused=True)
+"""Its steps need no transient memory."""
+
+
+@dataclass(frozen=True)
+class Levers:
+    """What lowers the peak of a training step: a smaller Adam, updates inside backward, blocks' inputs on the host."""
+
+    create_optimizer: Callable[[list[nn.Parameter]], Optimizer] = FUSED_ADAMW
+    in_backward: bool = False
+    on_host: bool = False
+
+
+NO_LEVERS = Levers()
+
+
+def adamw(model: nn.Module, levers: Levers = NO_LEVERS) -> Optimizer:
+    """AdamW over what is trainable, its states already there."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, fused=True)
+    optimizer = levers.create_optimizer(trained)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
+    if levers.in_backward:
+        step_in_backward(optimizer)
     return optimizer
 
 
-def adamw_in_backward(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """As `adamw`, one for each parameter, called by backward as soon as the parameter's gradient is there."""
-    optimizers = {
-        parameter: torch.optim.AdamW([parameter], fused=True)
-        for parameter in model.parameters()
-        if parameter.requires_grad
-    }
-
-    def update(parameter: Tensor) -> None:
-        optimizers[parameter].step()
-        optimizers[parameter].zero_grad()
-
-    for parameter in optimizers:
-        parameter.grad = torch.zeros_like(parameter)
-        update(parameter)
-        parameter.register_post_accumulate_grad_hook(update)
-    return list(optimizers.values())
-
-
-def training_step(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], images: Tensor, labels: Tensor, autocast: bool
-) -> None:
-    """Forward, backward and update; `autocast` to bfloat16."""
+def training_step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, autocast: bool) -> None:
+    """Forward, backward and update of what backward has not updated; `autocast` to bfloat16."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
         loss = F.cross_entropy(model(images), labels)
     loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()

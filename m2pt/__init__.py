@@ -1,6 +1,7 @@
 """Multimodal Pathway: improve a transformer of one modality with the frozen weights of another's (CVPR 2024)."""
 
 from .linear import FusedCrossModalLinear
+from .optimizer_in_backward import step_in_backward
 from .pathway import (
     cross_modal_scales,
     freeze_for_linear_probe,
@@ -20,4 +21,5 @@ __all__ = [
     "quantize_aux",
     "reparameterize_aux_into_target_model",
     "scale_table",
+    "step_in_backward",
 ]

@@ -40,6 +40,13 @@ STEPS = [
     "optimizer.clip_grad=1.0",
 ]
 SETTINGS = [*STEPS, "loss.mixup=0.0", "loss.cutmix=0.0", "model.overrides.drop_path_rate=0.0", "run.ema_decay=0.5"]
+UNCLIPPED = ["optimizer.clip_grad=0.0", "optimizer.options.momentum=0.9"]
+SMALLEST = [
+    "machine.sharding=fsdp",
+    "machine.step_in_backward=true",
+    "machine.checkpoint_activations=true",
+    "machine.offload_activations=true",
+]
 MOMENTUM = ["optimizer.options.momentum=0.9", "run.checkpoint_steps=1"]
 
 
@@ -74,6 +81,7 @@ def folder(tmp_path_factory):
         patch.setattr("m2pt.train.run.plot_curves", lambda *arguments: None)
         patch.setattr("m2pt.train.run.plot_scales", lambda *arguments: None)
         assert main(command(folder, "one")) == 0
+        assert main(command(folder, "one_unclipped", *UNCLIPPED)) == 0
         patch.setattr(Trainer, "update", interrupted(4))
         assert main(command(folder, "resumed_one", *MOMENTUM)) == 130
         shutil.copytree(folder / "resumed_one", folder / "resumed_fsdp")
@@ -85,6 +93,7 @@ def folder(tmp_path_factory):
     together(
         command(folder, "ddp"),
         command(folder, "fsdp", "machine.sharding=fsdp"),
+        command(folder, "fsdp_inside", *UNCLIPPED, *SMALLEST),
         command(folder, "fsdp_bfloat16", "machine.sharding=fsdp", "machine.precision=bfloat16"),
         [*command(folder, "resumed_fsdp", *MOMENTUM, "machine.sharding=fsdp"), "--resume"],
         [*pretraining, *assignments("point"), *decoder],
@@ -121,6 +130,14 @@ def test_two_processes_compute_what_one_computes(folder, name):
     assert any((one["model"][key] - value).abs().max() > 1e-3 for key, value in start.items())
     results = [json.loads((folder / out / "result.json").read_text()) for out in ("one", name)]
     assert results[0] == results[1]
+
+
+def test_shards_with_steps_inside_backward_and_offloading(folder):
+    one, two = (checkpoint(folder / name) for name in ("one_unclipped", "fsdp_inside"))
+    for key in ("model", "ema"):
+        torch.testing.assert_close(two[key], one[key], rtol=1e-5, atol=1e-6)
+    for name, state in one["optimizer"]["state"].items():
+        torch.testing.assert_close(two["optimizer"]["state"][name], state, rtol=1e-5, atol=1e-6)
 
 
 def test_shards_of_bfloat16_have_float32_masters(folder):

@@ -1,8 +1,11 @@
 """Training from the command line: four modalities, resuming, merging, pretraining, evaluation and what is refused."""
 
+import copy
 import json
 import math
 import random
+import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import webdataset
 from sklearn.metrics import jaccard_score
 from tiny_runs import RECIPES, SIZES, WIDTH, assignments, make_data, tiny_model
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 
 from m2pt import reparameterize_aux_into_target_model
 from m2pt.checkpoint_formats import load_auxiliary, load_pretrained
@@ -21,12 +25,13 @@ from m2pt.data import create_dataset
 from m2pt.train import load_recipe, parse_assignment
 from m2pt.train.batches import training_batches
 from m2pt.train.deployment import deployed, probe_head
-from m2pt.train.distributed import World
+from m2pt.train.distributed import World, distribute
 from m2pt.train.engine import Trainer, evaluate
 from m2pt.train.files import load_weights
 from m2pt.train.log import read_log
 from m2pt.train.metrics import Metric, mean_average_precision, mious, part_ious, top_accuracies
 from m2pt.train.optimization import create_loss, create_mixing, create_optimizer, create_scheduler, parameter_groups
+from m2pt.train.recipe import Machine
 
 OTHER = {"image": "audio", "audio": "point", "point": "video", "video": "image"}
 ALONE = World(0, 1, torch.device("cpu"))
@@ -83,6 +88,25 @@ def assert_equal(a, b):
             assert_equal(left, right)
     else:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@contextmanager
+def interrupted(monkeypatch, stop):
+    """Ctrl-C before a step."""
+    update = Trainer.update
+
+    def interrupting(trainer, batches):
+        if trainer.step == stop:
+            raise KeyboardInterrupt
+        return update(trainer, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", interrupting)
+        yield
+
+
+def log_without(out, *names):
+    return [{name: value for name, value in line.items() if name not in names} for line in read_log(out)]
 
 
 @pytest.mark.parametrize("modality", RECIPES)
@@ -156,15 +180,7 @@ def test_resumed_training_is_the_same_bit_for_bit(modality, stop, tmp_path, monk
     ]
     whole = run(modality, tmp_path, tmp_path / "whole", *settings)
 
-    update = Trainer.update
-
-    def interrupted(trainer, batches):
-        if trainer.step == stop:
-            raise KeyboardInterrupt
-        return update(trainer, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", interrupted)
+    with interrupted(monkeypatch, stop):
         parts = run(modality, tmp_path, tmp_path / "parts", *settings, code=130)
     assert checkpoint(parts)["step"] == stop
     torch.manual_seed(99)
@@ -175,11 +191,25 @@ def test_resumed_training_is_the_same_bit_for_bit(modality, stop, tmp_path, monk
     assert checkpoint(whole)["step"] == 6
     assert_equal(checkpoint(whole), checkpoint(parts))
     assert_equal(load_state_dict(whole / "merged.safetensors"), load_state_dict(parts / "merged.safetensors"))
-    logs = (
-        [{k: v for k, v in line.items() if k != "samples_per_second"} for line in read_log(out)]
-        for out in (whole, parts)
-    )
-    assert next(logs) == next(logs)
+    assert log_without(whole, "samples_per_second") == log_without(parts, "samples_per_second")
+
+
+def test_steps_inside_backward_are_the_same_bit_for_bit_and_may_be_switched_on_later(folder, tmp_path, monkeypatch):
+    settings = ["run.ema_decay=0.5", "optimizer.base_lr=0.1", "optimizer.scale_learning_rate=10.0"]
+    settings += ["--aux-dtype=int8", "run.checkpoint_steps=1"]
+    inside = "machine.step_in_backward=true"
+    after = run("image", folder, tmp_path / "after", *settings)
+    with interrupted(monkeypatch, 1):
+        run("image", folder, tmp_path / "inside", *settings, code=130)
+    with interrupted(monkeypatch, 3):
+        run("image", folder, tmp_path / "inside", *settings, inside, "--resume", code=130)
+    out = run("image", folder, tmp_path / "inside", *settings, inside, "--resume")
+    for key in ("model", "ema", "optimizer", "step"):
+        assert_equal(checkpoint(out)[key], checkpoint(after)[key])
+    unlike = ("gradient_norm", "samples_per_second")
+    assert log_without(out, *unlike) == log_without(after, *unlike)
+    assert all("gradient_norm" in line for line in read_log(after) if "loss" in line)
+    assert [line["step"] for line in read_log(out) if "gradient_norm" in line] == [1]
 
 
 def test_the_moving_average_is_what_is_evaluated_and_merged(folder, tmp_path):
@@ -235,6 +265,44 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(folder, tmp_path, capsys)
     assert not (out / "result.json").exists()
 
 
+@pytest.mark.parametrize("step_in_backward", ["true", "false"])
+def test_a_loss_that_is_not_finite_leaves_the_weights(step_in_backward, folder):
+    recipe = tiny_recipe("image", folder, f"machine.step_in_backward={step_in_backward}")
+    model = tiny_model("image", 2)
+    before = copy.deepcopy(model.state_dict())
+    trainer = Trainer(model, lambda model, batch: model(batch).mean() * math.inf, recipe, ALONE, 2)
+    with pytest.raises(FloatingPointError, match="step 0: the loss is"):
+        trainer.update([torch.randn(4, 3, 32, 32)])
+    assert_equal(model.state_dict(), before)
+
+
+def test_adam_with_states_of_a_byte(folder, tmp_path, monkeypatch):
+    """On the CPU, where bitsandbytes has the same update; timm's check for a GPU is answered with yes."""
+
+    def create_on_cpu(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            return create_optimizer(*arguments)
+
+    monkeypatch.setattr("m2pt.train.engine.create_optimizer", create_on_cpu)
+    start = ["--init", str(folder / "image.safetensors"), "optimizer.base_lr=0.1"]
+    exact = run("image", folder, tmp_path / "exact", *start)
+    settings = [*start, "optimizer.name=bnbadamw8bit"]
+    whole = run("image", folder, tmp_path / "whole", *settings)
+    settings += ["machine.step_in_backward=true", "run.checkpoint_steps=1"]
+    with interrupted(monkeypatch, 3):
+        run("image", folder, tmp_path / "parts", *settings, code=130)
+    parts = run("image", folder, tmp_path / "parts", *settings, "--resume")
+    for key in ("model", "optimizer", "step"):
+        assert_equal(checkpoint(parts)[key], checkpoint(whole)[key])
+    name = "blocks.0.mlp.fc1.weight"
+    states = checkpoint(whole)["optimizer"]["state"][name]["__bnb_optimizer_quant_state__"]
+    assert states["state1"].dtype == states["state2"].dtype == torch.uint8
+    begin = load_state_dict(folder / "image.safetensors")[name]
+    expected, found = (checkpoint(out)["model"][name] for out in (exact, whole))
+    assert 0 < (found - expected).norm() < 0.02 * (expected - begin).norm()
+
+
 def test_auxiliary_weights_are_trained_on_demand_in_their_dtype(folder, tmp_path):
     auxiliary = load_state_dict(folder / "audio.safetensors")["blocks.0.mlp.fc1.weight"].bfloat16()
     fast = "optimizer.base_lr=1.0"
@@ -266,10 +334,37 @@ def test_half_precision(precision, folder, tmp_path):
     assert_equal(checkpoint(out), state)
 
 
-def test_activation_checkpointing_changes_nothing(folder, tmp_path):
+def test_activation_checkpointing_and_offloading_change_nothing(folder, tmp_path):
     plain = run("image", folder, tmp_path / "plain", "schedule.epochs=1")
-    again = run("image", folder, tmp_path / "again", "schedule.epochs=1", "machine.checkpoint_activations=true")
+    checkpointing = ("schedule.epochs=1", "machine.checkpoint_activations=true")
+    again = run("image", folder, tmp_path / "again", *checkpointing)
     torch.testing.assert_close(checkpoint(again)["model"], checkpoint(plain)["model"])
+    inside = ("machine.offload_activations=true", "machine.step_in_backward=true")
+    offloaded = run("image", folder, tmp_path / "offloaded", *checkpointing, *inside)
+    assert_equal(checkpoint(offloaded)["model"], checkpoint(again)["model"])
+
+
+def test_offloaded_are_the_inputs_of_blocks(folder, monkeypatch):
+    """A copy is made of every block's input, and of no weight of a block."""
+    packed = []
+
+    class Packing(save_on_cpu):
+        def __init__(self, pin_memory):
+            super().__init__(pin_memory)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: (packed.append(tensor.data_ptr()), pack(tensor))[1]
+
+    monkeypatch.setattr("m2pt.train.engine.save_on_cpu", Packing)
+    machine = ("machine.checkpoint_activations=true", "machine.offload_activations=true")
+    model = tiny_model("image", 2)
+    model.set_grad_checkpointing()
+    inputs = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, inputs_: inputs.append(inputs_[0].data_ptr()))
+    trainer = Trainer(model, lambda model, batch: model(batch).mean(), tiny_recipe("image", folder, *machine), ALONE, 2)
+    trainer.update([torch.randn(4, 3, 32, 32)])
+    assert set(inputs[:2]) <= set(packed)
+    assert not {parameter.data_ptr() for parameter in model.blocks.parameters()} & set(packed)
 
 
 def test_accumulated_passes_are_one_batch(folder, tmp_path):
@@ -358,6 +453,21 @@ def test_recipes_are_for_one_command(folder, tmp_path, capsys):
             "data.batch_size: expected a multiple of 6 for 1 processes, 3 passes and mixed pairs",
         ),
         (["machine.sharding=fsdp"], "machine.sharding: 'fsdp' needs several processes"),
+        (
+            ["machine.step_in_backward=true", "machine.accumulation=2"],
+            "machine.accumulation: expected 1 with step_in_backward, got 2",
+        ),
+        (
+            ["machine.step_in_backward=true", "machine.precision=float16"],
+            "machine.precision: expected 'bfloat16' or 'float32' with step_in_backward",
+        ),
+        (["machine.step_in_backward=true", "machine.compile=true"], "machine.compile: a compiled model's gradients"),
+        (
+            ["machine.step_in_backward=true", "optimizer.clip_grad=1.0"],
+            "optimizer.clip_grad: expected 0 with machine.step_in_backward, got 1.0",
+        ),
+        (["machine.offload_activations=true"], "machine.offload_activations: expected checkpoint_activations = true"),
+        (["machine.step_in_backward=true", "optimizer.name=lamb"], "optimizer: expected one that updates every"),
         (["model.overrides.depth=3"], "aux_model: expected 3 blocks"),
         (["data.settings.colour=1"], "setting of layout folder: expected one of"),
         (["data.test_split=none"], "split: expected one of"),
@@ -446,6 +556,25 @@ def test_lars_adapts_matrices_only(folder):
         assert group["always_adapt"] == all(parameter.ndim > 1 for parameter in group["params"])
 
 
+def test_ddp_refuses_steps_inside_backward():
+    with pytest.raises(ValueError, match=r"machine.step_in_backward: DDP .*machine.sharding=fsdp"):
+        distribute(nn.Linear(2, 2), Machine(step_in_backward=True), World(0, 2, torch.device("cpu")), False)
+
+
+def test_optimizers_of_bitsandbytes_need_whole_parameters_a_gpu_and_their_package(folder, monkeypatch):
+    def create(*more):
+        create_optimizer(nn.Linear(2, 2), tiny_recipe("image", folder, "optimizer.name=bnbadamw8bit", *more))
+
+    with pytest.raises(ValueError, match=r"optimizer.name: bnbadamw8bit .*machine.sharding=fsdp"):
+        create("machine.sharding=fsdp")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"optimizer.name: bnbadamw8bit: CUDA required"):
+        create()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"bitsandbytes .*pip install 'm2pt-triton\[adam8bit\]'"):
+        create()
+
+
 def test_losses_against_torch():
     logits, classes = torch.randn(4, 5), torch.randint(5, (4,))
     recipe = load_recipe("image_imagenet")
@@ -504,15 +633,7 @@ def test_a_stream_of_shards_is_trained_on_and_resumed(folder, tmp_path, monkeypa
     command = ["train", "image_imagenet", "--data", str(shards), *assignments("image"), "machine.workers=1"]
     command += ["data.layout=webdataset", "data.settings.num_classes=2", "run.checkpoint_steps=1"]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
-    update = Trainer.update
-
-    def interrupted(trainer, batches):
-        if trainer.step == 3:
-            raise KeyboardInterrupt
-        return update(trainer, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", interrupted)
+    with interrupted(monkeypatch, 3):
         assert main([*command, "--out", str(tmp_path / "parts")]) == 130
     assert main([*command, "--out", str(tmp_path / "parts"), "--resume"]) == 0
     assert_equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))

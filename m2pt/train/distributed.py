@@ -84,7 +84,7 @@ def distribute(module: nn.Module, machine: Machine, world: World, has_unused_par
     of a linear probe, sees a process's own samples.
 
     Raises:
-        ValueError: FSDP without processes to divide the model among.
+        ValueError: FSDP without processes to divide the model among, or DDP with the step inside backward.
     """
     if machine.sharding == "fsdp":
         if world.size == 1:
@@ -92,6 +92,10 @@ def distribute(module: nn.Module, machine: Machine, world: World, has_unused_par
         return shard(module, machine)
     if world.size == 1:
         return module
+    if machine.step_in_backward:
+        raise ValueError(
+            "machine.step_in_backward: DDP adds the processes' gradients too late: use machine.sharding=fsdp"
+        )
     devices = [world.device] if world.device.type == "cuda" else None
     quantised = [
         f"{name}.{buffer}"

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -17,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 
+from ..optimizer_in_backward import step_in_backward
 from .batches import derived_seed, to_device
 from .distributed import World, distribute, shard, synchronised
 from .metrics import Metric
@@ -49,6 +52,11 @@ def classification_objective(
 def autocast(machine: Machine, device: torch.device) -> torch.autocast:
     """The recipe's precision."""
     return torch.autocast(device.type, getattr(torch, machine.precision), enabled=machine.precision != "float32")
+
+
+def offloading(machine: Machine) -> AbstractContextManager:
+    """Whether what the forward pass saves waits for backward in the host's memory."""
+    return save_on_cpu(pin_memory=True) if machine.offload_activations else nullcontext()
 
 
 class Trainer:
@@ -93,6 +101,8 @@ class Trainer:
         if self.ema is not None and sharded:
             shard(self.ema.module, recipe.machine)
         self.optimizer = create_optimizer(module, recipe)
+        if recipe.machine.step_in_backward:
+            step_in_backward(self.optimizer)
         self.scheduler = create_scheduler(self.optimizer, recipe, updates_per_epoch)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.machine.precision == "float16")
         self.step = 0
@@ -105,8 +115,8 @@ class Trainer:
         """One optimizer step over the passes in `batches`, as many as the recipe accumulates.
 
         Returns:
-            The loss, averaged over all passes and processes, the norm of its gradient before clipping, and the
-            learning rate of the head.
+            The loss, averaged over all passes and processes, the norm of its gradient before clipping where it is
+            known, and the learning rate of the head.
 
         Raises:
             FloatingPointError: the loss is not finite. The weights are as they were.
@@ -120,25 +130,36 @@ class Trainer:
             loss += self._backward(
                 to_device(batch, self.world.device), is_last=number == self.recipe.machine.accumulation
             )
+        figures = {"loss": self._finite_mean(loss)}
+        if not self.recipe.machine.step_in_backward:
+            figures["gradient_norm"] = self._step()
+        if self.ema is not None:
+            self.ema.update(self.module)
+        self.step += 1
+        return figures | {"learning_rate": max(group["lr"] for group in self.optimizer.param_groups)}
+
+    def _backward(self, batch: Any, is_last: bool) -> Tensor:
+        machine = self.recipe.machine
+        with synchronised(self.model, enabled=is_last):
+            with autocast(machine, self.world.device), offloading(machine):
+                loss = self.objective(self.model, batch) / machine.accumulation
+            if machine.step_in_backward:
+                self._finite_mean(loss.detach().clone())
+            self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _finite_mean(self, loss: Tensor) -> float:
         mean = self.world.mean(loss).item()
         if not math.isfinite(mean):
             raise FloatingPointError(f"step {self.step}: the loss is {mean}")
+        return mean
+
+    def _step(self) -> float:
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.ema is not None:
-            self.ema.update(self.module)
-        self.step += 1
-        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
-        return {"loss": mean, "gradient_norm": norm, "learning_rate": learning_rate}
-
-    def _backward(self, batch: Any, is_last: bool) -> Tensor:
-        with synchronised(self.model, enabled=is_last):
-            with autocast(self.recipe.machine, self.world.device):
-                loss = self.objective(self.model, batch) / self.recipe.machine.accumulation
-            self.scaler.scale(loss).backward()
-        return loss.detach()
+        return norm
 
     def _clip(self) -> float:
         largest = self.recipe.optimizer.clip_grad or math.inf

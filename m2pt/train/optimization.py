@@ -11,6 +11,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from ..data.common import require
 from .recipe import Loss, Recipe
 
 
@@ -18,15 +19,26 @@ def create_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     """timm's optimizer over what is trainable, each layer with its learning rate.
 
     Vectors have no weight decay, and neither have the cross-modal scales, which are vectors of one.
+
+    Raises:
+        ImportError: the optimizer's package is not installed.
+        ValueError: there is no such optimizer, or none here: those of bitsandbytes need a GPU and whole parameters.
     """
     settings = recipe.optimizer
-    return create_optimizer_v2(
-        module,
-        opt=settings.name,
-        lr=recipe.learning_rate,
-        param_group_fn=lambda model: parameter_groups(model, recipe),
-        **settings.options,
-    )
+    if settings.name.startswith("bnb"):
+        require("bitsandbytes", "adam8bit")
+        if recipe.machine.sharding == "fsdp":
+            raise ValueError(f"optimizer.name: {settings.name} does not know the shards of machine.sharding=fsdp")
+    try:
+        return create_optimizer_v2(
+            module,
+            opt=settings.name,
+            lr=recipe.learning_rate,
+            param_group_fn=lambda model: parameter_groups(model, recipe),
+            **settings.options,
+        )
+    except AssertionError as error:  # timm's for a missing GPU
+        raise ValueError(f"optimizer.name: {settings.name}: {error}") from None
 
 
 def parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

@@ -82,6 +82,7 @@ class Optimizer:
     Attributes:
         base_lr: the learning rate for a batch of 256; it is multiplied by `data.batch_size / 256`.
         name, weight_decay, layer_decay, options: of `timm.optim.create_optimizer_v2`; the options are the optimizer's.
+            "bnbadamw8bit" is AdamW with states of a byte, on GPUs, with the extra `adam8bit`.
         scale_learning_rate: factor of the cross-modal scales' learning rate over that of their block.
         clip_grad: the largest norm of the gradient; 0 for any.
     """
@@ -172,6 +173,9 @@ class Machine:
         workers: processes of each process that read data; 0 to read in the training process.
         precision: of autocast; "float32" for none.
         checkpoint_activations: compute the blocks' activations again in backward.
+        offload_activations: keep the inputs of these blocks in the host's memory until then.
+        step_in_backward: update each parameter inside backward and free its gradient, see `m2pt.step_in_backward`;
+            the norm of the gradient is then not known, and not logged.
         compile: torch.compile the model.
         sharding: what several processes do: "ddp" keeps the model in each, "fsdp" divides it among them.
     """
@@ -180,6 +184,8 @@ class Machine:
     workers: int = 8
     precision: Dtype = "bfloat16"
     checkpoint_activations: bool = False
+    offload_activations: bool = False
+    step_in_backward: bool = False
     compile: bool = False
     sharding: Literal["ddp", "fsdp"] = "ddp"
 
@@ -187,6 +193,16 @@ class Machine:
         check_positive(accumulation=self.accumulation)
         if self.workers < 0:
             raise ValueError(f"workers: expected 0 or more, got {self.workers}")
+        if self.offload_activations and (self.compile or not self.checkpoint_activations):
+            raise ValueError("offload_activations: expected checkpoint_activations = true and compile = false with it")
+        if not self.step_in_backward:
+            return
+        if self.accumulation > 1:
+            raise ValueError(f"accumulation: expected 1 with step_in_backward, got {self.accumulation}")
+        if self.precision == "float16":
+            raise ValueError("precision: expected 'bfloat16' or 'float32' with step_in_backward, got 'float16'")
+        if self.compile:
+            raise ValueError("compile: a compiled model's gradients come all at once: leave step_in_backward out")
 
 
 @dataclass(frozen=True)
@@ -207,6 +223,10 @@ class Recipe:
         if self.model.trainable == "head" and self.auxiliary.trainable:
             raise ValueError(
                 "auxiliary.trainable: a linear probe (model.trainable = 'head') trains head and scales only"
+            )
+        if self.machine.step_in_backward and self.optimizer.clip_grad:
+            raise ValueError(
+                f"optimizer.clip_grad: expected 0 with machine.step_in_backward, got {self.optimizer.clip_grad}"
             )
 
     @property

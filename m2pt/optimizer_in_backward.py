@@ -1,0 +1,42 @@
+"""The optimizer's step inside backward, so that the gradients need not all be in memory at once."""
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+JOINT = {"Adahessian", "Adan", "FusedAdam", "FusedLAMB", "FusedNovoGrad", "Kron", "LBFGS", "Lamb", "Lookahead"}
+"""Optimizers of torch, timm and apex whose update of a parameter depends on the others, or on a count they share."""
+
+
+def step_in_backward(optimizer: Optimizer) -> None:
+    """Let backward update every trainable parameter as soon as its gradient is there, and free the gradient.
+
+    Call this once, and then neither `optimizer.step` nor `zero_grad`. The updates are those of a step after backward,
+    bit for bit on a CPU; learning-rate schedulers and `state_dict` work as ever. Wrong, and not noticed here: several
+    backward passes for one step, clipping by the norm of all gradients, a `GradScaler`, and `DistributedDataParallel`,
+    which adds the processes' gradients later (FSDP2 does so before). A model under `torch.compile` computes all of its
+    gradients before it hands out the first, so there is nothing to save.
+
+    Raises:
+        ValueError: the optimizer does not update every parameter by itself.
+    """
+    name = type(optimizer).__name__
+    if name in JOINT:
+        raise ValueError(f"optimizer: expected one that updates every parameter by itself, as AdamW does, got {name}")
+    group_of = {
+        parameter: index
+        for index, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+        if parameter.requires_grad
+    }
+
+    def update(parameter: Tensor) -> None:
+        groups = optimizer.param_groups
+        optimizer.param_groups = [groups[group_of[parameter]] | {"params": [parameter]}]
+        try:
+            optimizer.step()
+        finally:
+            optimizer.param_groups = groups
+        parameter.grad = None
+
+    for parameter in group_of:
+        parameter.register_post_accumulate_grad_hook(update)
