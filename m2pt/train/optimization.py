@@ -18,7 +18,7 @@ from .recipe import Loss, Recipe
 def create_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """timm's optimizer over what is trainable, each layer with its learning rate.
 
-    Vectors have no weight decay, and neither have the cross-modal scales, which are vectors of one.
+    Vectors have no weight decay, and neither have the cross-modal scales, which are vectors too.
 
     Raises:
         ImportError: the optimizer's package is not installed.
