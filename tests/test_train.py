@@ -206,17 +206,18 @@ def test_resume_wants_the_same_recipe_but_not_the_same_machine(folder, tmp_path,
 def test_interrupted_while_saving_keeps_the_last_complete_checkpoint(folder, tmp_path, monkeypatch):
     save, saved = torch.save, []
 
-    def interrupted(state, path):
+    def interrupted(state, file):
         if saved:
-            path.write_bytes(b"half")
+            file.write(b"half")
             raise KeyboardInterrupt
         saved.append(state["step"])
-        save(state, path)
+        save(state, file)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", interrupted)
         out = run("point", folder, tmp_path / "run", code=130)
     assert checkpoint(out)["step"] == saved[0] == 2
+    assert not list(out.glob("*.partial"))
     run("point", folder, out, "--resume")
     assert checkpoint(out)["step"] == 4
 

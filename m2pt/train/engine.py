@@ -164,7 +164,7 @@ class Trainer:
         if self.ema is not None:
             set_model_state_dict(self.ema.module, state["ema"], options=WHOLE)
         self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+        self.step = int(state["step"])
 
 
 @torch.no_grad()

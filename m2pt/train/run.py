@@ -219,7 +219,11 @@ def _fit(
 def _log_of(trainer: Trainer, out: Path, resume: bool, steps_per_epoch: int) -> Log:
     """The log of a run that begins, or that goes on from its last checkpoint."""
     if resume:
-        trainer.load_state_dict(load_checkpoint(out, trainer.recipe))
+        state = load_checkpoint(out, trainer.recipe)
+        try:
+            trainer.load_state_dict(state)
+        except Exception as error:  # torch has no error of its own for a state that does not fit
+            raise ValueError(f"{out / CHECKPOINT}: not the state of this run ({error!r})") from error
     if trainer.world.is_first:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "recipe.json", trainer.recipe.as_dict())
