@@ -106,7 +106,7 @@ NAMES = (*WRAPPERS, "ema", "recipe", "optimizer", "scaler", "step", "args")
 def test_these_payloads_work_where_nothing_is_refused(tmp_path, dump, payload):
     DUMPS[dump]({"args": PAYLOADS[payload](tmp_path / "touched")}, tmp_path / "bad.pth")
     if dump == "pickle":
-        pickle.loads((tmp_path / "bad.pth").read_bytes())  # noqa: S301
+        pickle.loads((tmp_path / "bad.pth").read_bytes())
     else:
         torch.load(tmp_path / "bad.pth", weights_only=False)
     assert list(tmp_path.glob("touched*"))
@@ -293,7 +293,18 @@ def test_a_run_without_a_part_of_its_state_is_refused(tmp_path, half_way, capsys
         assert content_of(tmp_path / "run") == {"last.pth": content}
 
 
-ODD_NAMES = ["with spaces", "ünïcødé ✓", "new\nline", "-dash", "--out", "%s %(x)d 100%", "a=b", "'quoted\"", "*", "x" * 200]
+ODD_NAMES = [
+    "with spaces",
+    "ünïcødé ✓",
+    "new\nline",
+    "-dash",
+    "--out",
+    "%s %(x)d 100%",
+    "a=b",
+    "'quoted\"",
+    "*",
+    "x" * 200,
+]
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)

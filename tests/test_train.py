@@ -10,7 +10,7 @@ import timm
 import torch
 import webdataset
 from sklearn.metrics import jaccard_score
-from tiny_runs import RECIPES, SIZES, WIDTH, assignments, make_data, tiny_model
+from tiny_runs import RECIPES, SIZES, WIDTH, assert_equal, assignments, make_data, tiny_model
 from torch import nn
 
 from m2pt import reparameterize_aux_into_target_model
@@ -69,20 +69,6 @@ def tiny_recipe(modality, folder, *more):
 
 def checkpoint(out):
     return torch.load(out / "last.pth", weights_only=True)
-
-
-def assert_equal(a, b):
-    """Nested containers with the same tensors, bit for bit."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for left, right in zip(a, b, strict=True):
-            assert_equal(left, right)
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.mark.parametrize("modality", RECIPES)

@@ -1,7 +1,9 @@
 """Batches that depend on the seed and the step alone, not on processes, workers, or where training was resumed."""
 
 import itertools
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, closing
 from typing import Any, cast
 
 import numpy as np
@@ -125,8 +127,22 @@ def test_batches(dataset: Any, recipe: Recipe, world: World) -> DataLoader:
     return DataLoader(SeededSamples(dataset), size, sampler=keys, **loading)
 
 
+def running(batches: Iterable[Any]) -> AbstractContextManager[Iterator[Any]]:
+    """The batches of a loader, whose workers end with the block; Python would wait for them at its end for ever."""
+    return closing(batch for batch in batches)
+
+
 def _loading(machine: Machine, world: World) -> dict[str, Any]:
-    return {"num_workers": machine.workers, "pin_memory": world.device.type == "cuda"}
+    return {
+        "num_workers": machine.workers,
+        "pin_memory": world.device.type == "cuda",
+        "worker_init_fn": _ignore_termination,
+    }
+
+
+def _ignore_termination(worker: int) -> None:
+    """SIGTERM is often sent to all processes of a job; the one that trains has to finish its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
