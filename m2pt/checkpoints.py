@@ -65,7 +65,7 @@ def load_torch(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(damaged)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
 
 
 def state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:

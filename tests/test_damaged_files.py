@@ -14,12 +14,18 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from tiny_runs import tiny_model
+from tiny_runs import RECIPES, assert_equal, assignments, make_data, tiny_model
 
 from m2pt.checkpoint_formats import load_auxiliary, load_pretrained
 from m2pt.checkpoints import WRAPPERS, load_state_dict, save_state_dict
 from m2pt.cli import main
+from m2pt.data import create_dataset
+from m2pt.train import load_recipe, parse_assignment
+from m2pt.train.batches import training_batches
+from m2pt.train.distributed import World
 from m2pt.train.files import load_weights
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 RECIPE = ["tiny_image", "model.overrides.depth=1", "model.overrides.embed_dim=16", "model.overrides.num_heads=2"]
 SHORT = ["data.batch_size=600", "schedule.epochs=2", "schedule.warmup_epochs=0", "run.checkpoint_steps=1"]
@@ -417,3 +423,91 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsy
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("m2pt: error: ") and folder in line
     assert {path.name for path in tmp_path.iterdir()} == {"file", "connected.safetensors"}
+
+
+SAMPLES = {
+    "image": "train/class0/2.png",
+    "audio": "audio/train2.wav",
+    "point": "ball/ball_train2.txt",
+    "video": "train2.mp4",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Data of every modality, with a training sample that is cut off near its beginning."""
+    folder = tmp_path_factory.mktemp("data")
+    for modality, name in SAMPLES.items():
+        sample = make_data(modality, folder / modality, train=8, test=2) / name
+        sample.write_bytes(sample.read_bytes()[:40])
+    return folder
+
+
+def on_samples(modality, data, out, *more):
+    tiny = [*assignments(modality), "run.checkpoint_steps=1", "schedule.epochs=3"]
+    return main(["train", RECIPES[modality], "--data", str(data / modality), "--out", str(out), *tiny, *more])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("modality", SAMPLES)
+def test_a_damaged_sample_stops_the_run_and_is_named(data, tmp_path, capsys, modality, workers):
+    assert on_samples(modality, data, tmp_path / "run", f"machine.workers={workers}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"m2pt: error: {data / modality / SAMPLES[modality]}: ")
+    assert "Traceback" not in line
+
+
+@pytest.mark.parametrize("modality", ["point"])
+def test_a_damaged_sample_is_left_out_where_the_recipe_says_so(data, tmp_path, capsys, modality):
+    skip = "data.on_error=skip"
+    for workers in (0, 2):
+        assert on_samples(modality, data, tmp_path / str(workers), skip, f"machine.workers={workers}") == 0
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("m2pt:"))
+        assert line.startswith(f"m2pt: left out: {data / modality / SAMPLES[modality]}: ")
+    assert on_samples(modality, data, tmp_path / "parts") == 2  # stops, after as many steps as need other samples only
+    assert on_samples(modality, data, tmp_path / "parts", skip, "--resume") == 0
+    states = [torch.load(tmp_path / out / "last.pth", weights_only=True) for out in ("0", "2", "parts")]
+    for state in states[1:]:
+        for part in ("model", "optimizer", "step"):
+            assert_equal(state[part], states[0][part])
+
+
+def test_the_next_readable_sample_stands_in_for_a_damaged_one(data):
+    recipe = load_recipe("point_modelnet40", dict(map(parse_assignment, assignments("point"))))
+    clouds = create_dataset("point", "modelnet40", data / "point", "train", True, points=64)
+    labels = []
+    for on_error, damaged in (("stop", set()), ("skip", {2, 3})):
+        samples = Labelled(clouds.labels, damaged)
+        recipe = recipe.replaced({"data.on_error": on_error})
+        labels.append(torch.cat([index for index, _ in training_batches(samples, recipe, ALONE, 0)]))
+    assert {2, 3} < set(labels[0].tolist())
+    assert torch.equal(labels[1], torch.where((labels[0] == 2) | (labels[0] == 3), 4, labels[0]))
+
+
+class Labelled(torch.utils.data.Dataset):
+    """Samples that are their own index."""
+
+    def __init__(self, labels, damaged):
+        self.labels, self.damaged = labels, damaged
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        if index in self.damaged:
+            raise ValueError(f"sample {index}: cannot be read")
+        return torch.tensor(index), self.labels[index]
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_data_set_without_a_readable_sample_is_refused(on_error):
+    recipe = load_recipe("point_modelnet40", {"data.on_error": on_error, "data.batch_size": 4, "machine.workers": 0})
+    with pytest.raises(ValueError, match=r"sample \d: cannot be read"):
+        next(training_batches(Labelled([0] * 8, set(range(8))), recipe, ALONE, 0))
+
+
+def test_a_damaged_test_sample_stops_whatever_the_recipe_says(tmp_path, capsys):
+    sample = make_data("point", tmp_path / "point", train=8, test=2) / "ball" / "ball_test0.txt"
+    sample.write_text("1,2,3\n")
+    assert on_samples("point", tmp_path, tmp_path / "run", "data.on_error=skip") == 2
+    assert f"m2pt: error: {sample}: " in capsys.readouterr().err

@@ -27,7 +27,9 @@ from m2pt.train.log import read_log
 MODEL = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 SETTINGS = [f"model.overrides.{name}={value}" for name, value in MODEL.items()]
 SETTINGS += [
-    "data.batch_size=60",
+    "data.batch_size=120",
+    "model.overrides.drop_path_rate=0.5",
+    "loss.mixup=0.8",
     "schedule.epochs=2",
     "run.checkpoint_steps=1",
     "run.log_steps=1",

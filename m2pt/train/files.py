@@ -12,6 +12,8 @@ from ..checkpoints import load_state_dict, load_torch, state_dict_in, written_wh
 from .recipe import Recipe
 
 CHECKPOINT = "last.pth"
+REPLACEABLE = ("machine.", "data.root", "data.on_error")
+"""What a run may be resumed with other values of."""
 PARTS = ("model", "optimizer", "recipe")
 
 
@@ -35,8 +37,7 @@ def load_checkpoint(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, or another recipe's; the message names what differs. The machine and where the data
-            lie may.
+        ValueError: it is damaged, or another recipe's; the message names what differs. `REPLACEABLE` may.
     """
     path = folder / CHECKPOINT
     if not path.is_file():
@@ -48,7 +49,7 @@ def load_checkpoint(folder: Path, recipe: Recipe) -> dict[str, Any]:
     differing = [
         f"{key} is {given.get(key)!r}, was {saved.get(key)!r}"
         for key in sorted(saved.keys() | given.keys())
-        if saved.get(key) != given.get(key) and key != "data.root" and not key.startswith("machine.")
+        if saved.get(key) != given.get(key) and not key.startswith(REPLACEABLE)
     ]
     if differing:
         raise ValueError(f"{path}: the run to resume had another recipe: {'; '.join(differing)}")
