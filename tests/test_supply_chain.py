@@ -95,7 +95,7 @@ def test_nothing_is_written_but_to_output_cache_and_temporary_folders(session):
     allowed = [session / name for name in ("out", "temporary", "home/.cache", "home/.config")]
     changed = map(Path, json.loads((session / "report.json").read_text())["changed"])
     outside = [path for path in changed if not any(path.is_relative_to(folder) for folder in (*allowed, "/dev"))]
-    assert outside == [session / "report.json"]
+    assert not outside
     assert not listing(session / "current", session / "temporary")
     assert {Path(path).relative_to(session / "home").parts[0] for path in listing(session / "home")} <= {
         ".cache",
