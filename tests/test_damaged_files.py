@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+import webdataset
 from tiny_runs import RECIPES, assert_equal, assignments, make_data, tiny_model
 
 from m2pt.checkpoint_formats import load_auxiliary, load_pretrained
@@ -23,6 +24,7 @@ from m2pt.data import create_dataset
 from m2pt.train import load_recipe, parse_assignment
 from m2pt.train.batches import training_batches
 from m2pt.train.distributed import World
+from m2pt.train.engine import evaluate
 from m2pt.train.files import load_weights
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -511,3 +513,31 @@ def test_a_damaged_test_sample_stops_whatever_the_recipe_says(tmp_path, capsys):
     sample.write_text("1,2,3\n")
     assert on_samples("point", tmp_path, tmp_path / "run", "data.on_error=skip") == 2
     assert f"m2pt: error: {sample}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damaged", ["samples", "shard"])
+def test_a_stream_without_a_readable_sample_is_refused(tmp_path, capsys, damaged):
+    """timm leaves out what it cannot read, and here nothing is left."""
+    for split in ("train", "val"):
+        with webdataset.TarWriter(str(tmp_path / f"{split}.tar")) as tar:
+            for index in range(4):
+                tar.write({"__key__": str(index), "png": b"no picture", "cls": index % 2})
+    if damaged == "shard":
+        (tmp_path / "train.tar").write_bytes(b"no archive")
+    splits = {
+        name: {"name": name, "num_samples": 4, "filenames": [f"{name}.tar"], "shard_lengths": [4]}
+        for name in ("train", "val")
+    }
+    (tmp_path / "info.json").write_text(json.dumps({"splits": splits}))
+    stream = ["data.layout=webdataset", "data.settings.num_classes=2", "schedule.epochs=1"]
+    command = ["train", RECIPES["image"], "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert main([*command, *assignments("image"), *stream]) == 2
+    assert "m2pt: error: data: the training split ended at step 0, after 0 of 1 passes" in capsys.readouterr().err
+
+
+def test_a_test_split_without_a_sample_is_refused():
+    recipe = load_recipe("image_imagenet")
+    nothing = Labelled([], set())
+    nothing.views = 1
+    with pytest.raises(ValueError, match="data: the test split has no sample that can be read"):
+        evaluate(tiny_model("image", 2), nothing, [], None, recipe.machine, ALONE)

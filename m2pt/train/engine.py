@@ -109,14 +109,18 @@ class Trainer:
 
         Raises:
             FloatingPointError: the loss or its gradient is not finite. The weights are as they were.
+            ValueError: there are fewer passes.
         """
         self._seed()
         self.scheduler.step_update(self.step)
         self.optimizer.zero_grad()
         self.model.train()
         loss = torch.zeros((), device=self.world.device)
+        number, passes = 0, self.recipe.machine.accumulation
         for number, batch in enumerate(batches, 1):
-            loss += self._backward(batch, is_last=number == self.recipe.machine.accumulation)
+            loss += self._backward(batch, is_last=number == passes)
+        if number < passes:  # a stream that leaves out what it cannot read, and with it everything
+            raise ValueError(f"data: the training split ended at step {self.step}, after {number} of {passes} passes")
         mean = self.world.mean(loss).item()
         if not math.isfinite(mean):
             raise FloatingPointError(f"step {self.step}: the loss is {mean}")
@@ -225,7 +229,11 @@ def _is_finite(tensor: Tensor) -> bool:
 def evaluate(
     model: nn.Module, dataset: Any, batches: Iterable[Any], metric: Metric, machine: Machine, world: World
 ) -> dict[str, float]:
-    """The metrics of a model on a test split, the same in every process; logits are averaged over a sample's views."""
+    """The metrics of a model on a test split, the same in every process; logits are averaged over a sample's views.
+
+    Raises:
+        ValueError: no sample, or one that cannot be read.
+    """
     model.eval()
     views = dataset.views
     kept: list[tuple[Tensor, Tensor]] = []
@@ -237,6 +245,8 @@ def evaluate(
             if views > 1:
                 logits = logits.unflatten(0, (-1, views)).mean(1)
             kept.append(metric.rows(logits, input, target))
+    if not kept:
+        raise ValueError("data: the test split has no sample that can be read")
     rows, targets = (_in_order(parts, dataset, world) for parts in zip(*kept, strict=True))
     return metric.summary(rows, targets)
 
