@@ -2,14 +2,18 @@
 
 import argparse
 import os
-import secrets
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .linear import merged_weight
 
@@ -32,58 +36,117 @@ HARMLESS: list[Any] = [
 def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """The state dict in a `.safetensors` file, or in a torch file, bare or under one of `WRAPPERS`.
 
-    Torch files are read with `weights_only=True`: nothing in them is executed. An `argparse.Namespace` and NumPy's
-    numbers, which training scripts save beside the model, are let through. Tensors are put on the CPU.
+    Tensors are put on the CPU. A torch file is read as by `load_torch`.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, of another format, or holds something else than named tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch's reader has no error of its own: damage surfaces as KeyError, IndexError, ...
-        raise ValueError(f"{path}: not a readable checkpoint of tensors ({type(error).__name__})") from error
-    while isinstance(content, dict) and (wrapper := next((w for w in WRAPPERS if w in content), None)):
-        content = content[wrapper]
+    if path.suffix != ".safetensors":
+        return state_dict_in(load_torch(path), path)
+    with _reading(path):
+        return load_file(path)
+
+
+def load_torch(path: Path) -> Any:
+    """What is in a torch file, with its tensors on the CPU.
+
+    It is read with `weights_only=True`: nothing in it is executed. An `argparse.Namespace` and NumPy's numbers, which
+    training scripts save beside the model, are let through. Checksums, where the format has them, are compared, which
+    torch leaves out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged or of another format.
+    """
+    with _reading(path), torch.serialization.safe_globals(HARMLESS):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(damaged)
+        return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+
+
+def state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in what `load_torch` found in `path`, bare or under one of `WRAPPERS`, also one in another.
+
+    Raises:
+        ValueError: there is none, or one of its tensors lacks some of its elements.
+    """
+    for _ in WRAPPERS:
+        if isinstance(content, dict) and (wrapper := next((w for w in WRAPPERS if w in content), None)):
+            content = content[wrapper]
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
         raise ValueError(f"{path}: expected a state dict, bare or under one of {WRAPPERS}")
+    for name, tensor in content.items():
+        if not _is_whole(tensor):
+            raise ValueError(f"{path}: {name}: expected a dense tensor and all of its elements")
     return content
 
 
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether every element is there: a few bytes can claim terabytes, by a step of zero from one to the next."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    is_plain = is_plain and not (tensor.is_meta or tensor.is_nested or tensor.is_quantized)
+    return is_plain and tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    path.open("rb").close()  # a file that may not be read is not damaged
+    try:
+        yield
+    except Exception as error:  # torch's reader has no error of its own: damage surfaces as KeyError, OSError, ...
+        raise ValueError(f"{path}: not a readable checkpoint of tensors ({type(error).__name__})") from error
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Another name to write to, in a temporary folder beside `path`; on leaving the block the file becomes `path`.
+
+    So `path` is never half-written: if anything fails, it is as it was. A process that is killed leaves its temporary
+    folder, `*.partial`.
+
+    Raises:
+        OSError: the folder is missing or cannot be written, or the disk is full.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    try:
+        with TemporaryDirectory(prefix=f"{path.name}.", suffix=".partial", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # some file systems tell only now that they are full
+            temporary.chmod(mode)  # safetensors 0.8 makes it readable by its owner only, whatever the umask
+            temporary.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's own is in C++ terms
+        raise OSError(f"{path}: cannot be written: {reason}") from error
+
+
 def save_state_dict(state_dict: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """Write a `.safetensors` file: to a temporary file beside it, then renamed, so that `path` is never half-written.
+    """Write a `.safetensors` file, whole or not at all.
 
     Tensors that share memory, such as tied weights, are written once each.
 
     Raises:
         ValueError: another ending than `.safetensors`.
-        OSError: the folder is missing or cannot be written.
+        OSError: the folder is missing or cannot be written, or the disk is full.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a name ending in .safetensors")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    temporary.touch(exist_ok=False)
-    mode = temporary.stat().st_mode
-    try:
-        save_file(_without_sharing(state_dict), temporary)
-        temporary.chmod(mode)  # safetensors 0.8 makes it readable by its owner only, whatever the umask
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    tensors = _without_sharing(state_dict)
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary)
 
 
 def _without_sharing(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,16 @@ else:
     PATHS = [("eager", "cpu")]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--repetitions", type=int, default=4, help="how often the tests of faults and load repeat")
+
+
+@pytest.fixture(scope="session")
+def repetitions(request):
+    """Kills of a run, damaged bits and files by the dozen, memory by the hundred steps: see tests/README.md."""
+    return request.config.getoption("repetitions")
+
+
 @pytest.fixture(params=PATHS, ids="-".join)
 def device(request):
     """The device to put tensors on, with the path under test forced."""

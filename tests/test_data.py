@@ -2,8 +2,10 @@
 
 import json
 import random
+import struct
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +118,17 @@ def test_damaged_image_is_named(tmp_path):
     (tmp_path / "train" / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     dataset = create_dataset("image", "folder", tmp_path, "train", False)
     with pytest.raises(ValueError, match=r"train/a/broken\.png: cannot be read as an image"):
+        dataset[0]
+
+
+def test_image_that_claims_terabytes_is_named(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    content = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + struct.pack(">IIBBBBB", 10**6, 10**6, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b"\0")):
+        content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "train" / "a" / "huge.png").write_bytes(content)
+    dataset = create_dataset("image", "folder", tmp_path, "train", False)
+    with pytest.raises(ValueError, match=r"train/a/huge\.png: cannot be read as an image"):
         dataset[0]
 
 

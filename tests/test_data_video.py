@@ -171,6 +171,13 @@ def test_damaged_video_is_named(tmp_path):
             read_frames(path)
 
 
+def test_video_whose_description_is_no_text_is_named(tmp_path):
+    write_video(tmp_path / "a.mp4", numbered(2))
+    (tmp_path / "a.mp4").write_bytes((tmp_path / "a.mp4").read_bytes().replace(b"Lavf", b"Lav\xed"))
+    with pytest.raises(ValueError, match=r"a\.mp4: cannot be read as video"):
+        read_frames(tmp_path / "a.mp4")
+
+
 @pytest.mark.parametrize("line", ["only_a_path.mp4", "a.mp4 400", "a.mp4 -1", "a.mp4 cat", ""])
 def test_damaged_list_is_named(tmp_path, line):
     (tmp_path / "train.csv").write_text(f"a.mp4 0\n{line}\nb.mp4 1\n")

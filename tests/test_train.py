@@ -13,7 +13,7 @@ import timm
 import torch
 import webdataset
 from sklearn.metrics import jaccard_score
-from tiny_runs import RECIPES, SIZES, WIDTH, assignments, make_data, tiny_model
+from tiny_runs import RECIPES, SIZES, WIDTH, assert_equal, assignments, make_data, tiny_model
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
@@ -74,20 +74,6 @@ def tiny_recipe(modality, folder, *more):
 
 def checkpoint(out):
     return torch.load(out / "last.pth", weights_only=True)
-
-
-def assert_equal(a, b):
-    """Nested containers with the same tensors, bit for bit."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for left, right in zip(a, b, strict=True):
-            assert_equal(left, right)
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @contextmanager
@@ -244,17 +230,18 @@ def test_resume_wants_the_same_recipe_but_not_the_same_machine(folder, tmp_path,
 def test_interrupted_while_saving_keeps_the_last_complete_checkpoint(folder, tmp_path, monkeypatch):
     save, saved = torch.save, []
 
-    def interrupted(state, path):
+    def interrupted(state, file):
         if saved:
-            path.write_bytes(b"half")
+            file.write(b"half")
             raise KeyboardInterrupt
         saved.append(state["step"])
-        save(state, path)
+        save(state, file)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", interrupted)
         out = run("point", folder, tmp_path / "run", code=130)
     assert checkpoint(out)["step"] == saved[0] == 2
+    assert not list(out.glob("*.partial"))
     run("point", folder, out, "--resume")
     assert checkpoint(out)["step"] == 4
 

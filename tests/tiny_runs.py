@@ -7,6 +7,7 @@ import math
 import av
 import numpy as np
 import soundfile
+import torch
 from PIL import Image
 
 from m2pt.models import create_model
@@ -59,6 +60,20 @@ def assignments(modality):
 def tiny_model(modality, num_classes, **settings):
     """The model of these assignments."""
     return create_model(modality, num_classes=num_classes, **WIDTH, **SIZES[modality], **settings)
+
+
+def assert_equal(a, b):
+    """Nested containers with the same tensors, bit for bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for left, right in zip(a, b, strict=True):
+            assert_equal(left, right)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def make_data(modality, root, train=8, test=5):

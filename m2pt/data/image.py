@@ -29,7 +29,7 @@ class ImageDataset(Samples):
         try:
             with file, Image.open(file) as opened:
                 picture = opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             name = self.reader.filename(index, absolute=True)
             raise ValueError(f"{name}: cannot be read as an image: {error}") from error
         return self.transform(picture), target

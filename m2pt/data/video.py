@@ -23,7 +23,7 @@ def read_frames(path: Path) -> list[Any]:
     try:
         with av.open(str(path)) as container:
             frames = list(container.decode(video=0))
-    except (av.FFmpegError, IndexError) as error:
+    except (av.FFmpegError, IndexError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as video: {error}") from error
     if not frames:
         raise ValueError(f"{path}: has no video frame")

@@ -1,13 +1,16 @@
 """Batches that depend on the seed and the step alone, not on processes, workers, or where training was resumed."""
 
 import itertools
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, closing
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from ..data.common import seeded
 from .distributed import World
@@ -20,15 +23,60 @@ def derived_seed(*numbers: int) -> int:
 
 
 class SeededSamples(Dataset):
-    """A dataset whose key is an index and the seed of everything random in the sample."""
+    """A dataset whose key is an index and the seed of everything random in the sample.
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    Yields the sample, and what is wrong with those that could not be read: with `skips`, the next one that can stands
+    in, so that the batch is the same whoever reads it; otherwise there is None instead.
+    """
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def __init__(self, dataset: Any, skips: bool) -> None:
+        self.dataset, self.skips = dataset, skips
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, list[str]]:
         index, seed = key
-        with seeded(seed):
-            return self.dataset[index]
+        samples = len(self.dataset)
+        errors: list[str] = []
+        for place in range(index, index + (samples if self.skips else 1)):
+            try:
+                with seeded(seed):
+                    return self.dataset[place % samples], errors
+            except ValueError as error:
+                errors.append(str(error))
+        return None, errors
+
+
+class Batches:
+    """The batches of samples as `SeededSamples` yields them, collated; what could not be read is named once on stderr.
+
+    Errors come as values, because a DataLoader would put its workers' tracebacks into the message.
+
+    Raises:
+        ValueError: a sample cannot be read, and none stands in for it.
+    """
+
+    def __init__(self, dataset: SeededSamples, machine: Machine, world: World, **sampling: Any) -> None:
+        self.loader = DataLoader(dataset, collate_fn=_collate, **sampling, **_loading(machine, world))
+
+    def __iter__(self) -> Iterator[Any]:
+        return _checked(iter(self.loader))  # now, as it draws a random number: a resumed step has to draw the same ones
+
+
+def _checked(batches: Iterator[tuple[Any, list[str]]]) -> Iterator[Any]:
+    named: set[str] = set()
+    for batch, errors in batches:
+        if batch is None:
+            raise ValueError(errors[-1])
+        for error in errors:
+            if error not in named:
+                named.add(error)
+                print(f"m2pt: left out: {error}", file=sys.stderr)
+        yield batch
+
+
+def _collate(read: list[tuple[Any, list[str]]]) -> tuple[Any, list[str]]:
+    samples, errors = zip(*read, strict=True)
+    is_whole = all(sample is not None for sample in samples)
+    return default_collate(list(samples)) if is_whole else None, list(itertools.chain(*errors))
 
 
 class TrainingOrder(Sampler[list[tuple[int, int]]]):
@@ -91,7 +139,8 @@ def training_batches(dataset: Any, recipe: Recipe, world: World, start: int) -> 
     if isinstance(dataset, IterableDataset):
         return _streamed(dataset, recipe, world, start)
     order = TrainingOrder(samples_of(dataset), recipe, world, start)
-    return iter(DataLoader(SeededSamples(dataset), batch_sampler=order, **_loading(recipe.machine, world)))
+    samples = SeededSamples(dataset, skips=recipe.data.on_error == "skip")
+    return iter(Batches(samples, recipe.machine, world, batch_sampler=order))
 
 
 def _streamed(dataset: Any, recipe: Recipe, world: World, start: int) -> Iterator[Any]:
@@ -111,22 +160,37 @@ def _streamed(dataset: Any, recipe: Recipe, world: World, start: int) -> Iterato
         yield from itertools.islice(loader, seen, steps * passes)
 
 
-def test_batches(dataset: Any, recipe: Recipe, world: World) -> DataLoader:
+def test_batches(dataset: Any, recipe: Recipe, world: World) -> Iterable[Any]:
     """This process's share of a test split: every `world.size`-th sample, the first again to make all shares equal.
 
-    A stream is read whole by every process.
+    A stream is read whole by every process. Nothing stands in for a sample that cannot be read: the metrics are those
+    of the whole split.
     """
-    size, loading = recipe.data.test_batch_size, _loading(recipe.machine, world)
+    size = recipe.data.test_batch_size
     if isinstance(dataset, IterableDataset):
-        return DataLoader(dataset, size, **loading)
+        return DataLoader(dataset, size, **_loading(recipe.machine, world))
     samples = len(dataset)
     padded = [*range(samples), *[0] * (-samples % world.size)]
     keys = [(index, derived_seed(recipe.run.seed, index)) for index in padded[world.rank :: world.size]]
-    return DataLoader(SeededSamples(dataset), size, sampler=keys, **loading)
+    return Batches(SeededSamples(dataset, skips=False), recipe.machine, world, batch_size=size, sampler=keys)
+
+
+def running(batches: Iterable[Any]) -> AbstractContextManager[Iterator[Any]]:
+    """The batches of a loader, whose workers end with the block; Python would wait for them at its end for ever."""
+    return closing(batch for batch in batches)
 
 
 def _loading(machine: Machine, world: World) -> dict[str, Any]:
-    return {"num_workers": machine.workers, "pin_memory": world.device.type == "cuda"}
+    return {
+        "num_workers": machine.workers,
+        "pin_memory": world.device.type == "cuda",
+        "worker_init_fn": _ignore_termination,
+    }
+
+
+def _ignore_termination(worker: int) -> None:
+    """SIGTERM is often sent to all processes of a job; the one that trains has to finish its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -38,6 +40,10 @@ class World:
             value /= self.size
         return value
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
+
     def interleave(self, rows: Tensor) -> Tensor:
         """Rows that were dealt out one by one, as many to every process, in their order, in every process."""
         if self.size == 1:
@@ -54,6 +60,23 @@ class World:
 def is_first_process() -> bool:
     """Whether this is the process that speaks for all."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def termination() -> Iterator[threading.Event]:
+    """Inside the block SIGTERM sets the event instead of ending the process.
+
+    Python lets only the main thread decide about signals; in another one nothing changes.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *arguments: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,10 +18,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset
 
 from ..optimizer_in_backward import step_in_backward
-from .batches import derived_seed, to_device
+from .batches import derived_seed, running, to_device
 from .distributed import World, distribute, shard, synchronised
 from .metrics import Metric
 from .optimization import create_mixing, create_optimizer, create_scheduler
@@ -119,17 +121,20 @@ class Trainer:
             known, and the learning rate of the head.
 
         Raises:
-            FloatingPointError: the loss is not finite. The weights are as they were.
+            FloatingPointError: the loss, or its gradient where the norm is known, is not finite. The weights are as they
+                were.
+            ValueError: there are fewer passes.
         """
-        random_seed(derived_seed(self.recipe.run.seed, self.step, self.world.rank))
+        self._seed()
         self.scheduler.step_update(self.step)
         self.optimizer.zero_grad()
         self.model.train()
         loss = torch.zeros((), device=self.world.device)
+        number, passes = 0, self.recipe.machine.accumulation
         for number, batch in enumerate(batches, 1):
-            loss += self._backward(
-                to_device(batch, self.world.device), is_last=number == self.recipe.machine.accumulation
-            )
+            loss += self._backward(batch, is_last=number == passes)
+        if number < passes:  # a stream that leaves out what it cannot read, and with it everything
+            raise ValueError(f"data: the training split ended at step {self.step}, after {number} of {passes} passes")
         figures = {"loss": self._finite_mean(loss)}
         if not self.recipe.machine.step_in_backward:
             figures["gradient_norm"] = self._step()
@@ -138,11 +143,14 @@ class Trainer:
         self.step += 1
         return figures | {"learning_rate": max(group["lr"] for group in self.optimizer.param_groups)}
 
+    def _seed(self) -> None:
+        random_seed(derived_seed(self.recipe.run.seed, self.step, self.world.rank))
+
     def _backward(self, batch: Any, is_last: bool) -> Tensor:
         machine = self.recipe.machine
         with synchronised(self.model, enabled=is_last):
-            with autocast(machine, self.world.device), offloading(machine):
-                loss = self.objective(self.model, batch) / machine.accumulation
+            with offloading(machine):
+                loss = self._loss(self.model, batch) / machine.accumulation
             if machine.step_in_backward:
                 self._finite_mean(loss.detach().clone())
             self.scaler.scale(loss).backward()
@@ -161,17 +169,63 @@ class Trainer:
         self.scaler.update()
         return norm
 
+    def _loss(self, model: nn.Module, batch: Any) -> Tensor:
+        with autocast(self.recipe.machine, self.world.device):
+            return self.objective(model, to_device(batch, self.world.device))
+
     def _clip(self) -> float:
-        largest = self.recipe.optimizer.clip_grad or math.inf
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), largest)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        """Clip the gradient, unless it is not finite: clipping would spread that over all layers."""
+        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        total = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+        norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
+        if not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler leaves such a step out
+            raise FloatingPointError(f"step {self.step}: the norm of the gradient is {norm}")
+        nn.utils.clip_grads_with_norm_(parameters, self.recipe.optimizer.clip_grad or math.inf, total)
+        return norm
+
+    @torch.no_grad()
+    def first_not_finite(self, batches: Iterable[Any]) -> str:
+        """What in this process is the first not to be finite in a step over these passes, which is computed again."""
+        found: list[str] = []
+
+        def look(what: str, value: Any) -> None:
+            if not all(leaf.isfinite().all() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
+                found.append(what)
+
+        def look_at_output(name: str, module: nn.Module, input: Any, output: Any) -> None:
+            look(f"the output of {name or type(module).__name__}", output)
+
+        hooks = [self.module.register_forward_pre_hook(lambda module, input: look("the input", input))]
+        hooks += [
+            module.register_forward_hook(partial(look_at_output, name)) for name, module in self.module.named_modules()
+        ]
+        self._seed()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                for batch in batches:
+                    look("the loss itself", self._loss(self.module, batch))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not found:  # backward goes from the last layer to the first
+            gradients = [(name, p.grad) for name, p in self.module.named_parameters() if p.grad is not None]
+            found = [f"the gradient of {name}" for name, grad in reversed(gradients) if not _is_finite(grad)]
+        return f"the first that is not finite is {found[0]}" if found else "everything is finite in this process"
 
     def weights(self) -> dict[str, Tensor]:
         """The whole state dict of `evaluated`, on the CPU; where it is sharded, in the first process only."""
         return cast(dict[str, Tensor], get_model_state_dict(self.evaluated, options=WHOLE))
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state in plain containers, on the CPU; where it is sharded, in the first process only."""
+        """The whole state in plain containers, on the CPU; where it is sharded, in the first process only.
+
+        Raises:
+            FloatingPointError: a trained weight is not finite; nothing can be continued from it.
+        """
+        trained = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+        damaged = next((name for name, p in trained if not _is_finite(p)), None)
+        if self.world.any(damaged is not None):
+            raise FloatingPointError(f"step {self.step}: {damaged or 'a weight'} is not finite")
         model, optimizer = get_state_dict(self.module, self.optimizer, options=WHOLE)
         state = {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict(), "step": self.step}
         return state if self.ema is None else state | {"ema": get_model_state_dict(self.ema.module, options=WHOLE)}
@@ -188,24 +242,37 @@ class Trainer:
         if self.ema is not None:
             set_model_state_dict(self.ema.module, state["ema"], options=WHOLE)
         self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+        self.step = int(state["step"])
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all of a tensor is finite, or this process's part of it."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return bool(local.isfinite().all())
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, dataset: Any, batches: Iterable[Any], metric: Metric, machine: Machine, world: World
 ) -> dict[str, float]:
-    """The metrics of a model on a test split, the same in every process; logits are averaged over a sample's views."""
+    """The metrics of a model on a test split, the same in every process; logits are averaged over a sample's views.
+
+    Raises:
+        ValueError: no sample, or one that cannot be read.
+    """
     model.eval()
     views = dataset.views
     kept: list[tuple[Tensor, Tensor]] = []
-    for batch in batches:
-        input, target = to_device(batch, world.device)
-        with autocast(machine, world.device):
-            logits = model(input.flatten(0, 1) if views > 1 else input).float()
-        if views > 1:
-            logits = logits.unflatten(0, (-1, views)).mean(1)
-        kept.append(metric.rows(logits, input, target))
+    with running(batches) as loaded:
+        for batch in loaded:
+            input, target = to_device(batch, world.device)
+            with autocast(machine, world.device):
+                logits = model(input.flatten(0, 1) if views > 1 else input).float()
+            if views > 1:
+                logits = logits.unflatten(0, (-1, views)).mean(1)
+            kept.append(metric.rows(logits, input, target))
+    if not kept:
+        raise ValueError("data: the test split has no sample that can be read")
     rows, targets = (_in_order(parts, dataset, world) for parts in zip(*kept, strict=True))
     return metric.summary(rows, targets)
 

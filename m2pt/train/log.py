@@ -9,6 +9,8 @@ from typing import Any, Self
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from ..checkpoints import written_whole
+
 FILE = "log.jsonl"
 
 
@@ -18,7 +20,8 @@ class Log:
     Args:
         folder: of the run; a log in it is continued.
         is_first: whether this is the first process.
-        step, steps: where the run starts and ends; lines of an interrupted run after `step` are dropped.
+        step, steps: where the run starts and ends; of an interrupted run, lines after `step` and the results, which
+            will be written again, are dropped.
     """
 
     def __init__(self, folder: Path, is_first: bool, step: int, steps: int) -> None:
@@ -27,8 +30,9 @@ class Log:
         self.tensorboard: Any = None
         if not is_first:
             return
-        kept = [line for line in read_log(folder) if line["step"] <= step]
-        self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+        kept = [line for line in read_log(folder) if line["step"] <= step and "model" not in line]
+        with written_whole(self.path) as temporary:
+            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -60,9 +64,10 @@ def _short(value: Any) -> str:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; none if there is no log."""
+    """The lines of a run's log; none if there is no log. A last line that was not written to its end is left out."""
     path = folder / FILE
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def plot_curves(folder: Path) -> None:

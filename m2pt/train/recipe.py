@@ -61,6 +61,8 @@ class Data:
         train_split, test_split: names of the layout's splits.
         batch_size: samples of one optimizer step, over all processes and accumulated passes.
         test_batch_size: samples of one forward pass of a process in evaluation.
+        on_error: what a damaged training sample does: "stop" the run, or "skip": a line on stderr names it, and the
+            next readable one stands in. The test split always stops; in a stream timm skips, whatever is said here.
     """
 
     layout: str
@@ -69,6 +71,7 @@ class Data:
     train_split: str = "train"
     test_split: str = "test"
     test_batch_size: int = 64
+    on_error: Literal["stop", "skip"] = "stop"
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -2,8 +2,11 @@
 
 import itertools
 import os
+import shutil
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,9 +21,9 @@ from ..checkpoint_formats import load_auxiliary, load_pretrained
 from ..checkpoints import load_state_dict, save_state_dict
 from ..data import create_dataset
 from ..models import MaskedAutoencoder, create_model
-from .batches import pass_size, samples_of, steps_per_epoch, test_batches, training_batches
+from .batches import pass_size, running, samples_of, steps_per_epoch, test_batches, training_batches
 from .deployment import build_plain, deployed, description, probe_head
-from .distributed import World, is_first_process, processes
+from .distributed import World, is_first_process, processes, termination
 from .engine import Trainer, classification_objective, evaluate
 from .files import CHECKPOINT, load_checkpoint, load_weights, save_checkpoint, write_json
 from .log import Log, plot_curves, plot_scales
@@ -29,6 +32,8 @@ from .optimization import create_loss
 from .recipe import Recipe
 
 SCALE = ".cross_modal_scale"
+TERMINATED = 128 + signal.SIGTERM
+"""The status that a shell gives a process which SIGTERM ended."""
 
 Metrics = dict[str, float]
 
@@ -49,8 +54,9 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Metrics]
         The metrics in percent of the model in training, "trained", and of the plain one, "merged".
 
     Raises:
-        FloatingPointError: the loss is not finite; the message names the step.
+        FloatingPointError: the loss, a gradient or a weight is not finite; the message names the step and the layer.
         FileNotFoundError, TypeError, ValueError: recipe, data and checkpoints do not fit, or `out` holds a run already.
+        SystemExit: SIGTERM came during training. The step was finished and the state saved; the status is 143.
     """
     if recipe.pretraining is not None:
         raise ValueError("recipe: this one is for pretraining, with `m2pt pretrain`")
@@ -100,8 +106,9 @@ def pretrain(recipe: Recipe, out: Path, resume: bool = False) -> None:
         resume: continue the run in `out` from its last checkpoint.
 
     Raises:
-        FloatingPointError: the loss is not finite; the message names the step.
+        FloatingPointError: the loss, a gradient or a weight is not finite; the message names the step and the layer.
         FileNotFoundError, TypeError, ValueError: recipe and data do not fit, or `out` holds a run already.
+        SystemExit: as by `train`.
     """
     if recipe.pretraining is None:
         raise ValueError("recipe: expected one with a table [pretraining]; this one is for `m2pt train`")
@@ -195,33 +202,55 @@ def _fit(
     """Train to the end of the schedule."""
     recipe, world = trainer.recipe, trainer.world
     steps = recipe.schedule.epochs * steps_per_epoch
-    passes = training_batches(dataset, recipe, world, trainer.step)
     start, since = time.perf_counter(), trainer.step
-    while trainer.step < steps:
-        figures = trainer.update(itertools.islice(passes, recipe.machine.accumulation))
-        step = trainer.step
-        log.bar.update()
-        if step % recipe.run.log_steps == 0 or step == steps:
-            rate = (step - since) * recipe.data.batch_size / (time.perf_counter() - start)
-            log.write(step, **figures, samples_per_second=rate)
-            start, since = time.perf_counter(), step
-        paused = time.perf_counter()
-        epoch, is_inside = divmod(step, steps_per_epoch)
-        if measure is not None and step < steps and not is_inside and epoch % recipe.run.eval_epochs == 0:
-            log.write(step, **measure())
-        if not is_inside or (recipe.run.checkpoint_steps and step % recipe.run.checkpoint_steps == 0):
-            state = trainer.state_dict()
-            if world.is_first:
-                save_checkpoint(out, state, recipe)
-        start += time.perf_counter() - paused
+    with termination() as asked, _passes(trainer, dataset) as passes:
+        while trainer.step < steps:
+            try:
+                figures = trainer.update(itertools.islice(passes, recipe.machine.accumulation))
+            except FloatingPointError as error:
+                with _passes(trainer, dataset) as again:
+                    found = trainer.first_not_finite(itertools.islice(again, recipe.machine.accumulation))
+                raise FloatingPointError(f"{error}; {found}") from None
+            step = trainer.step
+            is_stopping = world.any(asked.is_set())
+            log.bar.update()
+            if step % recipe.run.log_steps == 0 or step == steps:
+                rate = (step - since) * recipe.data.batch_size / (time.perf_counter() - start)
+                log.write(step, **figures, samples_per_second=rate)
+                start, since = time.perf_counter(), step
+            paused = time.perf_counter()
+            epoch, is_inside = divmod(step, steps_per_epoch)
+            is_ending = is_stopping or step == steps
+            if measure is not None and not (is_inside or is_ending) and epoch % recipe.run.eval_epochs == 0:
+                log.write(step, **measure())
+            is_due = recipe.run.checkpoint_steps and step % recipe.run.checkpoint_steps == 0
+            if not is_inside or is_due or is_stopping:
+                state = trainer.state_dict()
+                if world.is_first:
+                    save_checkpoint(out, state, recipe)
+            if is_stopping:
+                log.write(step, stopped="SIGTERM")
+                raise SystemExit(TERMINATED)
+            start += time.perf_counter() - paused
+
+
+def _passes(trainer: Trainer, dataset: Any) -> AbstractContextManager[Iterator[Any]]:
+    """The passes from the next step on."""
+    return running(training_batches(dataset, trainer.recipe, trainer.world, trainer.step))
 
 
 def _log_of(trainer: Trainer, out: Path, resume: bool, steps_per_epoch: int) -> Log:
     """The log of a run that begins, or that goes on from its last checkpoint."""
     if resume:
-        trainer.load_state_dict(load_checkpoint(out, trainer.recipe))
+        state = load_checkpoint(out, trainer.recipe)
+        try:
+            trainer.load_state_dict(state)
+        except Exception as error:  # torch has no error of its own for a state that does not fit
+            raise ValueError(f"{out / CHECKPOINT}: not the state of this run ({error!r})") from error
     if trainer.world.is_first:
         out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob("*.partial/"):  # of a process that was killed while it wrote
+            shutil.rmtree(left)
         write_json(out / "recipe.json", trainer.recipe.as_dict())
     return Log(out, trainer.world.is_first, trainer.step, trainer.recipe.schedule.epochs * steps_per_epoch)
 

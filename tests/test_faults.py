@@ -1,0 +1,356 @@
+"""Training that is killed, terminated, or goes wrong: it goes on from its last checkpoint as if nothing had been."""
+
+import math
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_runs import assert_equal
+from torch import nn
+
+from m2pt.checkpoints import save_state_dict
+from m2pt.cli import main
+from m2pt.models import create_model
+from m2pt.train.engine import Trainer
+from m2pt.train.log import read_log
+
+MODEL = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+SETTINGS = [f"model.overrides.{name}={value}" for name, value in MODEL.items()]
+SETTINGS += [
+    "data.batch_size=120",
+    "model.overrides.drop_path_rate=0.5",
+    "loss.mixup=0.8",
+    "schedule.epochs=2",
+    "run.checkpoint_steps=1",
+    "run.log_steps=1",
+    "run.ema_decay=0.5",
+]
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An auxiliary checkpoint, and a run from beginning to end."""
+    folder = tmp_path_factory.mktemp("faults")
+    torch.manual_seed(1)
+    auxiliary = create_model("image", "tiny", num_classes=0, img_size=32, patch_size=8, **MODEL)
+    save_state_dict(auxiliary.state_dict(), folder / "aux.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        no_plots(patch)
+        assert main(command(folder, "whole")) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch):
+    no_plots(monkeypatch)
+
+
+def no_plots(monkeypatch):
+    """Figures take longer than these runs."""
+    for plot in ("plot_curves", "plot_scales"):
+        monkeypatch.setattr(f"m2pt.train.run.{plot}", lambda *arguments: None)
+
+
+def command(folder, out, *more):
+    return [
+        "train",
+        "tiny_image",
+        *SETTINGS,
+        "--aux",
+        str(folder / "aux.safetensors"),
+        "--out",
+        str(folder / out),
+        *more,
+    ]
+
+
+def state(out):
+    return torch.load(out / "last.pth", weights_only=True)
+
+
+def assert_ended_alike(out, whole):
+    """The same merged model, byte for byte; the same state, figures and files."""
+    assert (out / "merged.safetensors").read_bytes() == (whole / "merged.safetensors").read_bytes()
+    states = state(out), state(whole)
+    for part in ("model", "ema", "optimizer", "scaler", "step"):
+        assert_equal(states[0][part], states[1][part])
+    assert figures(out) == figures(whole)
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def figures(out):
+    """The log without what depends on the clock or tells of a stop, at which an evaluation that is due is left out."""
+    lines = ({name: value for name, value in line.items() if name != "samples_per_second"} for line in read_log(out))
+    return [line for line in lines if "loss" in line or "model" in line]
+
+
+def run(arguments, fsyncs=None, rank=None, port=None, timeout=None):
+    """A training process; it kills itself when it is about to complete its `fsyncs`-th file."""
+    os.setsid()  # so that a signal can be sent to it and its data workers together
+    multiprocessing.set_start_method("fork", force=True)  # for its data workers, as in a run from the command line
+    no_plots(pytest.MonkeyPatch())
+    fsync, done = os.fsync, []
+
+    def fsync_or_die(descriptor):
+        done.append(descriptor)
+        if len(done) == fsyncs:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = fsync_or_die
+    if rank is not None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    if timeout is not None:
+        dist.init_process_group = partial(dist.init_process_group, timeout=timedelta(seconds=timeout))
+    sys.exit(main(arguments))
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Start `run` in a process that has imported everything already; whatever is still running ends with the tests."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["m2pt.cli", "m2pt.train", "torch._dynamo", "pytest", "av", "soundfile"])
+    processes = []
+
+    def start(*arguments, **settings):
+        process = context.Process(target=run, args=arguments, kwargs=settings)
+        process.start()
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def start_two(start, arguments, **settings):
+    """Two processes that train one model, without a launcher that would look after them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(arguments, rank=rank, port=port, **settings) for rank in range(2)]
+
+
+def statuses(processes, seconds=60):
+    """How processes ended, None for one that has not."""
+    for process in processes:
+        process.join(seconds)
+    return [process.exitcode for process in processes]
+
+
+def wait_for(out, lines):
+    """Until the log has so many lines."""
+    end = time.monotonic() + 60
+    while len(read_log(out)) < lines:
+        assert time.monotonic() < end, "the run does not go on"
+        time.sleep(0.002)
+
+
+def resumed(arguments, out):
+    return [*arguments, "--resume"] if (out / "last.pth").exists() else arguments
+
+
+def test_killed_runs_end_as_if_nothing_had_been(folder, start, repetitions):
+    """Half of the kills come at any time, the other half while a file is being written."""
+    moments = random.Random(0)
+    kills = finished = while_writing = 0
+    while kills < repetitions or finished == 0:
+        out = folder / f"killed{finished}"
+        is_finished = False
+        while not is_finished:
+            arguments = resumed(command(folder, out.name), out)
+            if kills >= repetitions:
+                process = start(arguments)
+            elif kills % 2:
+                process = start(arguments, fsyncs=moments.randrange(1, STEPS))
+            else:
+                process = start(arguments)
+                process.join(moments.uniform(0, 2))
+                process.kill()
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL)
+            is_finished = process.exitcode == 0
+            kills += not is_finished
+            while_writing += bool(list(out.glob("*.partial")))
+        finished += 1
+        assert_ended_alike(out, folder / "whole")
+    assert while_writing >= kills // 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_finishes_the_step_and_saves(folder, start, workers, repetitions):
+    moments = random.Random(workers)
+    for number in range((repetitions + 1) // 2):
+        out = folder / f"terminated{workers}-{number}"
+        arguments = command(folder, out.name, f"machine.workers={workers}", "run.checkpoint_steps=0")
+        process = start(arguments)
+        wait_for(out, moments.randrange(1, STEPS // 2))
+        os.killpg(process.pid, signal.SIGTERM)  # with its data workers, as a scheduler does
+        assert statuses([process]) == [143]
+        stop = read_log(out)[-1]
+        assert stop["stopped"] == "SIGTERM" and state(out)["step"] == stop["step"] < STEPS
+        assert statuses([start([*arguments, "--resume"])]) == [0]
+        assert_ended_alike(out, folder / "whole")
+
+
+def test_sigterm_to_one_of_two_processes_stops_both(folder, start):
+    whole, out = folder / "whole2", folder / "terminated2"
+    assert statuses(start_two(start, command(folder, whole.name))) == [0, 0]
+    processes = start_two(start, command(folder, out.name))
+    wait_for(out, 7)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert statuses(processes) == [143, 143]
+    assert 7 <= state(out)["step"] < STEPS
+    assert statuses(start_two(start, [*command(folder, out.name), "--resume"])) == [0, 0]
+    assert_ended_alike(out, whole)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_others_with_an_error(folder, start, lost):
+    out = folder / f"lost{lost}"
+    processes = start_two(start, command(folder, out.name))
+    wait_for(out, 5)
+    processes[lost].kill()
+    left = statuses(processes)[1 - lost]
+    assert left not in (None, 0)
+    assert state(out)["step"] >= 4
+
+
+def test_a_process_that_hangs_ends_the_others_after_the_timeout(folder, start):
+    out = folder / "hanging"
+    processes = start_two(start, command(folder, out.name), timeout=3)
+    wait_for(out, 5)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    assert statuses(processes[:1]) not in ([None], [0])
+
+
+def test_sigterm_outside_of_training_is_left_to_the_caller(folder):
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([*command(folder, "whole"), "--resume"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_training_in_a_thread(folder):
+    """Where Python allows nobody to handle signals."""
+    done = []
+    thread = threading.Thread(target=lambda: done.append(main([*command(folder, "whole"), "--resume"])))
+    thread.start()
+    thread.join()
+    assert done == [0]
+
+
+def test_a_log_whose_last_line_is_not_whole_is_continued(folder, monkeypatch):
+    out = folder / "log"
+    monkeypatch.setattr(Trainer, "update", stopped_at(7))
+    assert main(command(folder, out.name)) == 130
+    monkeypatch.undo()
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    assert main([*command(folder, out.name), "--resume"]) == 0
+    assert figures(out) == figures(folder / "whole")
+
+
+def stopped_at(step):
+    """`Trainer.update` until a step, then Ctrl-C."""
+    update = Trainer.update
+
+    def wrapper(trainer, batches):
+        if trainer.step == step:
+            raise KeyboardInterrupt
+        return update(trainer, batches)
+
+    return wrapper
+
+
+def poison_weight(trainer):
+    """A weight that is not a number."""
+    nn.init.constant_(trainer.module.blocks[1].mlp.fc1.weight[:1], math.nan)
+
+
+def poison_scale(trainer):
+    nn.init.constant_(trainer.module.blocks[0].attn.proj.cross_modal_scale, math.inf)
+
+
+def poison_input(trainer):
+    trainer.objective = partial(poisoned, trainer.objective)
+
+
+def poisoned(objective, model, batch):
+    images, labels = batch
+    images[1, 0, 0, 0] = math.inf
+    return objective(model, (images, labels))
+
+
+def poison_at_random(trainer):
+    """An output that is not a number in every tenth forward pass, by the random numbers of the step."""
+    trainer.module.blocks[1].norm2.register_forward_hook(
+        lambda module, input, output: output * (math.nan if torch.rand(()) < 0.1 else 1)
+    )
+
+
+def poison_gradient(trainer):
+    trainer.module.blocks[0].mlp.fc2.weight.register_hook(lambda gradient: gradient * math.inf)
+
+
+def poison_loss(trainer):
+    objective = trainer.objective
+    trainer.objective = lambda model, batch: objective(model, batch) * math.nan
+
+
+POISONS = {
+    poison_weight: "the loss is nan; the first that is not finite is the output of blocks.1.mlp.fc1",
+    poison_scale: "the loss is nan; the first that is not finite is the output of blocks.0.attn.proj",
+    poison_input: "the loss is nan; the first that is not finite is the input",
+    poison_at_random: "the loss is nan; the first that is not finite is the output of blocks.1.norm2",
+    poison_gradient: "the gradient is {}; the first that is not finite is the gradient of blocks.0.mlp.fc2.weight",
+    poison_loss: "the loss is nan; the first that is not finite is the loss itself",
+}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("poison", POISONS, ids=lambda poison: poison.__name__)
+def test_what_is_not_finite_stops_with_step_and_layer(folder, monkeypatch, capsys, poison, accumulation):
+    out = folder / f"{poison.__name__}{accumulation}"
+    update, before = Trainer.update, {}
+
+    def poisoned_update(trainer, batches):
+        if trainer.step == 5:
+            poison(trainer)
+        before.update(trainer.module.state_dict() if trainer.step < 5 else {})
+        return update(trainer, batches)
+
+    monkeypatch.setattr(Trainer, "update", poisoned_update)
+    assert main(command(folder, out.name, f"machine.accumulation={accumulation}")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    step = state(out)["step"]
+    assert error.startswith(f"m2pt: error: step {step}: ")
+    assert any(POISONS[poison].format(norm) in error for norm in ("nan", "inf"))
+    assert step >= 5 and all(value.isfinite().all() for value in state(out)["model"].values())
+    assert not (out / "result.json").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder, monkeypatch, capsys):
+    out, update = folder / "not_saved", Trainer.update
+
+    def ruinous(trainer, batches):
+        figures = update(trainer, batches)
+        if trainer.step == 6:
+            nn.init.constant_(trainer.module.blocks[1].norm1.bias, math.inf)
+        return figures
+
+    monkeypatch.setattr(Trainer, "update", ruinous)
+    assert main(command(folder, out.name)) == 2
+    assert "m2pt: error: step 6: blocks.1.norm1.bias is not finite" in capsys.readouterr().err
+    assert state(out)["step"] == 5
