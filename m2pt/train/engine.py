@@ -121,8 +121,8 @@ class Trainer:
             known, and the learning rate of the head.
 
         Raises:
-            FloatingPointError: the loss, or its gradient where the norm is known, is not finite. The weights are as they
-                were.
+            FloatingPointError: the loss is not finite, or its gradient where the norm is known. The weights are as
+                they were.
             ValueError: there are fewer passes.
         """
         self._seed()
