@@ -16,6 +16,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from .checkpoints import load_state_dict
+from .checks import check_module
 from .pathway import LAYER_NAMES
 
 PARTS = ("query", "key", "value")
@@ -278,6 +279,7 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], Report]
     """`convert_state_dict` of a file.
 
     Raises:
+        TypeError: `path` is no path.
         FileNotFoundError: no such file.
         ValueError: not a readable checkpoint, or not one of a known format.
     """
@@ -295,6 +297,7 @@ def load_auxiliary(path: str | os.PathLike) -> nn.Module:
     file's own depth, widths and dtype, on the CPU. It cannot be called.
 
     Raises:
+        TypeError: `path` is no path.
         FileNotFoundError: no such file.
         ValueError: not a readable checkpoint, or not one of a known format (see `convert_state_dict`).
     """
@@ -324,10 +327,14 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike) -> Report:
         What became of every entry of the file, and what the model keeps of its own.
 
     Raises:
+        TypeError: `model` is no module, or `path` no path.
         FileNotFoundError: no such file.
-        ValueError: not a readable checkpoint of a known format, or one that does not fit: the message names the entry,
-            and the model is as it was.
+        ValueError: a model without data, not a readable checkpoint of a known format, or one that does not fit: the
+            message names the entry, and the model is as it was.
     """
+    check_module("model", model)
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError("model: expected one with data, this one is on the meta device")
     tensors, report = read_checkpoint(path)
     own = model.state_dict()
     try:

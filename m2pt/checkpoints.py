@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .checks import check_state_dict, checked_path
 from .linear import merged_weight
 
 WRAPPERS = ("module", "state_dict", "model", "base_model", "model_state_dict")
@@ -39,10 +40,11 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     Tensors are put on the CPU. A torch file is read as by `load_torch`.
 
     Raises:
+        TypeError: `path` is no path.
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, of another format, or holds something else than named tensors.
+        ValueError: the file is damaged, of another format, or holds something else than named dense tensors with data.
     """
-    path = Path(path)
+    path = checked_path("path", path)
     if path.suffix != ".safetensors":
         return state_dict_in(load_torch(path), path)
     with _reading(path):
@@ -138,15 +140,21 @@ def save_state_dict(state_dict: dict[str, Tensor], path: str | os.PathLike) -> N
     Tensors that share memory, such as tied weights, are written once each.
 
     Raises:
-        ValueError: another ending than `.safetensors`.
+        TypeError: `state_dict` holds something else than named tensors, or `path` is no path.
+        ValueError: another ending than `.safetensors`, or a tensor that such a file cannot hold: sparse, nested,
+            without data, or of a dtype that safetensors does not know.
         OSError: the folder is missing or cannot be written, or the disk is full.
     """
-    path = Path(path)
+    path = checked_path("path", path)
+    check_state_dict(state_dict)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a name ending in .safetensors")
     tensors = _without_sharing(state_dict)
-    with written_whole(path) as temporary:
-        save_file(tensors, temporary)
+    try:
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary)
+    except KeyError as error:
+        raise ValueError(f"state_dict: safetensors has no dtype {error}") from error
 
 
 def _without_sharing(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -165,8 +173,10 @@ def merge_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of the merged model: `W + s * W_aux` for each fused layer, everything else as it was.
 
     Raises:
+        TypeError: `state_dict` holds something else than named tensors.
         ValueError: no fused layer, one that is not complete, or a merged weight that is not finite.
     """
+    check_state_dict(state_dict)
     merged = dict(state_dict)
     owned = ("aux_weight", "aux_weight_scale", "cross_modal_scale")
     layers = {name.removesuffix(last): None for name in state_dict if (last := name.rpartition(".")[2]) in owned}

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from m2pt_kernels import combined_weight, cross_modal_linear, quantize
-from m2pt_kernels.quantization import DTYPES, check_aux_weight
+from m2pt_kernels.checks import GEMM_DTYPES, check_tensor
+from m2pt_kernels.quantization import DTYPES
+
+from .checks import check_kind, check_sizes
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -27,16 +30,11 @@ def merged_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_
     `aux_weight_scale` holds the scales of a quantised `aux_weight`.
 
     Raises:
-        ValueError: the shapes do not fit, there is no data, or the sum is not finite.
-        TypeError: `aux_weight` is quantised and `aux_weight_scale` missing, or the other way round.
+        TypeError, ValueError: as `combined_weight`; or there is no data, or the sum is not finite.
     """
-    check_aux_weight(aux_weight, aux_weight_scale, weight.shape)
-    models = (1,) if aux_weight.dim() == 2 else aux_weight.shape[:1]
-    if scale.shape != models:
-        raise ValueError(f"cross_modal_scale: expected shape {tuple(models)}, got {tuple(scale.shape)}")
-    if any(tensor.is_meta for tensor in (weight, aux_weight, scale)):
-        raise ValueError("there is nothing to merge on the meta device")
     merged = combined_weight(weight, aux_weight, scale, weight.dtype, aux_weight_scale)
+    if merged.is_meta:
+        raise ValueError("there is nothing to merge on the meta device")
     if not merged.isfinite().all():
         raise ValueError("weight + cross_modal_scale * aux_weight has NaN or infinite entries")
     return merged
@@ -46,9 +44,10 @@ def _aux_weights(aux_weight: Tensor | Sequence[Tensor] | None, shape: tuple[int,
     """Of each auxiliary model the weight, once it is known to fit."""
     weights: list[Any] = list(aux_weight) if isinstance(aux_weight, Sequence) and aux_weight else [aux_weight]
     for weight in weights:
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        if not isinstance(weight, Tensor) or weight.dtype not in GEMM_DTYPES:
             got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
             raise TypeError(f"aux_weight: expected a floating tensor of shape {shape}, got {got}")
+        check_tensor("aux_weight", weight)
         if weight.shape != shape:
             raise ValueError(f"aux_weight: expected shape {shape}, got {tuple(weight.shape)}")
     return weights
@@ -65,18 +64,20 @@ class FusedCrossModalLinear(nn.Linear):
         bias: whether the layer has a bias; ignored if `origin_layer` is given.
         origin_layer: the target model's layer. Its weight and bias parameters are adopted, not copied, with their
             dtype, device and `requires_grad`, and so is its training flag. None initialises new ones like `nn.Linear`.
-        aux_weight: (out_features, in_features), the auxiliary model's weight, any floating dtype. Its storage is shared
-            where it already lies on the layer's device, so loading a checkpoint into this layer writes to both. A
-            sequence of such weights, of n > 1 auxiliary models, is copied into one tensor (n, out_features,
-            in_features).
+        aux_weight: (out_features, in_features), the auxiliary model's weight, any floating dtype of 16 bits or more.
+            Its storage is shared where it already lies on the layer's device, so loading a checkpoint into this layer
+            writes to both. A sequence of such weights, of n > 1 auxiliary models, is copied into one tensor
+            (n, out_features, in_features).
         is_aux_trainable: whether `aux_weight` gets a gradient. The auxiliary model's own flag is left alone.
 
     `cross_modal_scale` has shape (1,) or (n,), starts at zero and is always trainable. State-dict names: `weight`,
     `bias`, `aux_weight`, `cross_modal_scale`; and `aux_weight_scale` once `quantize_aux` has made `aux_weight` small.
 
     Raises:
-        TypeError: `aux_weight` missing or not a floating tensor, or `origin_layer` not a plain `nn.Linear`.
-        ValueError: `aux_weight` or `origin_layer` of another shape, or `aux_weight` without data.
+        TypeError: `aux_weight` missing or not such a tensor, `origin_layer` not a plain `nn.Linear`, a size that is no
+            integer, or `is_aux_trainable` that is no bool.
+        ValueError: `aux_weight` or `origin_layer` of another shape, `aux_weight` sparse, nested or without data, or a
+            size below zero.
     """
 
     aux_weight: Tensor
@@ -92,6 +93,8 @@ class FusedCrossModalLinear(nn.Linear):
         aux_weight: Tensor | Sequence[Tensor] | None = None,
         is_aux_trainable: bool = False,
     ) -> None:
+        check_sizes(in_features=in_features, out_features=out_features)
+        check_kind(bool, "a bool", is_aux_trainable=is_aux_trainable)
         shape = (out_features, in_features)
         aux_weights = _aux_weights(aux_weight, shape)
         if origin_layer is not None:
@@ -145,7 +148,11 @@ class FusedCrossModalLinear(nn.Linear):
             raise ValueError("aux_weight: expected a frozen one to quantise, this one is trainable")
         if self.aux_weight_scale is not None:
             raise ValueError(f"aux_weight: it is stored as {DTYPES[self.aux_weight.dtype]} already")
-        return (self.aux_weight.bfloat16(), None) if dtype == "bfloat16" else quantize(self.aux_weight, dtype)
+        if dtype == "bfloat16":
+            return self.aux_weight.bfloat16(), None
+        if dtype not in DTYPES.values():
+            raise ValueError(f"dtype: expected one of bfloat16, {', '.join(DTYPES.values())}, got {dtype!r}")
+        return quantize(self.aux_weight, dtype)
 
     def _apply(self, fn, recurse=True):
         quantized = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

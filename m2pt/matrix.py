@@ -19,6 +19,7 @@ An auxiliary model of the target's own modality is left out.
 
 import json
 import math
+import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .checks import checked_path
 from .train import Recipe, load_recipe, train
 from .train.distributed import is_first_process
 from .train.files import CHECKPOINT, flat, write_json
@@ -62,27 +64,47 @@ class Gain:
     standard_error: float | None
 
 
-def load_matrix(path: Path) -> Matrix:
+def load_matrix(path: str | os.PathLike) -> Matrix:
     """A configuration, all of whose recipes have been read.
 
     Raises:
         FileNotFoundError: no such file or recipe.
         TypeError, ValueError: a key is missing, unknown, or holds what it should not.
     """
+    path = checked_path("path", path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        return _matrix(tomllib.loads(path.read_text("utf-8")))
+    except TypeError as error:
+        raise TypeError(f"{path}: {error}") from None
+    except ValueError as error:  # of TOML or UTF-8 too
         raise ValueError(f"{path}: {error}") from None
-    _require_keys(table, ("seeds", "targets", "auxiliaries"), str(path))
-    seeds = table["seeds"]
-    if not isinstance(seeds, list) or not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"{path}: seeds: expected a list of different numbers, got {seeds!r}")
-    targets = {}
-    for name, target in table["targets"].items():
-        _require_keys(target, ("recipe",), f"{path}: targets.{name}", optional=("data", "replaced"))
-        root = {"data.root": target["data"]} if "data" in target else {}
-        targets[name] = load_recipe(target["recipe"], root | flat(target.get("replaced", {})))
-    return Matrix(targets, table["auxiliaries"], seeds)
+
+
+def _matrix(table: dict[str, Any]) -> Matrix:
+    _require_keys(table, ("seeds", "targets", "auxiliaries"), "the file")
+    seeds, targets, auxiliaries = (table[key] for key in ("seeds", "targets", "auxiliaries"))
+    numbers = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not numbers or not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds: expected a list of different numbers of 0 or more, got {seeds!r}")
+    if not isinstance(targets, dict) or not targets:
+        raise ValueError(f"targets: expected tables by name, got {targets!r}")
+    if not isinstance(auxiliaries, dict) or not all(isinstance(aux, str) for aux in auxiliaries.values()):
+        raise ValueError(f"auxiliaries: expected paths by modality, got {auxiliaries!r}")
+    return Matrix({name: _target(target, f"targets.{name}") for name, target in targets.items()}, auxiliaries, seeds)
+
+
+def _target(table: Any, place: str) -> Recipe:
+    _require_keys(table, ("recipe",), place, optional=("data", "replaced"))
+    replaced = table.get("replaced", {})
+    if not isinstance(replaced, dict):
+        raise ValueError(f"{place}.replaced: expected a table, got {replaced!r}")
+    root = {"data.root": table["data"]} if "data" in table else {}
+    try:
+        return load_recipe(table["recipe"], root | flat(replaced))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{place}: {error}") from None
 
 
 def _require_keys(table: Any, required: Sequence[str], place: str, optional: Sequence[str] = ()) -> None:

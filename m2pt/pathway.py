@@ -1,6 +1,6 @@
 """Surgery: connect an auxiliary model to a target model, train what should be trained, fold the connection away."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from m2pt_kernels import dequantize
 
+from .checks import check_kind, check_module
 from .linear import FusedCrossModalLinear, is_plain_linear
 
 WEIGHT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -41,10 +42,13 @@ def reparameterize_aux_into_target_model(
         `target_model`.
 
     Raises:
+        TypeError: an argument of another type, or an auxiliary weight that is not floating.
         ValueError: the models do not fit: a missing body or layer, another depth or shape, a layer that is not linear,
             connected already, used twice, or not called by its block; or `aux_dtype` does not fit a weight. The
             message names the block and layer, and the target is as it was.
     """
+    check_module("target_model", target_model)
+    check_kind(str, "a dotted name", main_body_name=main_body_name)
     target_blocks = _blocks(target_model, "target_model", main_body_name)
     aux_models = _named_models(aux_model)
     aux_blocks = {argument: _blocks(model, argument, main_body_name) for argument, model in aux_models.items()}
@@ -54,8 +58,7 @@ def reparameterize_aux_into_target_model(
                 f"{argument}: expected {len(target_blocks)} blocks in {main_body_name!r} as in target_model,"
                 f" got {len(blocks)}"
             )
-    if isinstance(layer_names, str) or not layer_names or len(set(layer_names)) != len(layer_names):
-        raise ValueError(f"layer_names: expected a sequence of different names, got {layer_names!r}")
+    _require_names(layer_names)
     replacements = []
     connected: dict[nn.Linear, str] = {}
     for index, target_block in enumerate(target_blocks):
@@ -80,8 +83,8 @@ def reparameterize_aux_into_target_model(
                 )
                 if aux_dtype is not None:
                     fused.quantize_aux(aux_dtype)
-            except ValueError as error:
-                raise ValueError(f"aux_model: {place}: {error}") from None
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"aux_model: {place}: {error}") from None
             replacements.append((target_block, layer_name, fused))
     for block, layer_name, fused in replacements:
         block.set_submodule(layer_name, fused)
@@ -92,10 +95,18 @@ def _named_models(aux_model: nn.Module | Sequence[nn.Module]) -> dict[str, nn.Mo
     """The auxiliary models, by what error messages call them."""
     if isinstance(aux_model, nn.Module):
         return {"aux_model": aux_model}
-    models = {f"aux_model[{i}]": model for i, model in enumerate(aux_model)}
-    if not models or not all(isinstance(model, nn.Module) for model in models.values()):
+    models = list(aux_model) if isinstance(aux_model, Iterable) else [aux_model]
+    if not all(isinstance(model, nn.Module) for model in models):
+        raise TypeError(f"aux_model: expected a module, or a sequence of modules, got {aux_model!r}")
+    if not models:
         raise ValueError(f"aux_model: expected a module, or a sequence of modules, got {aux_model!r}")
-    return models
+    return {f"aux_model[{i}]": model for i, model in enumerate(models)}
+
+
+def _require_names(layer_names: Sequence[str]) -> None:
+    names = [] if isinstance(layer_names, str) or not isinstance(layer_names, Collection) else list(layer_names)
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise ValueError(f"layer_names: expected a sequence of different names, got {layer_names!r}")
 
 
 def _blocks(model: nn.Module, argument: str, main_body_name: str) -> nn.Sequential | nn.ModuleList:
@@ -150,6 +161,7 @@ def quantize_aux(model: nn.Module, dtype: str = "int8") -> nn.Module:
         `model`.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: no fused layer below `model`, or an auxiliary weight that is trainable, quantised already, not
             finite, or does not fit `dtype` (the message names its layer; the model is as it was).
     """
@@ -184,10 +196,11 @@ def quantization_errors(model: nn.Module, dtype: str, *inputs: Tensor) -> Quanti
         inputs: the arguments of a forward pass that returns one tensor, such as a batch of validation images.
 
     Raises:
-        ValueError: as `quantize_aux`.
+        TypeError, ValueError: as `quantize_aux`; or the model has no data.
     """
     stored, errors = {}, {}
     for layer, (name, *_) in _places(model).items():
+        _require_data(layer)
         try:
             data, scale = layer.quantized_aux(dtype)
         except ValueError as error:
@@ -213,6 +226,7 @@ def merge_pathways(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: no fused layer below `model`, or a merged weight that is not finite (the message names its layer;
             the model is as it was).
     """
@@ -230,12 +244,23 @@ def merge_pathways(model: nn.Module) -> nn.Module:
 
 
 def _fused_layers(model: nn.Module) -> list[tuple[str, FusedCrossModalLinear]]:
-    """Every place of a fused layer below `model`; a layer that is used twice has two."""
+    """Every place of a fused layer below `model`; a layer that is used twice has two.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: it has no fused layer.
+    """
+    check_module("model", model)
     named = model.named_modules(remove_duplicate=False)
     layers = [(name, module) for name, module in named if name and isinstance(module, FusedCrossModalLinear)]
     if not layers:
         raise ValueError(f"model: there is no FusedCrossModalLinear inside this {type(model).__name__}")
     return layers
+
+
+def _require_data(layer: FusedCrossModalLinear) -> None:
+    if layer.weight.is_meta:
+        raise ValueError("model: expected one with data, this one is on the meta device")
 
 
 def _places(model: nn.Module) -> dict[FusedCrossModalLinear, list[str]]:
@@ -252,10 +277,12 @@ def cross_modal_scales(model: nn.Module) -> dict[str, float]:
     With several auxiliary models a layer has one for each, by its name and the model's number in brackets.
 
     Raises:
-        ValueError: no fused layer below `model`.
+        TypeError: `model` is no module.
+        ValueError: no fused layer below `model`, or no data in it.
     """
     scales: dict[str, float] = {}
     for name, layer in _fused_layers(model):
+        _require_data(layer)
         several = layer.cross_modal_scale.tolist()
         scales |= {name if len(several) == 1 else f"{name}[{i}]": scale for i, scale in enumerate(several)}
     return scales
@@ -265,7 +292,8 @@ def scale_table(model: nn.Module) -> str:
     """The learned scales as a Markdown table, a row per block and a column per layer of a block.
 
     Raises:
-        ValueError: no fused layer below `model`.
+        TypeError: `model` is no module.
+        ValueError: no fused layer below `model`, or no data in it.
     """
     rows: dict[str, dict[str, float]] = {}
     for name, scale in cross_modal_scales(model).items():
@@ -291,9 +319,11 @@ def freeze_for_linear_probe(model: nn.Module, head_name: str = "head") -> nn.Mod
         `model`.
 
     Raises:
+        TypeError: `model` is no module, or `head_name` no string.
         ValueError: the model has no such head with parameters, or no fused layer.
     """
     layers = _fused_layers(model)
+    check_kind(str, "a dotted name", head_name=head_name)
     try:
         head = model.get_submodule(head_name)
     except AttributeError:

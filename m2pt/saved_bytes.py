@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from .checks import check_module
 from .linear import FusedCrossModalLinear
 
 
@@ -17,7 +18,11 @@ def saved_for_backward_bytes(model: nn.Module, *inputs: Tensor) -> int:
     """Bytes that `model(*inputs)` saves for backward, every storage once, the model's parameters and buffers left out.
 
     Precision, device and which gradients are needed are the caller's: call it inside `torch.autocast` to measure that.
+
+    Raises:
+        TypeError: `model` is no module.
     """
+    check_module("model", model)
     saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -36,9 +41,11 @@ def published_formulation(model: nn.Module) -> Iterator[None]:
     """Inside the block, every fused layer of `model` computes as the published code does, storing the combined weight.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: no fused layer in `model`, or one with a quantised W_aux or several, which the published code does
             not know.
     """
+    check_module("model", model)
     layers = [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]
     if not layers:
         raise ValueError(f"model: there is no FusedCrossModalLinear in this {type(model).__name__}")

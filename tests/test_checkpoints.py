@@ -135,12 +135,6 @@ def test_saving_to_a_missing_folder_names_it(tmp_path):
     assert not listing(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["missing.safetensors", "missing.pth", "."])
-def test_missing_file(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / name))):
-        load_state_dict(tmp_path / name)
-
-
 @pytest.mark.parametrize(
     "name, dump",
     [

@@ -162,33 +162,6 @@ def test_duplicates_compute_the_same_and_share_nothing(duplicate, is_aux_trainab
     assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in layer.parameters()}
 
 
-@pytest.mark.parametrize(
-    "arguments, error, message",
-    [
-        ({}, TypeError, "aux_weight: .*got NoneType"),
-        ({"aux_weight": [[0.0] * IN] * OUT}, TypeError, "aux_weight: .*got list"),
-        ({"aux_weight": torch.ones(OUT, IN, dtype=torch.int64)}, TypeError, "aux_weight: .*got torch.int64"),
-        ({"aux_weight": torch.ones(OUT, IN, dtype=torch.complex64)}, TypeError, "aux_weight: .*got torch.complex64"),
-        ({"aux_weight": torch.ones(IN, OUT)}, ValueError, r"aux_weight: .*\(4, 6\), got \(6, 4\)"),
-        ({"aux_weight": torch.ones(1, IN)}, ValueError, r"aux_weight: .*got \(1, 6\)"),
-        ({"aux_weight": torch.ones(OUT * IN)}, ValueError, r"aux_weight: .*got \(24,\)"),
-        ({"origin_layer": nn.Conv1d(IN, OUT, 1)}, TypeError, "origin_layer: .*got Conv1d"),
-        ({"origin_layer": fused()[0]}, TypeError, "origin_layer: .*got FusedCrossModalLinear"),
-        (
-            {"origin_layer": nn.Linear(IN, OUT), "aux_weight": torch.ones(OUT, IN, device="meta")},
-            ValueError,
-            "aux_weight",
-        ),
-        ({"origin_layer": torch.ones(OUT, IN)}, TypeError, "origin_layer: .*got Tensor"),
-        ({"origin_layer": nn.Linear(OUT, IN)}, ValueError, r"origin_layer: .*\(4, 6\), got \(6, 4\)"),
-    ],
-)
-def test_bad_arguments_are_named(arguments, error, message):
-    aux = {"aux_weight": torch.ones(OUT, IN)} if "origin_layer" in arguments else {}
-    with pytest.raises(error, match=f"^{message}"):
-        FusedCrossModalLinear(IN, OUT, **(aux | arguments))
-
-
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("bias", [True, False])

@@ -379,13 +379,6 @@ def test_merge_refuses_what_is_not_finite_and_leaves_the_model_as_it_was(paramet
         merge_pathways(model)
 
 
-@pytest.mark.parametrize("function", [merge_pathways, freeze_for_linear_probe, cross_modal_scales, scale_table])
-def test_model_without_fused_layers_is_refused(function):
-    model = vit()
-    with unchanged(model), pytest.raises(ValueError, match=r"^model: .*VisionTransformer"):
-        function(model)
-
-
 def test_merged_model_can_be_connected_again():
     model = reparameterize_aux_into_target_model(merge_pathways(connected()), vit(2))
     assert list(fused_layers(model)) == PLACES

@@ -160,20 +160,6 @@ def test_training_the_auxiliary_weights():
         )
 
 
-@pytest.mark.parametrize(
-    "aux_weight, error, message",
-    [
-        ([], TypeError, "floating tensor of shape .6, 64., got list"),
-        ([torch.ones(OUT, IN), None], TypeError, "got NoneType"),
-        ([torch.ones(OUT, IN), torch.ones(IN, OUT)], ValueError, r"expected shape .6, 64., got .64, 6."),
-        ([torch.ones(OUT, IN), torch.ones(OUT, IN, device="meta")], ValueError, "meta device"),
-    ],
-)
-def test_layer_refuses(aux_weight, error, message):
-    with pytest.raises(error, match=f"^aux_weight: .*{message}"):
-        FusedCrossModalLinear(IN, OUT, aux_weight=aux_weight)
-
-
 def vits(count, width=64):
     options = {"img_size": 32, "patch_size": 16, "embed_dim": width, "depth": 2, "num_heads": 2, "num_classes": 5}
     return [timm.create_model("vit_tiny_patch16_224", **options).eval() for _ in range(count)]
@@ -240,7 +226,6 @@ def test_errors_of_quantising_several():
     "aux_models, message",
     [
         (list, r"^aux_model: expected a module, or a sequence of modules, got \[\]"),
-        (lambda: ["audio.pth"], "^aux_model: expected a module, or a sequence of modules"),
         (lambda: vits(1) + vits(1, width=128), r"^aux_model\[1\]: blocks.0.attn.qkv has weight shape .384, 128."),
         (lambda: [*vits(1), nn.Sequential()], r"^aux_model\[1\]: Sequential has no module 'blocks'"),
     ],

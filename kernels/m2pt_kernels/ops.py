@@ -12,12 +12,10 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
+from .checks import GEMM_DTYPES, check_operand
 from .quantization import DTYPES as QUANTIZED
-from .quantization import check_aux_weight
 
 gemm = import_module(".gemm", __package__) if find_spec("triton") else None
-
-GEMM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
 
@@ -68,9 +66,10 @@ def cross_modal_linear(
         Nothing of size out_features x in_features is saved for backward except `weight` and `aux_weight` themselves.
 
     Raises:
-        TypeError: a dtype that is not floating (for x: float16, bfloat16, float32 or float64), a weight whose dtype
-            does not go with x's, or a quantised aux_weight without its scales or the other way round.
-        ValueError: a shape or a device that does not fit the others, or a quantised aux_weight that is to be trained.
+        TypeError: no tensor, a dtype that is not floating (for x: float16, bfloat16, float32 or float64), a weight
+            whose dtype does not go with x's, or a quantised aux_weight without its scales or the other way round.
+        ValueError: a sparse or nested tensor, a shape or a device that does not fit the others, or a quantised
+            aux_weight that is to be trained.
     """
     dtype = _checked_dtype(x, weight, aux_weight, scale, bias, aux_weight_scale)
     if not _is_unobserved(x, weight, aux_weight, scale, bias, aux_weight_scale):
@@ -90,25 +89,16 @@ def _checked_dtype(
     aux_weight_scale: Tensor | None,
 ) -> torch.dtype:
     """The dtype to multiply in."""
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}")
-    out_features, in_features = shape = weight.shape
+    reference.check_weights(weight, aux_weight, scale, aux_weight_scale)
+    out_features, in_features = weight.shape
+    device = weight.device
+    check_operand("x", x, device)
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x: expected shape (..., {in_features}) to fit weight, got {tuple(x.shape)}")
-    if aux_weight_scale is not None or aux_weight.shape != shape or aux_weight.dtype not in GEMM_DTYPES:
-        check_aux_weight(aux_weight, aux_weight_scale, shape)
-    if scale.shape != (models := (1,) if aux_weight.dim() == 2 else aux_weight.shape[:1]):
-        raise ValueError(f"scale: expected shape {tuple(models)} to fit aux_weight, got {tuple(scale.shape)}")
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
-    device = x.device
-    for name, tensor in (("x", x), ("weight", weight), ("aux_weight", aux_weight), ("scale", scale), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor is not aux_weight and not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected x's device {device}, got {tensor.device}")
+    if bias is not None:
+        check_operand("bias", bias, device)
+        if bias.shape != (out_features,):
+            raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
     dtype = _gemm_dtype(x)
     if dtype not in GEMM_DTYPES:
         raise TypeError(f"x: expected a dtype among {GEMM_DTYPES}, got {dtype}")

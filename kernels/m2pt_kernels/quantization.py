@@ -11,6 +11,8 @@ int4            data (N, K / 2) uint8, scale (N, K / 64). Byte j of a group hold
 import torch
 from torch import Tensor
 
+from .checks import GEMM_DTYPES, check_tensor
+
 GROUP_SIZE = 64
 """Columns of an int4 matrix that share a scale."""
 
@@ -23,17 +25,21 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """The nearest entries to `weight`, with the scales that map the largest of each row or group to the largest entry.
 
     Args:
-        weight: (N, K) or (n, N, K), any floating dtype, finite and not empty.
+        weight: (N, K) or (n, N, K), any floating dtype of 16 bits or more, finite and not empty.
         dtype: "int8", "int4" (K a multiple of 64) or "float8_e4m3fn".
 
     Returns:
         data and scale, as described at the top of this file.
 
     Raises:
-        ValueError: another dtype, a weight that is empty, not finite or not divisible into groups, or
+        TypeError: a weight that is no tensor of such a dtype.
+        ValueError: another dtype, a weight that is sparse, nested, empty, not finite or not divisible into groups, or
             float8_e4m3fn on a GPU that is not CUDA with compute capability 8.9.
     """
-    if dtype not in _LARGEST:
+    check_tensor("weight", weight)
+    if weight.dtype not in GEMM_DTYPES:
+        raise TypeError(f"weight: expected a floating dtype among {GEMM_DTYPES}, got {weight.dtype}")
+    if dtype not in tuple(_LARGEST):
         raise ValueError(f"dtype: expected one of {', '.join(_LARGEST)}, got {dtype!r}")
     if weight.dim() not in (2, 3) or weight.numel() == 0 or (dtype == "int4" and weight.shape[-1] % GROUP_SIZE):
         columns = f"in_features, a multiple of {GROUP_SIZE}" if dtype == "int4" else "in_features"
@@ -53,7 +59,23 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(data: Tensor, scale: Tensor) -> Tensor:
-    """The float32 matrix that `data` and `scale` stand for, any block of rows of them included."""
+    """The float32 matrix that `data` and `scale` stand for, any block of rows of them included.
+
+    Raises:
+        TypeError: no tensors, or dtypes that `quantize` does not make.
+        ValueError: sparse or nested ones, or shapes or devices that do not fit each other.
+    """
+    check_tensor("data", data)
+    check_tensor("scale", scale)
+    if data.dtype not in DTYPES:
+        raise TypeError(f"data: expected a dtype among {tuple(DTYPES)}, got {data.dtype}")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"scale: expected torch.float32, got {scale.dtype}")
+    if data.dim() == 0 or (data.dtype == torch.uint8 and data.shape[-1] % (GROUP_SIZE // 2)):
+        raise ValueError(
+            f"data: expected shape (..., bytes), with int4 a multiple of {GROUP_SIZE // 2}, got {tuple(data.shape)}"
+        )
+    _check_scale("scale", scale, data)
     groups = _unpack(data) if data.dtype == torch.uint8 else data.float().unsqueeze(-2)
     return (groups * scale[..., None]).flatten(-2)
 
@@ -62,15 +84,18 @@ def check_aux_weight(aux_weight: Tensor, aux_weight_scale: Tensor | None, shape:
     """That `aux_weight` is a matrix of `shape`, or several: floating without scales, or quantised with its scales.
 
     Raises:
-        TypeError: a dtype that is neither, or not that of the other.
-        ValueError: a shape or device that does not fit, or a quantised matrix that requires a gradient.
+        TypeError: no tensor, a dtype that is neither, or not that of the other.
+        ValueError: a shape, layout or device that does not fit, or a quantised matrix that requires a gradient.
     """
     storage = DTYPES.get(aux_weight.dtype)
     if aux_weight_scale is None:
-        if storage is not None or not aux_weight.is_floating_point():
-            raise TypeError(f"aux_weight: expected a floating dtype without aux_weight_scale, got {aux_weight.dtype}")
+        if aux_weight.dtype not in GEMM_DTYPES:
+            raise TypeError(
+                f"aux_weight: expected a dtype among {GEMM_DTYPES} without aux_weight_scale, got {aux_weight.dtype}"
+            )
         _check_shape(aux_weight, *shape)
         return
+    check_tensor("aux_weight_scale", aux_weight_scale)
     if storage is None or aux_weight_scale.dtype != torch.float32:
         raise TypeError(
             f"aux_weight_scale: expected float32 scales of an aux_weight among {tuple(DTYPES)},"
@@ -80,15 +105,9 @@ def check_aux_weight(aux_weight: Tensor, aux_weight_scale: Tensor | None, shape:
     if storage == "int4" and columns % GROUP_SIZE:
         raise ValueError(f"aux_weight: expected in_features, a multiple of {GROUP_SIZE}, with int4, got {columns}")
     _check_shape(aux_weight, rows, columns // 2 if storage == "int4" else columns)
-    expected = (*aux_weight.shape[:-1], columns // GROUP_SIZE if storage == "int4" else 1)
-    if aux_weight_scale.shape != expected:
-        raise ValueError(f"aux_weight_scale: expected shape {expected}, got {tuple(aux_weight_scale.shape)}")
+    _check_scale("aux_weight_scale", aux_weight_scale, aux_weight)
     if not aux_weight_scale.is_contiguous():
         raise ValueError(f"aux_weight_scale: expected it contiguous, got strides {aux_weight_scale.stride()}")
-    if aux_weight_scale.device != aux_weight.device:
-        raise ValueError(
-            f"aux_weight_scale: expected aux_weight's device {aux_weight.device}, got {aux_weight_scale.device}"
-        )
     if aux_weight.requires_grad or aux_weight_scale.requires_grad:
         raise ValueError("aux_weight: a quantised matrix and its scales cannot require a gradient")
 
@@ -100,6 +119,14 @@ def _check_shape(aux_weight: Tensor, rows: int, columns: int) -> None:
             f"aux_weight: expected shape {(rows, columns)} to fit weight, or (n, {rows}, {columns}) of several"
             f" auxiliary models, got {tuple(aux_weight.shape)} of {aux_weight.dtype}"
         )
+
+
+def _check_scale(name: str, scale: Tensor, data: Tensor) -> None:
+    expected = (*data.shape[:-1], data.shape[-1] * 2 // GROUP_SIZE if data.dtype == torch.uint8 else 1)
+    if scale.shape != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(scale.shape)}")
+    if scale.device != data.device:
+        raise ValueError(f"{name}: expected the device of the quantised matrix, {data.device}, got {scale.device}")
 
 
 def supports_float8(device: torch.device) -> bool:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .quantization import dequantize
+from .checks import GEMM_DTYPES, check_operand, check_tensor
+from .quantization import check_aux_weight, dequantize
 
 BLOCK_ENTRIES = 2**18
 """Entries of a block of rows: 1 MiB in float32, which stays in a CPU's cache."""
@@ -28,10 +29,39 @@ def combined_weight(
 ) -> Tensor:
     """`W + s * W_aux` (M2PT eq. 2), computed in float32 at least and rounded once, to `dtype`; without gradients.
 
-    With several auxiliary models, the sum over them all.
+    With several auxiliary models, the sum over them all. Shapes and dtypes as `cross_modal_linear` takes them.
+
+    Raises:
+        TypeError: no tensors, dtypes that are not floating, or a quantised aux_weight without its scales or the other
+            way round.
+        ValueError: a shape, layout or device that does not fit the others.
     """
+    check_weights(weight, aux_weight, scale, aux_weight_scale)
+    if dtype not in GEMM_DTYPES:
+        raise TypeError(f"dtype: expected one of {GEMM_DTYPES}, got {dtype!r}")
     with torch.no_grad():
         return _combined_weight(weight, aux_weight, scale, dtype, aux_weight_scale)
+
+
+def check_weights(weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_scale: Tensor | None) -> None:
+    """That these can be combined.
+
+    Raises:
+        TypeError, ValueError: as `combined_weight`.
+    """
+    device = getattr(weight, "device", None)
+    check_operand("weight", weight, device)
+    shape = weight.shape
+    if len(shape) != 2:
+        raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(shape)}")
+    check_tensor("aux_weight", aux_weight)
+    if aux_weight_scale is not None or aux_weight.shape != shape or aux_weight.dtype not in GEMM_DTYPES:
+        check_aux_weight(aux_weight, aux_weight_scale, shape)
+    if aux_weight.device != device:
+        raise ValueError(f"aux_weight: expected weight's device {device}, got {aux_weight.device}")
+    check_operand("scale", scale, device)
+    if scale.shape != (models := (1,) if aux_weight.dim() == 2 else aux_weight.shape[:1]):
+        raise ValueError(f"scale: expected shape {tuple(models)} to fit aux_weight, got {tuple(scale.shape)}")
 
 
 def _combined_weight(

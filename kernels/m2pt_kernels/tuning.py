@@ -70,8 +70,11 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
         A record for each product that differs in shapes, strides or dtypes.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: no product of the model is computed by a Triton kernel.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     calls = _products(model, sample)
     if not calls:
         raise ValueError(f"model: expected a model on a GPU with fused layers, got a {type(model).__name__} without")

@@ -3,13 +3,12 @@
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from ..checks import checked_path, one_of
 from . import audio, embedded, image, point, video
-from .common import one_of
 
 LAYOUTS: Mapping[str, Mapping[str, tuple[Callable[..., Dataset], Callable]]] = {
     "image": {**image.LAYOUTS, "embedded": (embedded.digit_images, embedded.digit_images)},
@@ -51,6 +50,7 @@ def create_dataset(
     Raises:
         ValueError: an unknown modality, layout, split or setting, no root, or a file that does not hold what it should.
             A sample is read when it is asked for, and the error for a damaged one names its file.
+        TypeError: a `root` that is no path.
         FileNotFoundError: `root`, or a file that lists the samples, does not exist.
         ImportError: the layout needs an optional dependency; the message says how to install it.
     """
@@ -65,7 +65,7 @@ def create_dataset(
         return build(None, split, training, **settings)
     if not root:
         raise ValueError(f"root: layout {layout} of modality {modality} needs the folder of the data set, got none")
-    root = Path(root)
+    root = checked_path("root", root)
     if not root.is_dir():
         raise FileNotFoundError(f"root: {root}: no such folder")
     return build(root, split, training, **settings)

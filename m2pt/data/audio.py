@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .common import Samples, check_positive, check_probability, listed, one_of, require
+from ..checks import check_positive, check_probability, one_of
+from .common import Samples, listed, require
 
 SAMPLE_RATE = 16_000
 WINDOW = SAMPLE_RATE * 25 // 1000

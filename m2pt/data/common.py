@@ -1,8 +1,8 @@
-"""What the modalities share: attributes of a dataset, random numbers, argument checks and optional dependencies."""
+"""What the modalities share: attributes of a dataset, random numbers and optional dependencies."""
 
 import importlib
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -40,27 +40,6 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{module} cannot be imported ({error}): pip install 'm2pt-triton[{extra}]'") from error
-
-
-def one_of(argument: str, value: str, allowed: Collection[str]) -> str:
-    """`value`, if it is allowed; otherwise a ValueError that lists what is."""
-    if value not in allowed:
-        raise ValueError(f"{argument}: expected one of {', '.join(sorted(allowed))}; got {value!r}")
-    return value
-
-
-def check_positive(**settings: int) -> None:
-    """Raise a ValueError for a setting that is no positive integer."""
-    for name, value in settings.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-
-
-def check_probability(**settings: float) -> None:
-    """Raise a ValueError for a setting that is outside [0, 1]."""
-    for name, value in settings.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected a probability in [0, 1], got {value!r}")
 
 
 def listed(path: Path) -> Path:

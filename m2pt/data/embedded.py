@@ -20,7 +20,8 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 from torch.nn import functional as F
 
-from .common import Samples, check_positive, one_of
+from ..checks import check_positive, one_of
+from .common import Samples
 from .point import unit_sphere
 
 TRAIN_DIGITS = 1200

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .common import Samples, check_positive, check_probability, draw_seed, one_of, require, seeded
+from ..checks import check_positive, check_probability, one_of
+from .common import Samples, draw_seed, require, seeded
 
 
 class ImageDataset(Samples):

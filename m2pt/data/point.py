@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..checks import check_positive, one_of
 from ..models.grouping import farthest_point_sampling
-from .common import Samples, check_positive, listed, one_of, require
+from .common import Samples, listed, require
 
 SCANOBJECTNN_CLASSES = (
     *("bag", "bin", "box", "cabinet", "chair", "desk", "display", "door"),

@@ -9,7 +9,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from .common import Samples, check_positive, draw_seed, one_of, require, seeded
+from ..checks import check_positive, one_of
+from .common import Samples, draw_seed, require, seeded
 from .image import image_transform
 
 

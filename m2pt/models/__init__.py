@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import check_sizes
 from .mae import MaskedAutoencoder
 from .part_segmentation import PartSegmenter
 from .point import PointClassifier
@@ -64,17 +65,23 @@ def create_model(
             `num_categories`.
 
     Raises:
-        ValueError: an unknown modality, size or task, or a negative number of classes.
-        TypeError: an override that the model does not have.
+        ValueError: an unknown modality, size or task, a negative number of classes, or overrides that do not fit each
+            other.
+        TypeError: a number of classes that is no integer, or an override of another type or that the model does not
+            have.
     """
     if modality not in MODALITIES:
         raise ValueError(f"modality: expected one of {', '.join(MODALITIES)}, got {modality!r}")
-    if size not in SIZES:
+    if size not in list(SIZES):
         raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
-    if (modality, task) not in BUILDERS:
+    if (modality, task) not in list(BUILDERS):
         tasks = ", ".join(known for of, known in BUILDERS if of == modality)
         raise ValueError(f"task: expected one of {tasks} for {modality!r}, got {task!r}")
-    if num_classes < 0:
-        raise ValueError(f"num_classes: expected 0 or more, got {num_classes}")
+    check_sizes(num_classes=num_classes)
     settings = {**SIZES[size], **PUBLISHED.get((modality, size), {}), **overrides}
-    return BUILDERS[modality, task](num_classes=num_classes, **settings)
+    try:
+        return BUILDERS[modality, task](num_classes=num_classes, **settings)
+    except TypeError as error:
+        raise TypeError(f"overrides: {overrides}: {error}") from error
+    except (ArithmeticError, AssertionError, RuntimeError) as error:  # what timm and torch make of impossible sizes
+        raise ValueError(f"overrides: {overrides}: {error}") from error

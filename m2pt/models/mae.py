@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import check_kind, check_positive, check_sizes
 from .grouping import chamfer_distance, select
 from .point import PointTransformer, position_mlp, run_blocks
 from .positions import sincos_2d, sinusoid
@@ -31,7 +32,8 @@ class MaskedAutoencoder(nn.Module):
         normalize_targets: whether pixels are normalised by the mean and standard deviation of their own patch.
 
     Raises:
-        ValueError: a ratio that hides nothing or everything.
+        TypeError: another model, or a ratio that is no number.
+        ValueError: a ratio that hides nothing or everything, or a decoder whose heads do not divide its width.
     """
 
     def __init__(
@@ -44,12 +46,19 @@ class MaskedAutoencoder(nn.Module):
         normalize_targets: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(model, (VisionTransformer, PointTransformer)):
+            raise TypeError(f"model: expected a VisionTransformer or PointTransformer, got {type(model).__name__}")
+        check_kind((int, float), "a number", mask_ratio=mask_ratio)
+        check_positive(decoder_width=decoder_width, decoder_heads=decoder_heads)
+        check_sizes(decoder_depth=decoder_depth)
+        if decoder_width % decoder_heads:
+            raise ValueError(f"decoder_width: expected a multiple of {decoder_heads} heads, got {decoder_width}")
         self.domain: Patches | Groups
         if isinstance(model, PointTransformer):
             self.domain = Groups(model, decoder_width)
         else:
             self.domain = Patches(model, decoder_width, normalize_targets)
-        self.num_hidden = int(mask_ratio * self.domain.num_places)
+        self.num_hidden = int(mask_ratio * self.domain.num_places) if 0 < mask_ratio < 1 else 0
         if not 0 < self.num_hidden < self.domain.num_places:
             raise ValueError(f"mask_ratio: expected a part of {self.domain.num_places} tokens, got {mask_ratio}")
         self.norm = LayerNorm(model.embed_dim) if isinstance(model.norm, nn.Identity) else nn.Identity()

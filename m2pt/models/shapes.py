@@ -4,7 +4,12 @@ from torch import Tensor
 
 
 def require_shape(argument: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
-    """Raise a ValueError unless `tensor` has the expected shape, in which a string names a size that is free."""
+    """Raise a TypeError unless it is a tensor, and a ValueError unless it has the expected shape.
+
+    A string in `expected` names a size that is free.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{argument}: expected a tensor, got {type(tensor).__name__}")
     fits = len(tensor.shape) == len(expected) and all(
         isinstance(want, str) or got == want for got, want in zip(tensor.shape, expected, strict=True)
     )

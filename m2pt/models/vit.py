@@ -22,8 +22,14 @@ class FixedSizePatchEmbed(PatchEmbed):
 
 
 def mean_pooled_transformer(**settings: Any) -> VisionTransformer:
-    """A timm VisionTransformer with `mean of patch tokens -> fc_norm -> head`, whose logits start near zero."""
+    """A timm VisionTransformer with `mean of patch tokens -> fc_norm -> head`, whose logits start near zero.
+
+    Raises:
+        ValueError: an input that is smaller than a patch.
+    """
     model = VisionTransformer(**{"global_pool": "avg", "embed_layer": FixedSizePatchEmbed, **settings})
+    if min(model.patch_embed.grid_size) < 1:
+        raise ValueError(f"img_size: expected a patch or more, got a grid of {model.patch_embed.grid_size} patches")
     if isinstance(model.head, nn.Linear):
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
     return model

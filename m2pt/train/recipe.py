@@ -1,6 +1,7 @@
 """Recipes: small TOML files of published figures, every one of which the command line can replace."""
 
 import importlib.resources
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..data.common import check_positive, check_probability
+from ..checks import check_kind, check_not_negative, check_positive, check_probability, check_sizes
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -98,6 +99,15 @@ class Optimizer:
     clip_grad: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not 0 < self.base_lr < math.inf:
+            raise ValueError(f"base_lr: expected a positive number, got {self.base_lr}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay: expected a number in (0, 1], got {self.layer_decay}")
+        check_not_negative(
+            weight_decay=self.weight_decay, scale_learning_rate=self.scale_learning_rate, clip_grad=self.clip_grad
+        )
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -113,6 +123,7 @@ class Schedule:
         check_positive(epochs=self.epochs)
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"warmup_epochs: expected 0 to {self.epochs - 1}, got {self.warmup_epochs}")
+        check_not_negative(warmup_lr=self.warmup_lr, min_lr=self.min_lr)
 
 
 @dataclass(frozen=True)
@@ -127,8 +138,7 @@ class Loss:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing: expected a number in [0, 1), got {self.label_smoothing}")
-        if min(self.mixup, self.cutmix) < 0:
-            raise ValueError(f"mixup, cutmix: expected 0 or more, got {self.mixup}, {self.cutmix}")
+        check_not_negative(mixup=self.mixup, cutmix=self.cutmix)
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,12 @@ class Pretraining:
     decoder_depth: int = 8
     decoder_heads: int = 16
     normalize_targets: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio: expected a number in (0, 1), got {self.mask_ratio}")
+        check_positive(decoder_width=self.decoder_width, decoder_heads=self.decoder_heads)
+        check_sizes(decoder_depth=self.decoder_depth)
 
 
 @dataclass(frozen=True)
@@ -163,8 +179,7 @@ class Run:
     def __post_init__(self) -> None:
         check_positive(log_steps=self.log_steps, eval_epochs=self.eval_epochs)
         check_probability(ema_decay=self.ema_decay)
-        if min(self.seed, self.checkpoint_steps) < 0:
-            raise ValueError(f"seed, checkpoint_steps: expected 0 or more, got {self.seed}, {self.checkpoint_steps}")
+        check_not_negative(seed=self.seed, checkpoint_steps=self.checkpoint_steps)
 
 
 @dataclass(frozen=True)
@@ -194,8 +209,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         check_positive(accumulation=self.accumulation)
-        if self.workers < 0:
-            raise ValueError(f"workers: expected 0 or more, got {self.workers}")
+        check_not_negative(workers=self.workers)
         if self.offload_activations and (self.compile or not self.checkpoint_activations):
             raise ValueError("offload_activations: expected checkpoint_activations = true and compile = false with it")
         if not self.step_in_backward:
@@ -263,7 +277,10 @@ def load_recipe(recipe: str, replaced: Mapping[str, Any] | None = None) -> Recip
         TypeError, ValueError: an unknown or missing key, or a value of the wrong type or out of range; the message
             names the key and what is allowed.
     """
-    return _build_replaced(_read(recipe), replaced or {})
+    if replaced is None:
+        replaced = {}
+    check_kind(str, "a name or a path", recipe=recipe)
+    return _build_replaced(_read(recipe), replaced)
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -282,7 +299,9 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _build_replaced(table: dict[str, Any], replaced: Mapping[str, Any]) -> Recipe:
+    check_kind(Mapping, "values by dotted key", replaced=replaced)
     for key, value in replaced.items():
+        check_kind(str, "values by dotted key", replaced=key)
         *path, last = key.split(".")
         inner = table
         for part in path:
@@ -295,15 +314,15 @@ def _build_replaced(table: dict[str, Any], replaced: Mapping[str, Any]) -> Recip
 
 def _read(recipe: str) -> dict[str, Any]:
     if recipe in shipped_recipes():
-        text = (importlib.resources.files("m2pt") / "recipes" / f"{recipe}.toml").read_text("utf-8")
+        content = (importlib.resources.files("m2pt") / "recipes" / f"{recipe}.toml").read_bytes()
     elif Path(recipe).is_file():
-        text = Path(recipe).read_text("utf-8")
+        content = Path(recipe).read_bytes()
     else:
         shipped = ", ".join(shipped_recipes())
         raise FileNotFoundError(f"recipe: {recipe}: no such file, and none of those shipped: {shipped}")
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(content.decode())
+    except ValueError as error:  # of TOML, or of UTF-8
         raise ValueError(f"recipe: {recipe}: {error}") from None
 
 

@@ -19,6 +19,7 @@ from m2pt_kernels.quantization import DTYPES as QUANTIZED
 from .. import freeze_for_linear_probe, reparameterize_aux_into_target_model
 from ..checkpoint_formats import load_auxiliary, load_pretrained
 from ..checkpoints import load_state_dict, save_state_dict
+from ..checks import checked_path
 from ..data import create_dataset
 from ..models import MaskedAutoencoder, create_model
 from .batches import pass_size, running, samples_of, steps_per_epoch, test_batches, training_batches
@@ -38,7 +39,7 @@ TERMINATED = 128 + signal.SIGTERM
 Metrics = dict[str, float]
 
 
-def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Metrics]:
+def train(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> dict[str, Metrics]:
     """Train a model as the recipe says, evaluate it, merge its pathway, and evaluate a plain model with that file.
 
     Under `torchrun` every process calls this; they all see `out`. Written there: `recipe.json`, `log.jsonl`,
@@ -56,8 +57,10 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Metrics]
     Raises:
         FloatingPointError: the loss, a gradient or a weight is not finite; the message names the step and the layer.
         FileNotFoundError, TypeError, ValueError: recipe, data and checkpoints do not fit, or `out` holds a run already.
+        OSError: `out` cannot be written to.
         SystemExit: SIGTERM came during training. The step was finished and the state saved; the status is 143.
     """
+    out = _checked(recipe, out)
     if recipe.pretraining is not None:
         raise ValueError("recipe: this one is for pretraining, with `m2pt pretrain`")
     _require_free(out, resume)
@@ -94,7 +97,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Metrics]
     return result
 
 
-def pretrain(recipe: Recipe, out: Path, resume: bool = False) -> None:
+def pretrain(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> None:
     """Pretrain a masked autoencoder as the recipe says.
 
     Written to `out`: `pretrained.safetensors`, the transformer without its decoder, which `load_auxiliary` and
@@ -108,8 +111,10 @@ def pretrain(recipe: Recipe, out: Path, resume: bool = False) -> None:
     Raises:
         FloatingPointError: the loss, a gradient or a weight is not finite; the message names the step and the layer.
         FileNotFoundError, TypeError, ValueError: recipe and data do not fit, or `out` holds a run already.
+        OSError: `out` cannot be written to.
         SystemExit: as by `train`.
     """
+    out = _checked(recipe, out)
     if recipe.pretraining is None:
         raise ValueError("recipe: expected one with a table [pretraining]; this one is for `m2pt train`")
     if recipe.auxiliary.path or recipe.model.trainable != "all":
@@ -142,11 +147,17 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str | os.PathLike) -> Metric
     """The metrics in percent of a checkpoint of `train`: `last.pth`, also of an unfinished run, or a merged file.
 
     Raises:
+        TypeError: another type of `recipe` or `checkpoint`.
         FileNotFoundError: no such file, or no data.
         ValueError: the checkpoint is not of the recipe's model, or has other classes than the data.
     """
+    checkpoint = _checked(recipe, checkpoint, "checkpoint")
     test_set = _test_set(recipe)
-    plain = build_plain(recipe, test_set.num_classes, deployed(load_weights(checkpoint)))
+    weights = load_weights(checkpoint)
+    try:
+        plain = build_plain(recipe, test_set.num_classes, deployed(weights))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from None
     with processes() as world:
         batches = test_batches(test_set, recipe, world)
         return evaluate(plain.to(world.device), test_set, batches, metric_of(test_set), recipe.machine, world)
@@ -253,6 +264,13 @@ def _log_of(trainer: Trainer, out: Path, resume: bool, steps_per_epoch: int) -> 
             shutil.rmtree(left)
         write_json(out / "recipe.json", trainer.recipe.as_dict())
     return Log(out, trainer.world.is_first, trainer.step, trainer.recipe.schedule.epochs * steps_per_epoch)
+
+
+def _checked(recipe: Recipe, path: str | os.PathLike, argument: str = "out") -> Path:
+    """The path, once both are known to be of the right type."""
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe: expected a Recipe, got {type(recipe).__name__}")
+    return checked_path(argument, path)
 
 
 def _require_free(out: Path, resume: bool) -> None:

@@ -1,0 +1,37 @@
+"""What no function of this package takes for a tensor. Every message begins with the argument's name."""
+
+import torch
+from torch import Tensor, strided
+
+GEMM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """That an argument is a tensor with an element at every index, as no sparse and no nested one is.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it is one of another layout.
+    """
+    if getattr(tensor, "layout", None) is not strided or tensor.is_nested:
+        raise _error(name, tensor)
+
+
+def check_operand(name: str, tensor: Tensor, device: torch.device | None) -> None:
+    """`check_tensor`, and that it is a floating one on a device.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if getattr(tensor, "layout", None) is not strided or tensor.is_nested:
+        raise _error(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected weight's device {device}, got {tensor.device}")
+
+
+def _error(name: str, tensor: Tensor) -> TypeError | ValueError:
+    if not isinstance(tensor, Tensor):
+        return TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    return ValueError(f"{name}: expected a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")

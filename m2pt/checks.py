@@ -1,0 +1,84 @@
+"""What arguments of several functions have to be. Every message begins with the argument's name."""
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+from torch import Tensor, nn
+
+from m2pt_kernels.checks import check_tensor
+
+
+def check_module(argument: str, module: nn.Module) -> None:
+    """Raise a TypeError unless it is a module."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{argument}: expected a torch.nn.Module, got {type(module).__name__}")
+
+
+def check_kind(kind: Any, expected: str, **arguments: Any) -> None:
+    """Raise a TypeError for an argument of another kind than the expected."""
+    for name, value in arguments.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise a TypeError for what is no integer, and a ValueError for one below zero."""
+    check_kind(SupportsIndex, "an integer", **sizes)
+    for name, size in sizes.items():
+        if size < 0:
+            raise ValueError(f"{name}: expected 0 or more, got {size}")
+
+
+def checked_path(argument: str, path: str | os.PathLike) -> Path:
+    """The path, or a TypeError."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise TypeError(f"{argument}: expected a path, got {path!r}") from None
+
+
+def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
+    """That it holds named tensors with data.
+
+    Raises:
+        TypeError: something else.
+        ValueError: a tensor that is sparse or nested, or on the meta device.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: expected tensors by name, got {type(state_dict).__name__}")
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f"state_dict: expected tensors by name, got {type(tensor).__name__} for {name!r}")
+        check_tensor(f"state_dict: {name}", tensor)
+        if tensor.is_meta:
+            raise ValueError(f"state_dict: {name}: expected a tensor with data, got one on the meta device")
+
+
+def one_of(argument: str, value: str, allowed: Collection[str]) -> str:
+    """`value`, if it is allowed; otherwise a ValueError that lists what is."""
+    if value not in list(allowed):
+        raise ValueError(f"{argument}: expected one of {', '.join(sorted(allowed))}; got {value!r}")
+    return value
+
+
+def check_positive(**settings: int) -> None:
+    """Raise a ValueError for a setting that is no positive integer."""
+    for name, value in settings.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def check_probability(**settings: float) -> None:
+    """Raise a ValueError for a setting that is no number in [0, 1]."""
+    for name, value in settings.items():
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a probability in [0, 1], got {value!r}")
+
+
+def check_not_negative(**settings: float) -> None:
+    """Raise a ValueError for a setting that is no finite number of 0 or more."""
+    for name, value in settings.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name}: expected 0 or more, got {value!r}")
