@@ -108,11 +108,12 @@ def test_output_and_gradients(device, shape, dtype, weight_dtype):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", ["x", "weight", "aux_weight", "grad_output"])
 def test_elements_further_apart_than_32_bits_count(device, name, transposed):
-    tensors, grad_output = operands(5, 5, 5, HALF[0], HALF[0], device, needs_grad=())
+    """Within a tile and, as more than a tile deep, from step to step."""
+    tensors, grad_output = operands(37, 37, 37, HALF[0], HALF[0], device, needs_grad=())
     tensors["grad_output"] = grad_output
-    stride = 2**29 + 16
-    memory = torch.empty(4 * stride + 5, dtype=HALF[0], device=device)
-    far = memory.as_strided((5, 5), (1, stride) if transposed else (stride, 1))
+    stride = 2**26 + 16
+    memory = torch.empty(36 * stride + 37, dtype=HALF[0], device=device)
+    far = memory.as_strided((37, 37), (1, stride) if transposed else (stride, 1))
     tensors[name] = far.copy_(tensors[name])
     grad_output = tensors.pop("grad_output")
     x, weight, aux_weight, scale = (tensors[key] for key in NAMES[:4])
