@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def test_operators_in_the_interpreter():
-    tests = [Path(__file__).with_name(name) for name in ("test_ops.py", "test_several_models.py", "test_numerics.py")]
+    names = ("test_ops.py", "test_several_models.py", "test_numerics.py", "test_tma_kernels.py")
+    tests = [Path(__file__).with_name(name) for name in names]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env=os.environ | {"TRITON_INTERPRET": "1"},

@@ -1,6 +1,8 @@
 """Every operator and gradient against float64, with plain torch's own error at the same dtypes as the measure."""
 
+import ctypes
 import itertools
+import mmap
 
 import pytest
 import torch
@@ -106,11 +108,12 @@ def test_output_and_gradients(device, shape, dtype, weight_dtype):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", ["x", "weight", "aux_weight", "grad_output"])
 def test_elements_further_apart_than_32_bits_count(device, name, transposed):
-    tensors, grad_output = operands(5, 5, 5, HALF[0], HALF[0], device, needs_grad=())
+    """Within a tile and, as more than a tile deep, from step to step."""
+    tensors, grad_output = operands(37, 37, 37, HALF[0], HALF[0], device, needs_grad=())
     tensors["grad_output"] = grad_output
-    stride = 2**29 + 16
-    memory = torch.empty(4 * stride + 5, dtype=HALF[0], device=device)
-    far = memory.as_strided((5, 5), (1, stride) if transposed else (stride, 1))
+    stride = 2**26 + 16
+    memory = torch.empty(36 * stride + 37, dtype=HALF[0], device=device)
+    far = memory.as_strided((37, 37), (1, stride) if transposed else (stride, 1))
     tensors[name] = far.copy_(tensors[name])
     grad_output = tensors.pop("grad_output")
     x, weight, aux_weight, scale = (tensors[key] for key in NAMES[:4])
@@ -321,6 +324,54 @@ def test_quantized_scale_gradient_is_exact_and_reproducible(device, storage, dty
     assert torch.equal(*runs)
 
 
+def before_forbidden_memory(tensor):
+    """The same tensor in memory after which the process may not read; as it is, if it is not on the CPU."""
+    if tensor.device.type != "cpu":
+        return tensor
+    pages = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory, pages))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(memory, dtype=torch.uint8, count=tensor.nbytes, offset=pages - tensor.nbytes)
+    return copy.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("storage", [None, *STORAGES])
+def test_nothing_is_read_past_the_end_of_an_operand(device, storage):
+    """A masked load that lost its mask gives the same numbers, but ends the process here."""
+    needs_grad = ("x", "weight", "scale", "bias")
+    tensors, grad_output = operands(5, 40, 64 if storage == "int4" else 33, device=device, needs_grad=needs_grad)
+    stored, plain = quantized(tensors, storage) if storage else (tensors, tensors)
+    guarded = {
+        name: before_forbidden_memory(tensor.detach()).requires_grad_(tensor.requires_grad)
+        for name, tensor in stored.items()
+    }
+    got = outputs(cross_modal_linear, guarded, before_forbidden_memory(grad_output))
+    assert_as_good_as_torch(got, plain, grad_output)
+
+
+@pytest.mark.parametrize("models", [1, 3])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_combined_weight_and_output_are_rounded_once_each(device, dtype, models):
+    """Products with the identity show the combined weight. Scales of powers of two keep its sum exact in float32."""
+    tensors, _ = operands(1, 45, 70, dtype, dtype, device, needs_grad=(), models=models)
+    weight, aux_weight, bias = (tensors[name] for name in ("weight", "aux_weight", "bias"))
+    scale = 0.5 ** torch.arange(1, models + 1, device=device)
+    total = weight.double() + (scale.double().view(-1, 1, 1) * aux_weight.double()).sum(0)
+    combined, eye = total.to(dtype), torch.eye(70, dtype=dtype, device=device)
+    assert torch.equal(torch.ops.m2pt_kernels.grad_input(eye[:45, :45], weight, aux_weight, scale), combined)
+    y = cross_modal_linear(3 * eye, weight, aux_weight, scale, bias)
+    assert torch.equal(y, (3 * combined.double().t() + bias.double()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_gradients_of_float32_parameters_are_not_rounded_to_half(device, dtype):
+    tensors, grad_output = operands(37, 24, 33, dtype, torch.float32, device, needs_grad=NAMES[1:])
+    got, want = outputs(cross_modal_linear, tensors, grad_output), exact(tensors, grad_output)
+    for name in NAMES[1:]:
+        assert (got[name].double() - want[name]).abs().max() <= 1e-5 * want[name].abs().max(), name
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_autocast(device, dtype):
     tensors, grad_output = operands(37, 24, 33, device=device)
@@ -371,6 +422,17 @@ def test_an_aux_gradient_takes_both_a_scale_and_a_dtype(device, has_scale):
 def test_long_reduction(device):
     tensors, grad_output = operands(5000, 3, 2, device=device)
     assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_small_terms_after_a_large_one_count(device, dtype):
+    """2048 + 1023 / 64: an accumulator in half precision would stay at 2048."""
+    left = torch.full((3, 1024), 2.0**-6, dtype=dtype, device=device)
+    left[:, 0] = 2048
+    weight, scale = torch.ones(1024, 5, dtype=dtype, device=device), torch.ones(1, device=device)
+    aux_weight = torch.zeros_like(weight)
+    assert (cross_modal_linear(left, weight.t(), aux_weight.t(), scale) == 2064).all()
+    assert (torch.ops.m2pt_kernels.grad_input(left, weight, aux_weight, scale) == 2064).all()
 
 
 def test_empty_features(device):

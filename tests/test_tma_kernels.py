@@ -1,0 +1,115 @@
+"""The kernels that read by TMA, through the operators, against float64 and plain torch's own error.
+
+Triton's interpreter runs them as well, without their specialised warps: there the operators are told that the device is
+a Hopper GPU, and given small tiles. On a Hopper or Blackwell GPU the same tests run with its own tiles.
+"""
+
+import pytest
+import torch
+from test_ops import (
+    DTYPES,
+    assert_as_good_as_torch,
+    assert_quantized_as_good_as_torch,
+    exact,
+    operands,
+    outputs,
+    quantized,
+)
+from torch.nn import functional as F
+from triton.backends.compiler import GPUTarget
+
+from m2pt_kernels import cross_modal_linear, gemm, gemm_tma
+from m2pt_kernels.configs import INTERPRETED, TileConfig
+from m2pt_kernels.ops import path_of
+
+ROWS = 100 if INTERPRETED else 1000
+HALVES = DTYPES[1:]
+STEP = ["combined_matmul", "combined_matmul", "grad_parameters"]
+
+
+def small_combined_tiles(target, weight, aux_weight):
+    return (gemm_tma._CombinedTile(32, 16 if weight.itemsize == 2 else 0, 64, 32, 4, 1),)
+
+
+@pytest.fixture
+def products(device, monkeypatch):
+    """The products that the kernels of `gemm_tma` have made; of other kernels and plain torch, those of a step."""
+    made = []
+
+    def record(name):
+        compute = getattr(gemm_tma, name)
+        monkeypatch.setattr(gemm_tma, name, lambda *arguments: made.append(name) or compute(*arguments))
+
+    record("combined_matmul")
+    record("grad_parameters")
+    if INTERPRETED:
+        monkeypatch.setattr(gemm, "active_target", lambda: GPUTarget("cuda", 90, 32))
+        monkeypatch.setattr(gemm_tma, "_MIN_ROWS", 1)
+        monkeypatch.setattr(gemm_tma, "combined_tiles", small_combined_tiles)
+        monkeypatch.setattr(gemm_tma, "grad_tiles", lambda *_: (TileConfig(32, 64, 32, 4, 1),))
+    return made
+
+
+def assert_by_tma(products, expected, device):
+    """Where there is TMA, the kernels of `gemm_tma` made just these."""
+    has_tma = path_of(torch.empty(0, device=device)) is gemm and gemm_tma._generation(gemm.active_target())
+    assert products == (expected if has_tma else [])
+
+
+def further_apart(tensor):
+    """The same numbers in rows of a wider matrix."""
+    return F.pad(tensor, (16, 16))[..., 16:-16]
+
+
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("dtypes", HALVES, ids=str)
+def test_output_and_gradients(device, products, dtypes, models):
+    tensors, grad_output = operands(ROWS, 104, 72, *dtypes, device, models=models)
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+    assert_by_tma(products, STEP, device)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "aux_weight", "scale"])
+def test_one_gradient_and_no_bias(device, products, name):
+    tensors, grad_output = operands(ROWS, 104, 72, *HALVES[0], device, needs_grad=(name,), models=3)
+    tensors["bias"] = None
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+    assert_by_tma(products, STEP[:2] if name == "x" else STEP[1:], device)
+
+
+@pytest.mark.parametrize("in_features, dtypes", [(80, HALVES[0]), (96, HALVES[-1])], ids=str)
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("storage", ["int8", "float8_e4m3fn"])
+def test_quantized_aux_weight(device, products, storage, models, in_features, dtypes):
+    needs_grad = ("x", "weight", "scale", "bias")
+    tensors, grad_output = operands(ROWS, 104, in_features, *dtypes, device, needs_grad, models)
+    assert_quantized_as_good_as_torch(tensors, grad_output, storage)
+    assert_by_tma(products, STEP, device)
+
+
+def test_rows_further_apart(device, products):
+    tensors, grad_output = operands(ROWS, 104, 72, *HALVES[0], device, needs_grad=(), models=2)
+    for name in ("x", "weight", "aux_weight"):
+        tensors[name] = further_apart(tensors[name])
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, further_apart(grad_output)), tensors, grad_output)
+    assert_by_tma(products, STEP, device)
+
+
+def test_weights_stored_by_columns(device, products):
+    tensors, grad_output = operands(ROWS, 104, 72, *HALVES[0], device, needs_grad=("x",), models=2)
+    tensors["weight"], tensors["aux_weight"] = (tensors[name].mT.contiguous().mT for name in ("weight", "aux_weight"))
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+    assert_by_tma(products, STEP[:2], device)
+
+
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_scale_gradients_are_exact_and_reproducible(device, products, storage):
+    tensors, grad_output = operands(ROWS, 104, 80, *HALVES[0], device, needs_grad=("scale",), models=2)
+    stored, plain = quantized(tensors, storage) if storage else (tensors, tensors)
+    want = exact(plain, grad_output)["scale"]
+    runs = [outputs(cross_modal_linear, stored, grad_output)["scale"] for _ in range(2)]
+    assert ((runs[0].double() - want).abs() <= 1e-5 * want.abs()).all()
+    assert torch.equal(*runs)
+    assert_by_tma(products, STEP[1:] * 2, device)
