@@ -327,7 +327,7 @@ def test_files_with_odd_names_are_files_as_any_other(tmp_path, monkeypatch, caps
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.pth", f"{name}.safetensors"}
 
 
-@pytest.mark.parametrize("name", ["-dash\nüñ %s 'a=b\" *", "--resume"])
+@pytest.mark.parametrize("name", ["--resume\nüñ %s 'a=b\" *"])
 def test_folders_with_odd_names_are_folders_as_any_other(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *RECIPE, *SHORT, f"--out={name}"]) == 0

@@ -43,7 +43,7 @@ from m2pt.demo.settings import Settings
 
 out, report = map(Path, sys.argv[1:])
 run = str(out / "run")
-short = ["schedule.epochs=1", "schedule.warmup_epochs=0"]
+short = ["schedule.epochs=1", "schedule.warmup_epochs=0", "data.batch_size=250"]
 for command in (
     ["pretrain", "pretrain_tiny_audio", "--out", str(out / "audio"), *short],
     ["train", "tiny_image", "--aux", str(out / "audio" / "pretrained.safetensors"), "--out", run, *short],
