@@ -350,18 +350,22 @@ def test_nothing_is_read_past_the_end_of_an_operand(device, storage):
     assert_as_good_as_torch(got, plain, grad_output)
 
 
-@pytest.mark.parametrize("models", [1, 3])
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_combined_weight_and_output_are_rounded_once_each(device, dtype, models):
+def assert_combined_weight_and_output_are_rounded_once_each(device, dtype, models, features):
     """Products with the identity show the combined weight. Scales of powers of two keep its sum exact in float32."""
-    tensors, _ = operands(1, 45, 70, dtype, dtype, device, needs_grad=(), models=models)
+    tensors, _ = operands(1, features, features, dtype, dtype, device, needs_grad=(), models=models)
     weight, aux_weight, bias = (tensors[name] for name in ("weight", "aux_weight", "bias"))
     scale = 0.5 ** torch.arange(1, models + 1, device=device)
     total = weight.double() + (scale.double().view(-1, 1, 1) * aux_weight.double()).sum(0)
-    combined, eye = total.to(dtype), torch.eye(70, dtype=dtype, device=device)
-    assert torch.equal(torch.ops.m2pt_kernels.grad_input(eye[:45, :45], weight, aux_weight, scale), combined)
+    combined, eye = total.to(dtype), torch.eye(features, dtype=dtype, device=device)
+    assert torch.equal(torch.ops.m2pt_kernels.grad_input(eye, weight, aux_weight, scale), combined)
     y = cross_modal_linear(3 * eye, weight, aux_weight, scale, bias)
     assert torch.equal(y, (3 * combined.double().t() + bias.double()).to(dtype))
+
+
+@pytest.mark.parametrize("models", [1, 3])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_combined_weight_and_output_are_rounded_once_each(device, dtype, models):
+    assert_combined_weight_and_output_are_rounded_once_each(device, dtype, models, features=70)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -424,15 +428,20 @@ def test_long_reduction(device):
     assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
 
 
+def assert_small_terms_after_a_large_one_count(device, dtype, rows):
+    """2048 + 1023 / 64: an accumulator in half precision would stay at 2048."""
+    left = torch.full((rows, 1024), 2.0**-6, dtype=dtype, device=device)
+    left[:, 0] = 2048
+    weight, scale = torch.ones(1024, 8, dtype=dtype, device=device), torch.ones(1, device=device)
+    aux_weight = torch.zeros_like(weight)
+    assert (torch.ops.m2pt_kernels.grad_input(left, weight, aux_weight, scale) == 2064).all()
+    weight, aux_weight = weight.t().contiguous(), aux_weight.t().contiguous()
+    assert (cross_modal_linear(left, weight, aux_weight, scale) == 2064).all()
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_small_terms_after_a_large_one_count(device, dtype):
-    """2048 + 1023 / 64: an accumulator in half precision would stay at 2048."""
-    left = torch.full((3, 1024), 2.0**-6, dtype=dtype, device=device)
-    left[:, 0] = 2048
-    weight, scale = torch.ones(1024, 5, dtype=dtype, device=device), torch.ones(1, device=device)
-    aux_weight = torch.zeros_like(weight)
-    assert (cross_modal_linear(left, weight.t(), aux_weight.t(), scale) == 2064).all()
-    assert (torch.ops.m2pt_kernels.grad_input(left, weight, aux_weight, scale) == 2064).all()
+    assert_small_terms_after_a_large_one_count(device, dtype, rows=3)
 
 
 def test_empty_features(device):
