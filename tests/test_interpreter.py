@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_operators_in_the_interpreter():
-    names = ("test_ops.py", "test_several_models.py", "test_numerics.py", "test_tma_kernels.py")
-    tests = [Path(__file__).with_name(name) for name in names]
+
+@pytest.mark.parametrize("name", ["test_ops.py", "test_several_models.py", "test_numerics.py", "test_tma_kernels.py"])
+def test_operators_in_the_interpreter(name):
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).with_name(name)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
