@@ -427,7 +427,7 @@ CHECKPOINTS = {
             "model: expected .*, got str",
         ),
         "model: no data": (
-            lambda: load_pretrained(META, "plain.safetensors"),
+            lambda: load_pretrained(vit().to("meta"), "plain.safetensors"),
             ValueError,
             "model: .*meta",
         ),
