@@ -185,6 +185,7 @@ def test_killed_runs_end_as_if_nothing_had_been(folder, start, repetitions):
             kills += not is_finished
             while_writing += bool(list(out.glob("*.partial")))
         finished += 1
+        assert finished < repetitions + 10, "runs end before they can be killed"
         assert_ended_alike(out, folder / "whole")
     assert while_writing >= kills // 2
 
