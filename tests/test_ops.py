@@ -516,6 +516,7 @@ BAD_QUANTIZED = {
     "half scales": (TypeError, "aux_weight_scale", INT8, torch.ones(4, 1).half()),
     "scales elsewhere": (ValueError, "aux_weight_scale", INT8, torch.ones(4, 1, device="meta")),
     "flat scales": (ValueError, "aux_weight_scale", INT8, torch.ones(4)),
+    "strided scales": (ValueError, "aux_weight_scale", INT8, torch.ones(4, 2)[:, :1]),
     "int8 with int4's scales": (ValueError, "aux_weight_scale", INT8, torch.ones(4, 2)),
     "int8 of another width": (ValueError, "aux_weight", INT8[:, :32], torch.ones(4, 1)),
     "scales of two models": (ValueError, "aux_weight_scale", INT8, torch.ones(2, 4, 1)),
