@@ -100,11 +100,22 @@ def test_rows_further_apart(device, products):
     assert_by_tma(products, STEP, device)
 
 
+def by_columns(tensor):
+    return tensor.mT.contiguous().mT
+
+
 def test_weights_stored_by_columns(device, products):
     tensors, grad_output = operands(ROWS, 104, 72, *HALVES[0], device, needs_grad=("x",), models=2)
-    tensors["weight"], tensors["aux_weight"] = (tensors[name].mT.contiguous().mT for name in ("weight", "aux_weight"))
+    tensors["weight"], tensors["aux_weight"] = by_columns(tensors["weight"]), by_columns(tensors["aux_weight"])
     assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
     assert_by_tma(products, STEP[:2], device)
+
+
+def test_quantized_weights_stored_by_columns_are_left_to_the_other_kernels(device, products):
+    tensors, grad_output = operands(ROWS, 112, 80, *HALVES[0], device, needs_grad=("x",))
+    tensors["weight"] = by_columns(tensors["weight"])
+    assert_quantized_as_good_as_torch(tensors, grad_output, "int8", by_columns)
+    assert_by_tma(products, [], device)
 
 
 @pytest.mark.parametrize("storage", [None, "int8"])

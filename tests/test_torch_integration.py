@@ -334,6 +334,14 @@ def test_nested_autocast_is_that_of_a_linear_with_the_merged_weight(run):
     torch.testing.assert_close(grads, wanted_grads, rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
+def test_autocast_leaves_float64_as_it_is(run):
+    arguments = functional_arguments()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = run(cross_modal_linear, *arguments)
+    torch.testing.assert_close(y, published(*arguments))
+
+
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="Triton has a driver here")
 def test_triton_is_refused_without_a_driver():
     with pytest.raises(RuntimeError, match='implementation\\("triton"\\)'), implementation("triton"):
