@@ -351,7 +351,7 @@ def test_nothing_is_read_past_the_end_of_an_operand(device, storage):
 
 
 def assert_combined_weight_and_output_are_rounded_once_each(device, dtype, models, features):
-    """Products with the identity show the combined weight. Scales of two bits keep its sum exact, but in float32 only."""
+    """Products with the identity show the combined weight. Scales of two bits keep its sum exact in float32 alone."""
     tensors, _ = operands(1, features, features, dtype, dtype, device, needs_grad=(), models=models)
     weight, aux_weight, bias = (tensors[name] for name in ("weight", "aux_weight", "bias"))
     scale = 1.5 * 0.5 ** torch.arange(1, models + 1, device=device)
