@@ -351,10 +351,10 @@ def test_nothing_is_read_past_the_end_of_an_operand(device, storage):
 
 
 def assert_combined_weight_and_output_are_rounded_once_each(device, dtype, models, features):
-    """Products with the identity show the combined weight. Scales of powers of two keep its sum exact in float32."""
+    """Products with the identity show the combined weight. Scales of two bits keep its sum exact in float32 alone."""
     tensors, _ = operands(1, features, features, dtype, dtype, device, needs_grad=(), models=models)
     weight, aux_weight, bias = (tensors[name] for name in ("weight", "aux_weight", "bias"))
-    scale = 0.5 ** torch.arange(1, models + 1, device=device)
+    scale = 1.5 * 0.5 ** torch.arange(1, models + 1, device=device)
     total = weight.double() + (scale.double().view(-1, 1, 1) * aux_weight.double()).sum(0)
     combined, eye = total.to(dtype), torch.eye(features, dtype=dtype, device=device)
     assert torch.equal(torch.ops.m2pt_kernels.grad_input(eye, weight, aux_weight, scale), combined)
