@@ -90,7 +90,8 @@ def store_gradients(
             if PACKED:
                 group = (model * rows + row[:, None]) * (columns // GROUP_SIZE) + column[None, :] // GROUP_SIZE
                 aux = unpack(aux, column[None, :]) * tl.load(aux_scale_ptr + group, mask, other=0.0)
-            sums = tl.sum(accumulator * aux.to(tl.float32), 1)
+            # Past the matrix the accumulator is infinity times zero where an operand is infinite.
+            sums = tl.sum(tl.where(mask, accumulator * aux.to(tl.float32), 0.0), 1)
             if aux_scale_ptr is not None and not PACKED:
                 sums *= tl.load(aux_scale_ptr + (model * rows + row), row < rows, other=0.0)
             partial = offset_of(model, tl.num_programs(0) * ROWS) + tl.program_id(0).to(tl.int64) * ROWS
