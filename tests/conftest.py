@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts: the tests 
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from m2pt_kernels import implementation
 from m2pt_kernels.configs import INTERPRETED
@@ -17,6 +18,12 @@ elif torch.cuda.is_available():
     PATHS = [("eager", "cpu"), ("eager", "cuda"), ("triton", "cuda")]
 else:
     PATHS = [("eager", "cpu")]
+
+# Random cases are the same in every run; `--hypothesis-profile random` draws new ones.
+unlimited = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+settings.register_profile("fixed", derandomize=True, **unlimited)
+settings.register_profile("random", **unlimited)
+settings.load_profile("fixed")
 
 
 def pytest_addoption(parser):

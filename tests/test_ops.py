@@ -2,11 +2,12 @@
 
 import ctypes
 import itertools
+import math
 import mmap
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -71,8 +72,15 @@ def without_cancellation(tensors, grad_output):
     return exact(absolute, grad_output.abs())
 
 
-def accumulator_eps(tensor):
-    return torch.finfo(torch.promote_types(tensor.dtype, torch.float32)).eps
+def moved_by_combined_rounding(tensors, grad_output):
+    """How far a combined weight rounded to the dtype of x moves y and the gradient of x, in units of that dtype's eps:
+    each term of their sums by half of its size at most, independently of others. Infinite where it may overflow."""
+    x, weight, aux_weight, scale = (tensors[name].detach().double() for name in NAMES[:4])
+    combined = weight + (scale.view(-1, 1, 1) * aux_weight).sum(0)
+    limits = torch.finfo(tensors["x"].dtype)
+    combined[combined.abs() > limits.max * (1 - limits.eps)] = math.inf
+    squares = combined.square()
+    return {"y": (x.square() @ squares.t()).sqrt(), "x": (grad_output.double().square() @ squares).sqrt()}
 
 
 def in_torch(tensors, grad_output):
@@ -89,25 +97,33 @@ def in_torch(tensors, grad_output):
 
 
 def assert_as_good_as_torch(got, tensors, grad_output, torch_got=None):
-    """No error is above 1.5 times plain torch's, plus one rounding of the largest entry and one of its terms' sum.
+    """No error is above 1.5 times plain torch's plus a rounding, wherever torch's result is finite.
 
-    The scale's gradient is one number, a sum that may cancel: there the largest entry is its Cauchy-Schwarz bound.
+    A rounding is one of the largest entry, one of the combined weight, and one in float32 of the terms, for where they
+    cancel; or the smallest number for each term. An infinity counts as the largest number, which it may stand beside.
     """
     want, terms = exact(tensors, grad_output), without_cancellation(tensors, grad_output)
+    moved = moved_by_combined_rounding(tensors, grad_output)
     torch_got = in_torch(tensors, grad_output) if torch_got is None else torch_got
     assert got.keys() == want.keys()
     for name, expected in want.items():
         assert got[name].dtype == torch_got[name].dtype and got[name].shape == expected.shape, name
-        if expected.numel() == 0:
+        limits = torch.finfo(got[name].dtype)
+        compared = torch_got[name].isfinite()
+        if name in moved:
+            compared &= moved[name].isfinite()
+        if not compared.any():
             continue
-        error = (got[name].double() - expected).abs().max()
-        torch_error = (torch_got[name].double() - expected).abs().max()
-        largest = expected.abs().max()
-        if name == "scale":
-            x, n = tensors["x"].detach(), grad_output.shape[-1]
-            accumulator = grad_output.double().reshape(-1, n).t() @ x.double().reshape(-1, x.shape[-1])
-            largest = accumulator.norm() * tensors["aux_weight"].double().norm()
-        floor = torch.finfo(got[name].dtype).eps * largest + accumulator_eps(got[name]) * terms[name].abs().max()
+
+        def largest(values, compared=compared):
+            return values[compared].abs().max()
+
+        error = largest(got[name].clamp(limits.min, limits.max).double() - expected)
+        torch_error = largest(torch_got[name].double() - expected)
+        floor = limits.eps * largest(expected) + limits.smallest_normal * limits.eps * tensors["x"].shape[-1]
+        floor += torch.finfo(torch.promote_types(got[name].dtype, torch.float32)).eps * largest(terms[name])
+        if name in moved:
+            floor += limits.eps * largest(moved[name])
         assert error <= 1.5 * torch_error + floor, f"{name}: {error:.2e}, torch {torch_error:.2e}, floor {floor:.2e}"
 
 
@@ -213,15 +229,17 @@ def test_strided_bias_and_scale(device):
     assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
+    seed=st.integers(0, 2**32 - 1),
     shape=st.tuples(*[st.integers(1, 70)] * 3),
     dtypes=st.sampled_from(DTYPES),
     layouts=st.tuples(*[st.sampled_from([torch.Tensor.contiguous, transposed, padded, every_other])] * 3),
     scale=st.sampled_from([0.0, 1e-8, 0.3, -1.0, 1e4]),
     needs_grad=st.sets(st.sampled_from(NAMES), min_size=1),
 )
-def test_any_shape_stride_dtype_scale_and_subset(device, shape, dtypes, layouts, scale, needs_grad):
+def test_any_shape_stride_dtype_scale_and_subset(device, seed, shape, dtypes, layouts, scale, needs_grad):
+    torch.manual_seed(seed)
     tensors, grad_output = operands(*shape, *dtypes, device, needs_grad=())
     tensors["scale"].fill_(scale)
     for name, layout in zip(("x", "weight", "aux_weight"), layouts, strict=True):

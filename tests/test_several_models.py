@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import (
     DTYPES,
@@ -36,8 +36,9 @@ from m2pt_kernels import cross_modal_linear, quantize
 from m2pt_kernels.configs import INTERPRETED
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
+    seed=st.integers(0, 2**32 - 1),
     models=st.integers(2, 4),
     shape=st.tuples(*[st.integers(1, 70)] * 3),
     dtypes=st.sampled_from(DTYPES),
@@ -45,7 +46,10 @@ from m2pt_kernels.configs import INTERPRETED
     model_first=st.booleans(),
     needs_grad=st.sets(st.sampled_from(NAMES), min_size=1),
 )
-def test_any_number_shape_stride_dtype_and_subset(device, models, shape, dtypes, layouts, model_first, needs_grad):
+def test_any_number_shape_stride_dtype_and_subset(
+    device, seed, models, shape, dtypes, layouts, model_first, needs_grad
+):
+    torch.manual_seed(seed)
     tensors, grad_output = operands(*shape, *dtypes, device, needs_grad=(), models=models)
     tensors["x"] = layouts[0](tensors["x"])
     matrices = [layouts[1](matrix) for matrix in tensors["aux_weight"]]

@@ -6,6 +6,7 @@ a Hopper GPU, and given small tiles. On a Hopper or Blackwell GPU the same tests
 
 import pytest
 import torch
+from test_numerics import assert_an_infinite_scale_gradient_is_infinite
 from test_ops import (
     DTYPES,
     HALF,
@@ -127,6 +128,12 @@ def test_scale_gradients_are_exact_and_reproducible(device, products, storage):
     assert ((runs[0].double() - terms.sum((1, 2))).abs() <= 5e-7 * terms.abs().sum((1, 2))).all()
     assert torch.equal(*runs)
     assert_by_tma(products, STEP[1:] * 2, device)
+
+
+@pytest.mark.parametrize("name", ["x", "grad_output"])
+def test_an_infinite_scale_gradient_is_infinite(device, products, name):
+    assert_an_infinite_scale_gradient_is_infinite(device, name, (ROWS, 104, 72), *HALVES[0])
+    assert_by_tma(products, STEP[1:], device)
 
 
 @pytest.mark.parametrize("models", [1, 2])

@@ -211,32 +211,34 @@ def grad_parameters_tma_kernel(
 ):
     """G = grad^T x, with grad (depth, rows) and x (depth, columns), in float32; written is what has a pointer.
 
-    G to grad_weight, and for each auxiliary model scale * G to grad_aux and <G, aux>, one number per row of the tile,
+    G to grad_weight, and for each auxiliary model scale * G to grad_aux and <G, aux>, one number per row of each tile,
     to partial. By TMA only, in quarters of the tile: 64-bit addresses and a whole tile beside the accumulator exceed
     the registers.
     """
     PIECE: tl.constexpr = BLOCK_N // 4
     grad = tl.make_tensor_descriptor(grad_ptr, [depth, rows], [stride_grad, 1], [BLOCK_K, BLOCK_M])
     x = tl.make_tensor_descriptor(x_ptr, [depth, columns], [stride_x, 1], [BLOCK_K, BLOCK_N])
-    if partial_ptr is not None:
-        partials = MODELS * tl.num_programs(0) * BLOCK_M
-        partial = tl.make_tensor_descriptor(partial_ptr, [partials], [1], [BLOCK_M])
+    tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    row = tile_row * BLOCK_M
+    column = tile_column * BLOCK_N
+    column_tiles = (columns - 1) // BLOCK_N + 1
     auxes = tl.tuple([])
+    partials = tl.tuple([])
     scales = tl.tuple([])
     grad_auxes = tl.tuple([])
     for model in tl.static_range(MODELS):
         if partial_ptr is not None:
             matrix_ptr = aux_ptr + offset_of(model, stride_aux_model)
             auxes += (tl.make_tensor_descriptor(matrix_ptr, [rows, columns], [stride_aux, 1], [BLOCK_M, PIECE]),)
+            # Rows past the matrix, where an infinity times zero is NaN, are not stored: masks fail (see `_column_of`).
+            sums_ptr = partial_ptr + offset_of(model * column_tiles + tile_column, rows)
+            partials += (tl.make_tensor_descriptor(sums_ptr, [rows], [1], [BLOCK_M]),)
         if grad_aux_ptr is not None:
             matrix_ptr = grad_aux_ptr + offset_of(model, rows.to(tl.int64) * columns)
             grad_auxes += (tl.make_tensor_descriptor(matrix_ptr, [rows, columns], [columns, 1], [BLOCK_M, PIECE]),)
             scales += (tl.load(scale_ptr + model).to(tl.float32),)
     if grad_weight_ptr is not None:
         grad_weight = tl.make_tensor_descriptor(grad_weight_ptr, [rows, columns], [columns, 1], [BLOCK_M, PIECE])
-    tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
-    row = tile_row * BLOCK_M
-    column = tile_column * BLOCK_N
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.range(0, depth, BLOCK_K, warp_specialize=True):
         grad_tile = grad.load([k, row])
@@ -250,7 +252,9 @@ def grad_parameters_tma_kernel(
             piece = pieces[i].reshape([BLOCK_M, PIECE])
             piece_column = column + i * PIECE
             if partial_ptr is not None:
-                sums += tl.sum(piece * auxes[model].load([row, piece_column]).to(tl.float32), 1)
+                product = piece * auxes[model].load([row, piece_column]).to(tl.float32)
+                inside = (piece_column + tl.arange(0, PIECE) < columns)[None, :]
+                sums += tl.sum(tl.where(inside, product, 0.0), 1)
             if grad_aux_ptr is not None:
                 grad_auxes[model].store([row, piece_column], (scales[model] * piece).to(grad_aux_ptr.dtype.element_ty))
             if grad_weight_ptr is not None and model == 0:
@@ -258,7 +262,7 @@ def grad_parameters_tma_kernel(
         if partial_ptr is not None:
             if aux_scale_ptr is not None:
                 sums *= tl.make_tensor_descriptor(aux_scale_ptr + model * rows, [rows], [1], [BLOCK_M]).load([row])
-            partial.store([(model * tl.num_programs(0) + tl.program_id(0)) * BLOCK_M], sums)
+            partials[model].store([row], sums)
 
 
 class _CombinedTile(NamedTuple):
@@ -363,7 +367,7 @@ def takes_grad_parameters(
         and x.shape[1] * x.itemsize % 16 == 0
         and _by_tma(grad_output, 1)
         and _by_tma(x, 1)
-        and (aux_weight is None or _by_tma(aux_weight, 1))
+        and (aux_weight is None or (_by_tma(aux_weight, 1) and grad_output.shape[1] % 4 == 0))
         and (aux_weight_scale is None or _is_vector(aux_weight_scale))
     )
 
@@ -476,7 +480,8 @@ def grad_parameters(
     columns = x.shape[1]
     tiles = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N)
     models = models_in(aux_weight, scale)
-    partial = None if aux_weight is None else x.new_empty(models, tiles * tile.BLOCK_M, dtype=torch.float32)
+    partials = triton.cdiv(columns, tile.BLOCK_N) * rows
+    partial = None if aux_weight is None else x.new_empty(models, partials, dtype=torch.float32)
     _provide_descriptor_memory()
     grad_parameters_tma_kernel[(tiles,)](
         grad_output,
