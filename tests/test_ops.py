@@ -381,22 +381,32 @@ def test_nothing_is_read_past_the_end_of_an_operand(device, storage):
     assert_as_good_as_torch(got, plain, grad_output)
 
 
-def assert_combined_weight_and_output_are_rounded_once_each(device, dtype, models, features):
-    """Products with the identity show the combined weight. Scales of two bits keep its sum exact in float32 alone."""
-    tensors, _ = operands(1, features, features, dtype, dtype, device, needs_grad=(), models=models)
-    weight, aux_weight, bias = (tensors[name] for name in ("weight", "aux_weight", "bias"))
+def assert_combined_weight_and_output_are_rounded_once_each(device, dtypes, models, features):
+    """Products with the identity show the combined weight.
+
+    Weights on a grid and scales of two bits keep its sum exact in float32, and in no half precision; where weights are
+    zero but one auxiliary model's, its scale may have more bits than half precision holds.
+    """
+    (dtype, weight_dtype), grid = dtypes, 2**13
+    tensors, _ = operands(1, features, features, dtype, weight_dtype, device, needs_grad=(), models=models)
+    weight, aux_weight = ((tensors[name] * grid).round() / grid for name in ("weight", "aux_weight"))
+    bias = tensors["bias"].to(dtype)
     scale = 1.5 * 0.5 ** torch.arange(1, models + 1, device=device)
     total = weight.double() + (scale.double().view(-1, 1, 1) * aux_weight.double()).sum(0)
     combined, eye = total.to(dtype), torch.eye(features, dtype=dtype, device=device)
     assert torch.equal(torch.ops.m2pt_kernels.grad_input(eye, weight, aux_weight, scale), combined)
     y = cross_modal_linear(3 * eye, weight, aux_weight, scale, bias)
     assert torch.equal(y, (3 * combined.double().t() + bias.double()).to(dtype))
+    scale = torch.tensor([0.0] * (models - 1) + [1 + 2**-8 + 2**-11], device=device)
+    scaled = scale[-1].double() * aux_weight.view(models, features, features)[-1].double()
+    scaled_alone = torch.ops.m2pt_kernels.grad_input(eye, torch.zeros_like(weight), aux_weight, scale)
+    assert torch.equal(scaled_alone, scaled.to(dtype))
 
 
 @pytest.mark.parametrize("models", [1, 3])
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_combined_weight_and_output_are_rounded_once_each(device, dtype, models):
-    assert_combined_weight_and_output_are_rounded_once_each(device, dtype, models, features=70)
+@pytest.mark.parametrize("dtypes", DTYPES[1:], ids=str)
+def test_combined_weight_and_output_are_rounded_once_each(device, dtypes, models):
+    assert_combined_weight_and_output_are_rounded_once_each(device, dtypes, models, features=70)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
