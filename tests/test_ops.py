@@ -409,6 +409,25 @@ def test_combined_weight_and_output_are_rounded_once_each(device, dtypes, models
     assert_combined_weight_and_output_are_rounded_once_each(device, dtypes, models, features=70)
 
 
+def assert_gradients_of_weights_are_rounded_once(device, dtype, models, rows):
+    """Sums of integers and scales of two bits are exact in float32, and in no half precision."""
+    asked = ("weight", "aux_weight")
+    tensors, grad_output = operands(rows, 104, 72, dtype, dtype, device, asked, models)
+    tensors["x"], grad_output = (16 * tensors["x"]).round(), (16 * grad_output).round()
+    tensors["scale"] = 1.5 * 0.5 ** torch.arange(models, device=device)
+    got = outputs(cross_modal_linear, tensors, grad_output)
+    total = grad_output.double().t() @ tensors["x"].double()
+    scaled = tensors["scale"].double().view(-1, 1, 1) * total
+    assert torch.equal(got["weight"], total.to(dtype))
+    assert torch.equal(got["aux_weight"], scaled.to(dtype).view_as(got["aux_weight"]))
+
+
+@pytest.mark.parametrize("models", [1, 3])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_gradients_of_weights_are_rounded_once(device, dtype, models):
+    assert_gradients_of_weights_are_rounded_once(device, dtype, models, rows=70)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_gradients_of_float32_parameters_are_not_rounded_to_half(device, dtype):
     tensors, grad_output = operands(37, 24, 33, dtype, torch.float32, device, needs_grad=NAMES[1:])

@@ -12,6 +12,7 @@ from test_ops import (
     HALF,
     assert_as_good_as_torch,
     assert_combined_weight_and_output_are_rounded_once_each,
+    assert_gradients_of_weights_are_rounded_once,
     assert_quantized_as_good_as_torch,
     assert_small_terms_after_a_large_one_count,
     operands,
@@ -141,6 +142,13 @@ def test_an_infinite_scale_gradient_is_infinite(device, products, name):
 def test_combined_weight_and_output_are_rounded_once_each(device, products, dtypes, models):
     assert_combined_weight_and_output_are_rounded_once_each(device, dtypes, models, features=ROWS)
     assert_by_tma(products, STEP[:1] * 3, device)
+
+
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_gradients_of_weights_are_rounded_once(device, products, dtype, models):
+    assert_gradients_of_weights_are_rounded_once(device, dtype, models, ROWS)
+    assert_by_tma(products, STEP[1:], device)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
