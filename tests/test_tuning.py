@@ -89,6 +89,22 @@ def test_other_sizes_keep_the_default(model, sample, times):
     assert stages(model, torch.cat([sample, sample])) == [4, 5]
 
 
+def test_tensors_that_tma_cannot_address_keep_the_default(model, sample, times):
+    odd = torch.randn(sample.numel() + 1, dtype=sample.dtype)[1:].view(sample.shape)
+    assert odd.data_ptr() % 16
+    untuned = stages(model, odd)
+    times["tma 256x0x128x32x4x5"] = times["tma 128x256x64x4x3"] = 1.0
+    tune(model, sample)
+    assert stages(model, odd) == untuned
+
+
+def test_another_gpu_keeps_the_default(model, sample, times):
+    tune(model, sample)
+    with compiling_for(TARGETS["sm_80"]) as compiled:
+        model(sample)
+    assert [kernel.name for kernel in compiled] == ["combined_matmul_kernel"]
+
+
 def test_nothing_is_tuned_unasked(model, sample, times):
     stages(model, sample)
     assert times[None] == [] and TUNED == {}

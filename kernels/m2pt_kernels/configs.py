@@ -238,12 +238,16 @@ TUNED: dict[tuple, Plan] = {}
 
 
 def problem(product: str, *arguments: Tensor | torch.dtype | None) -> tuple:
-    """What a product's candidates and their speed depend on: shapes, strides, dtypes, float32 precision."""
+    """What a product's candidates and their speed depend on: the GPU, shapes, strides, alignment, dtypes, float32
+    precision."""
     return (
         product,
+        active_target(),
         torch.backends.cuda.matmul.fp32_precision,
         *(
-            (tuple(argument.shape), argument.stride(), argument.dtype) if isinstance(argument, Tensor) else argument
+            (tuple(argument.shape), argument.stride(), argument.data_ptr() % 16 == 0, argument.dtype)
+            if isinstance(argument, Tensor)
+            else argument
             for argument in arguments
         ),
     )
