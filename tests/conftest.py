@@ -19,7 +19,7 @@ elif torch.cuda.is_available():
 else:
     PATHS = [("eager", "cpu")]
 
-# Random cases are the same in every run; `--hypothesis-profile random` draws new ones.
+# Random cases are drawn by a rule, so that a run can be repeated; `--hypothesis-profile random` draws others.
 unlimited = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 settings.register_profile("fixed", derandomize=True, **unlimited)
 settings.register_profile("random", **unlimited)

@@ -1,4 +1,4 @@
-"""Every tile configuration compiles for its GPUs, without spills and within shared memory; no GPU is needed."""
+"""The tile of every product compiles for its GPUs, without spills and within shared memory; no GPU is needed."""
 
 import re
 import subprocess
