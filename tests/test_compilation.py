@@ -70,7 +70,10 @@ def test_several_models_without_spills_and_within_shared_memory(target):
             cross_modal_linear(**tensors).backward(grad_output)
         tensors, grad_output = operands(600, 1040, 576, HALF, HALF, models=2, needs_grad=("x", "weight", "scale"))
         cross_modal_linear(**quantized(tensors, "int8")).backward(grad_output)
-    assert len(compiled) == 9
+        tensors, grad_output = operands(600, 3088, 1040, HALF, HALF, models=3)
+        tensors["aux_weight"] = tensors["aux_weight"].detach().float().requires_grad_()
+        cross_modal_linear(**tensors).backward(grad_output)
+    assert len(compiled) == 12
     for kernel in compiled:
         assert resources(kernel).spilled == 0, (kernel.metadata.name, kernel.src.constants, resources(kernel))
 

@@ -41,7 +41,7 @@ class CombinedTileConfig(NamedTuple):
 
 _Tile, _Combined = TileConfig, CombinedTileConfig
 
-# Of each tuple the first is used unless `warmup` finds a faster one; all compile without spills and fit.
+# Of each tuple the first is used unless `warmup` finds a faster one; for one auxiliary model all fit without spills.
 # Operand kinds: "half"; "mixed" is half-precision activations with float32 W or W_aux; float32 is "tf32" or "ieee".
 TILES: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
     "ampere": {  # sm_80 and sm_87, with 163 KiB of shared memory

@@ -416,10 +416,13 @@ def grad_tiles(
     aux_dtype: torch.dtype | None,
 ) -> tuple[TileConfig, ...]:
     """The candidates of `grad_parameters`, for gradients of such a shape."""
+    generation = _generation(target)
     sizes = {kind.itemsize for kind in (aux_weight, weight_dtype, aux_dtype) if kind is not None}
-    *large, small = _GRAD_TILES[_generation(target)][len(sizes) > 1]
+    *large, small = _GRAD_TILES[generation][len(sizes) > 1]
+    if generation == 10 and aux_weight is not None and models_in(aux_weight) > 2 and aux_weight.itemsize == 4:
+        large = [tile for tile in large if tile.BLOCK_M < 256]  # the others would spill
     small_tiles = triton.cdiv(shape[0], small.BLOCK_M) * triton.cdiv(shape[1], small.BLOCK_N)
-    return (small, *large) if small_tiles <= _MULTIPROCESSORS[_generation(target)] else (*large, small)
+    return (small, *large) if small_tiles <= _MULTIPROCESSORS[generation] else (*large, small)
 
 
 def combined_matmul(
