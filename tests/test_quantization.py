@@ -65,6 +65,34 @@ def test_blocks_of_rows_and_other_dtypes(storage, dtype):
     assert quantize(weight.to("meta"), storage)[0].shape == data.shape
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("value", [1e300, -1e39, float("inf"), float("nan")])
+def test_what_is_not_finite_in_float32_is_refused(storage, value):
+    weight = torch.ones(OUT, IN, dtype=torch.float64)
+    weight[2, 3] = value
+    with pytest.raises(ValueError, match=r"^weight: .*NaN.*float32"):
+        quantize(weight, storage)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_largest_float32_comes_back_finite_or_is_refused(storage):
+    largest = torch.finfo(torch.float32).max
+    weight = torch.full((1, 64), largest)
+    if storage == "int8":  # 127 times the rounded scale is beyond float32
+        with pytest.raises(ValueError, match=r"^weight: "):
+            quantize(weight, storage)
+        weight *= 1 - 2**-20
+    torch.testing.assert_close(dequantize(*quantize(weight, storage)), weight)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("value", [1e-300, 5e-324])
+def test_what_float32_rounds_to_zero_is_zero(storage, value):
+    data, scale = quantize(torch.full((OUT, IN), value, dtype=torch.float64), storage)
+    assert torch.equal(scale, torch.ones_like(scale))
+    assert torch.equal(dequantize(data, scale), torch.zeros(OUT, IN))
+
+
 def test_float8_is_refused_on_older_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(ValueError, match=r"compute capability 8\.9"):

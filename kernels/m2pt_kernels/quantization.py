@@ -6,6 +6,9 @@ int8            data (N, K) int8, scale (N, 1)
 float8_e4m3fn   data (N, K) float8_e4m3fn, scale (N, 1)
 int4            data (N, K / 2) uint8, scale (N, K / 64). Byte j of a group holds entry j in its low half and entry
                 j + 32 in its high half, each plus 8: 32 neighbours in memory are 32 neighbours of the matrix.
+
+The kernels read plain data and scales; torchao stores both in tensor subclasses, whose int4 packing needs one more
+package.
 """
 
 import torch
@@ -25,7 +28,7 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """The nearest entries to `weight`, with the scales that map the largest of each row or group to the largest entry.
 
     Args:
-        weight: (N, K) or (n, N, K), any floating dtype of 16 bits or more, finite and not empty.
+        weight: (N, K) or (n, N, K), any floating dtype of 16 bits or more, finite in float32 and not empty.
         dtype: "int8", "int4" (K a multiple of 64) or "float8_e4m3fn".
 
     Returns:
@@ -33,8 +36,8 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError: a weight that is no tensor of such a dtype.
-        ValueError: another dtype, a weight that is sparse, nested, empty, not finite or not divisible into groups, or
-            float8_e4m3fn on a GPU that is not CUDA with compute capability 8.9.
+        ValueError: another dtype, a weight that is sparse, nested, empty, not finite in float32 or not divisible into
+            groups, or float8_e4m3fn on a GPU that is not CUDA with compute capability 8.9.
     """
     check_tensor("weight", weight)
     if weight.dtype not in GEMM_DTYPES:
@@ -46,10 +49,10 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
         raise ValueError(f"weight: expected shape (out_features, {columns}), got {tuple(weight.shape)}")
     if dtype == "float8_e4m3fn" and not supports_float8(weight.device):
         raise ValueError(f"dtype: float8_e4m3fn needs CUDA and compute capability 8.9, {weight.device} has not")
-    if not weight.is_meta and not weight.isfinite().all():
-        raise ValueError("weight: there are NaN or infinite entries")
     groups = weight.detach().float().unflatten(-1, (-1, GROUP_SIZE) if dtype == "int4" else (1, weight.shape[-1]))
     scale = groups.abs().amax(-1) / _LARGEST[dtype]
+    if not weight.is_meta and not (scale * _LARGEST[dtype]).isfinite().all():
+        raise ValueError("weight: there are NaN or infinite entries, or ones beyond float32's range")
     scale.masked_fill_(scale == 0, 1)
     entries = (groups / scale[..., None]).clamp_(-_LARGEST[dtype], _LARGEST[dtype])
     if dtype == "float8_e4m3fn":
