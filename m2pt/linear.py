@@ -130,8 +130,8 @@ class FusedCrossModalLinear(nn.Linear):
                 buffers, `aux_weight` and the float32 `aux_weight_scale`, that `.to()` moves and never casts.
 
         Raises:
-            ValueError: another dtype, an `aux_weight` that is trainable or quantised already, or one that
-                `m2pt_kernels.quantize` refuses.
+            ValueError: another dtype, an `aux_weight` that is trainable, quantised already or not finite in bfloat16,
+                or one that `m2pt_kernels.quantize` refuses.
         """
         data, scale = self.quantized_aux(dtype)
         if scale is None:
@@ -149,7 +149,10 @@ class FusedCrossModalLinear(nn.Linear):
         if self.aux_weight_scale is not None:
             raise ValueError(f"aux_weight: it is stored as {DTYPES[self.aux_weight.dtype]} already")
         if dtype == "bfloat16":
-            return self.aux_weight.bfloat16(), None
+            rounded = self.aux_weight.bfloat16()
+            if not rounded.is_meta and not rounded.isfinite().all():
+                raise ValueError("aux_weight: there are NaN or infinite entries, or ones beyond bfloat16's range")
+            return rounded, None
         if dtype not in DTYPES.values():
             raise ValueError(f"dtype: expected one of bfloat16, {', '.join(DTYPES.values())}, got {dtype!r}")
         return quantize(self.aux_weight, dtype)

@@ -272,6 +272,7 @@ def test_errors_without_inputs_and_of_nothing():
         ({"aux_dtype": "int8"}, "int4", "blocks.0.attn.qkv: aux_weight: .*int8 already"),
         ({}, "int3", "blocks.0.attn.qkv: dtype: .*'int3'"),
         ({"layer_names": ["mlp.fc2"]}, "int4", "blocks.1.mlp.fc2: weight: .*NaN"),
+        ({"layer_names": ["mlp.fc2"]}, "bfloat16", "blocks.1.mlp.fc2: aux_weight: .*NaN"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused_and_nothing_has_changed(prepare, storage, message):
@@ -284,6 +285,17 @@ def test_what_cannot_be_quantised_is_refused_and_nothing_has_changed(prepare, st
         with pytest.raises(ValueError, match=rf"^{message}"):
             refuse(model, storage)
     assert {name: value.dtype for name, value in model.state_dict().items()} == before
+
+
+def test_what_bfloat16_rounds_to_infinity_is_refused():
+    fused = layer()
+    nn.init.constant_(fused.aux_weight[:1], torch.finfo(torch.float32).max)
+    before = fused.aux_weight
+    with pytest.raises(ValueError, match=r"^aux_weight: .*bfloat16"):
+        fused.quantize_aux("bfloat16")
+    assert fused.aux_weight is before
+    fused.to("meta").quantize_aux("bfloat16")
+    assert fused.aux_weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("options", [{"is_aux_trainable": True}, {"aux_dtype": "int3"}])
