@@ -121,6 +121,14 @@ def test_damaged_image_is_named(tmp_path):
         dataset[0]
 
 
+def test_image_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    dataset = create_dataset("image", "folder", tmp_path, "train", False)
+    with pytest.raises(ValueError, match=r"train/a/gone\.png: cannot be read as an image: .*No such file"):
+        dataset[0]
+
+
 def test_image_that_claims_terabytes_is_named(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     content = b"\x89PNG\r\n\x1a\n"

@@ -26,8 +26,8 @@ class ImageDataset(Samples):
         return len(self.reader)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        file, target = self.reader[index]
         try:
+            file, target = self.reader[index]
             with file, Image.open(file) as opened:
                 picture = opened.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
