@@ -3,6 +3,8 @@
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .checks import check_kind
+
 JOINT = {"Adahessian", "Adan", "FusedAdam", "FusedLAMB", "FusedNovoGrad", "Kron", "LBFGS", "Lamb", "Lookahead"}
 """Optimizers of torch, timm and apex whose update of a parameter depends on the others, or on a count they share."""
 
@@ -13,14 +15,18 @@ def step_in_backward(optimizer: Optimizer) -> None:
     Call this once, and then neither `optimizer.step` nor `zero_grad`. The updates are those of a step after backward,
     bit for bit on a CPU; learning-rate schedulers and `state_dict` work as ever. Wrong, and not noticed here: several
     backward passes for one step, clipping by the norm of all gradients, a `GradScaler`, and `DistributedDataParallel`,
-    which adds the processes' gradients later (FSDP2 does so before). A model under `torch.compile` computes all of its
-    gradients before it hands out the first, so there is nothing to save.
+    which adds the processes' gradients later (FSDP2 does so before). Nor is it noticed when a parameter that was frozen
+    or not in the optimizer at this call is trained later: nothing updates it, and its gradients add up. One that is
+    frozen after the call may be unfrozen again. A model under `torch.compile` computes all of its gradients before it
+    hands out the first, so there is nothing to save.
 
     Raises:
-        ValueError: the optimizer does not update every parameter by itself.
+        TypeError: `optimizer` is no `torch.optim.Optimizer`.
+        ValueError: it does not update every parameter by itself.
     """
-    name = type(optimizer).__name__
-    if name in JOINT:
+    check_kind(Optimizer, "a torch.optim.Optimizer", optimizer=optimizer)
+    if not JOINT.isdisjoint(each.__name__ for each in type(optimizer).__mro__):
+        name = type(optimizer).__name__
         raise ValueError(f"optimizer: expected one that updates every parameter by itself, as AdamW does, got {name}")
     group_of = {
         parameter: index

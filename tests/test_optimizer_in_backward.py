@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
@@ -56,6 +57,21 @@ def test_an_optimizer_that_wants_a_closure_is_refused():
         step_in_backward(torch.optim.LBFGS(model().parameters()))
 
 
+def test_a_class_of_ones_own_is_what_it_derives_from():
+    class Own(timm.optim.Lamb):
+        pass
+
+    with pytest.raises(ValueError, match=r"optimizer: .*got Own"):
+        step_in_backward(Own(model().parameters()))
+    step_in_backward(type("Own", (torch.optim.AdamW,), {})(model().parameters()))
+
+
+@pytest.mark.parametrize("optimizer", [None, torch.optim.AdamW, model()])
+def test_what_is_no_optimizer_is_refused(optimizer):
+    with pytest.raises(TypeError, match=r"^optimizer: expected a torch.optim.Optimizer, got "):
+        step_in_backward(optimizer)
+
+
 def test_one_gradient_at_a_time():
     module = model()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -82,3 +98,14 @@ def test_frozen_parameters_stay_and_a_loaded_state_counts():
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
     assert set(optimizer.state) == set(module[2].parameters())
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
+
+
+def test_what_is_frozen_after_the_call_can_be_unfrozen():
+    module = model()
+    step_in_backward(torch.optim.SGD(module.parameters(), lr=0.1))
+    before = copy.deepcopy(module.state_dict())
+    for is_trained in (False, True):
+        module[0].requires_grad_(is_trained)
+        module(torch.randn(5, 8)).square().mean().backward()
+        assert torch.equal(module[0].weight, before["0.weight"]) != is_trained
+        assert module[0].weight.grad is None
