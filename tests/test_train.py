@@ -263,6 +263,22 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(step_in_backward, folder):
     assert_equal(model.state_dict(), before)
 
 
+def test_a_gradient_that_is_not_finite_is_not_applied_in_backward(folder):
+    recipe = tiny_recipe("image", folder, "machine.step_in_backward=true")
+    model = tiny_model("image", 2)
+    weight = model.blocks[1].mlp.fc1.weight
+    before = weight.detach().clone()
+    trainer = Trainer(model, lambda model, batch: model(batch).square().mean(), recipe, ALONE, 2)
+    poison = weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match="step 0: the gradient is not finite"):
+        trainer.update([torch.randn(4, 3, 32, 32)])
+    assert torch.equal(weight, before) and weight.grad is None
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    poison.remove()
+    trainer.update([torch.randn(4, 3, 32, 32)])
+    assert not torch.equal(weight, before)
+
+
 def test_adam_with_states_of_a_byte(folder, tmp_path, monkeypatch):
     """On the CPU, where bitsandbytes has the same update; timm's check for a GPU is answered with yes."""
 

@@ -103,7 +103,11 @@ class Trainer:
         if self.ema is not None and sharded:
             shard(self.ema.module, recipe.machine)
         self.optimizer = create_optimizer(module, recipe)
+        self.left_out: set[str] = set()
         if recipe.machine.step_in_backward:
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(partial(self._leave_out, name))
             step_in_backward(self.optimizer)
         self.scheduler = create_scheduler(self.optimizer, recipe, updates_per_epoch)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.machine.precision == "float16")
@@ -121,13 +125,14 @@ class Trainer:
             known, and the learning rate of the head.
 
         Raises:
-            FloatingPointError: the loss is not finite, or its gradient where the norm is known. The weights are as
-                they were.
+            FloatingPointError: the loss or its gradient is not finite. The weights are as they were; but where the step
+                is inside backward, those with a finite gradient have made it.
             ValueError: there are fewer passes.
         """
         self._seed()
         self.scheduler.step_update(self.step)
         self.optimizer.zero_grad()
+        self.left_out.clear()
         self.model.train()
         loss = torch.zeros((), device=self.world.device)
         number, passes = 0, self.recipe.machine.accumulation
@@ -138,6 +143,8 @@ class Trainer:
         figures = {"loss": self._finite_mean(loss)}
         if not self.recipe.machine.step_in_backward:
             figures["gradient_norm"] = self._step()
+        elif self.world.any(bool(self.left_out)):
+            raise FloatingPointError(f"step {self.step}: the gradient is not finite")
         if self.ema is not None:
             self.ema.update(self.module)
         self.step += 1
@@ -155,6 +162,15 @@ class Trainer:
                 self._finite_mean(loss.detach().clone())
             self.scaler.scale(loss).backward()
         return loss.detach()
+
+    def _leave_out(self, name: str, parameter: Tensor) -> None:
+        """Before the step inside backward, take away a gradient that is not finite; to know it, wait for the GPU.
+
+        Nothing is raised here, because other processes would wait in vain for this one to go on with backward.
+        """
+        if not _is_finite(cast(Tensor, parameter.grad)):
+            self.left_out.add(name)
+            parameter.grad = None
 
     def _finite_mean(self, loss: Tensor) -> float:
         mean = self.world.mean(loss).item()
@@ -183,9 +199,23 @@ class Trainer:
         nn.utils.clip_grads_with_norm_(parameters, self.recipe.optimizer.clip_grad or math.inf, total)
         return norm
 
-    @torch.no_grad()
     def first_not_finite(self, batches: Iterable[Any]) -> str:
-        """What in this process is the first not to be finite in a step over these passes, which is computed again."""
+        """What in this process is the first not to be finite in the step over these passes that `update` has refused.
+
+        The passes are computed again, unless weights have changed in backward.
+        """
+        found = [] if self.world.any(bool(self.left_out)) else self._outputs_not_finite(batches)
+        if not found:  # backward goes from the last layer to the first
+            found = [
+                f"the gradient of {name}"
+                for name, parameter in reversed(list(self.module.named_parameters()))
+                if name in self.left_out or not (parameter.grad is None or _is_finite(parameter.grad))
+            ]
+        return f"the first that is not finite is {found[0]}" if found else "everything is finite in this process"
+
+    @torch.no_grad()
+    def _outputs_not_finite(self, batches: Iterable[Any]) -> list[str]:
+        """Input, outputs of layers and loss that are not finite in the forward passes of the step, in their order."""
         found: list[str] = []
 
         def look(what: str, value: Any) -> None:
@@ -207,10 +237,7 @@ class Trainer:
         finally:
             for hook in hooks:
                 hook.remove()
-        if not found:  # backward goes from the last layer to the first
-            gradients = [(name, p.grad) for name, p in self.module.named_parameters() if p.grad is not None]
-            found = [f"the gradient of {name}" for name, grad in reversed(gradients) if not _is_finite(grad)]
-        return f"the first that is not finite is {found[0]}" if found else "everything is finite in this process"
+        return found
 
     def weights(self) -> dict[str, Tensor]:
         """The whole state dict of `evaluated`, on the CPU; where it is sharded, in the first process only."""

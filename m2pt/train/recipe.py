@@ -193,7 +193,8 @@ class Machine:
         checkpoint_activations: compute the blocks' activations again in backward.
         offload_activations: keep the inputs of these blocks in the host's memory until then.
         step_in_backward: update each parameter inside backward and free its gradient, see `m2pt.step_in_backward`;
-            the norm of the gradient is then not known, and not logged.
+            the norm of the gradient is then not known, and not logged, and every gradient waits for a GPU to say
+            whether it is finite.
         compile: torch.compile the model.
         sharding: what several processes do: "ddp" keeps the model in each, "fsdp" divides it among them.
     """
