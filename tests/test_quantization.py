@@ -200,16 +200,16 @@ def test_loading_another_storage_is_refused(here, there, assign):
     assert torch.equal(fused.aux_weight.view(torch.uint8), before.view(torch.uint8))
 
 
-def vits(width=64):
+def vits(count=2, width=64):
     options = {"img_size": 32, "patch_size": 16, "embed_dim": width, "depth": 2, "num_heads": 2, "num_classes": 5}
     torch.manual_seed(0)
-    return (timm.create_model("vit_tiny_patch16_224", **options).eval() for _ in range(2))
+    return [timm.create_model("vit_tiny_patch16_224", **options).eval() for _ in range(count)]
 
 
-def scaled(model, scale=0.3):
+def scaled(model):
     for fused in model.modules():
         if isinstance(fused, FusedCrossModalLinear):
-            nn.init.constant_(fused.cross_modal_scale, scale)
+            fused.cross_modal_scale.data = torch.linspace(0.3, -0.2, fused.cross_modal_scale.numel())
     return model
 
 

@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from test_ops import (
     padded,
     transposed,
 )
+from test_quantization import scaled, vits
 from torch import nn
 
 from m2pt import (
@@ -162,18 +162,6 @@ def test_training_the_auxiliary_weights():
         torch.testing.assert_close(
             fused.cross_modal_scale.grad[i], (fused.weight.grad * fused.aux_weight[i]).sum().detach()
         )
-
-
-def vits(count, width=64):
-    options = {"img_size": 32, "patch_size": 16, "embed_dim": width, "depth": 2, "num_heads": 2, "num_classes": 5}
-    return [timm.create_model("vit_tiny_patch16_224", **options).eval() for _ in range(count)]
-
-
-def scaled(model):
-    for fused in model.modules():
-        if isinstance(fused, FusedCrossModalLinear):
-            fused.cross_modal_scale.data = torch.linspace(0.3, -0.2, fused.cross_modal_scale.numel())
-    return model
 
 
 @pytest.mark.parametrize("storage", [None, "bfloat16", "int8", "int4", "float8_e4m3fn"])
