@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from tiny_runs import RECIPES, assert_equal, assignments, make_data, tiny_model
+from tiny_runs import RECIPES, assert_equal, assignments, interrupted, make_data, no_plots, tiny_model
 
 from m2pt.checkpoint_formats import load_auxiliary, load_pretrained
 from m2pt.checkpoints import WRAPPERS, load_state_dict, save_state_dict
@@ -33,11 +33,7 @@ RECIPE = ["tiny_image", "model.overrides.depth=1", "model.overrides.embed_dim=16
 SHORT = ["data.batch_size=600", "schedule.epochs=2", "schedule.warmup_epochs=0", "run.checkpoint_steps=1"]
 
 
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch):
-    """Figures take longer than these runs."""
-    for plot in ("plot_curves", "plot_scales"):
-        monkeypatch.setattr(f"m2pt.train.run.{plot}", lambda *arguments: None)
+_no_plots = pytest.fixture(autouse=True)(no_plots)
 
 
 def weights():
@@ -254,14 +250,9 @@ def test_a_flipped_bit_of_a_torch_file_is_refused_or_changes_nothing(tmp_path, r
 def half_way(tmp_path_factory):
     """The checkpoint of a run that was interrupted after two of its four steps."""
     out = tmp_path_factory.mktemp("half_way") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("m2pt.train.run.evaluate", interrupted)
+    with interrupted(2):
         assert main(["train", *RECIPE, *SHORT, "--out", str(out)]) == 130
     return out / "last.pth"
-
-
-def interrupted(*arguments):
-    raise KeyboardInterrupt
 
 
 def go_on(folder, content):

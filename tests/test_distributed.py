@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_pathway import connected, images
-from tiny_runs import assignments, make_data, tiny_model
+from tiny_runs import assignments, interrupted, make_data, no_plots, tiny_model
 from torch.distributed.tensor import DTensor
 from two_processes import in_two_processes
 
@@ -18,7 +18,6 @@ from m2pt import quantize_aux
 from m2pt.checkpoints import load_state_dict, save_state_dict
 from m2pt.cli import main
 from m2pt.train.distributed import World, distribute
-from m2pt.train.engine import Trainer
 from m2pt.train.log import read_log
 from m2pt.train.recipe import Machine
 
@@ -55,18 +54,6 @@ def command(folder, out, *more):
     return ["train", "image_imagenet", *data, "--out", str(folder / out), *assignments("image"), *SETTINGS, *more]
 
 
-def interrupted(stop):
-    """`Trainer.update` until a step, then Ctrl-C."""
-    update = Trainer.update
-
-    def wrapper(trainer, batches):
-        if trainer.step == stop:
-            raise KeyboardInterrupt
-        return update(trainer, batches)
-
-    return wrapper
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Runs of one process and of two, under their names."""
@@ -78,15 +65,12 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr("m2pt.train.run.plot_curves", lambda *arguments: None)
-        patch.setattr("m2pt.train.run.plot_scales", lambda *arguments: None)
+        no_plots(patch)
         assert main(command(folder, "one")) == 0
         assert main(command(folder, "one_unclipped", *UNCLIPPED)) == 0
-        patch.setattr(Trainer, "update", interrupted(4))
-        assert main(command(folder, "resumed_one", *MOMENTUM)) == 130
+        with interrupted(4):
+            assert main(command(folder, "resumed_one", *MOMENTUM)) == 130
         shutil.copytree(folder / "resumed_one", folder / "resumed_fsdp")
-        patch.undo()
-        patch.setattr(torch.cuda, "is_available", lambda: False)
         assert main([*command(folder, "resumed_one", *MOMENTUM), "--resume"]) == 0
     decoder = ["pretraining.decoder_width=48", "pretraining.decoder_depth=1", "pretraining.decoder_heads=3"]
     pretraining = ["pretrain", "pretrain_point", "--data", str(folder / "point"), "--out", str(folder / "mae")]

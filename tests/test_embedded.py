@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from tiny_runs import no_plots
 from torch.nn import functional as F
 
 from m2pt.checkpoints import load_state_dict
@@ -128,8 +129,7 @@ def test_recipes_without_data_say_what_is_missing(tmp_path, capsys):
 
 @pytest.mark.parametrize("modality", SAMPLES)
 def test_tiny_recipes_train_with_a_converted_auxiliary_model(modality, tmp_path, monkeypatch, capsys):
-    for plot in ("plot_curves", "plot_scales"):
-        monkeypatch.setattr(f"m2pt.train.run.{plot}", lambda *arguments: None)
+    no_plots(monkeypatch)
     other = load_recipe(f"tiny_{OTHER[modality]}").model
     auxiliary = create_model(other.modality, other.size, num_classes=0, **other.overrides).state_dict()
     torch.save({"model": auxiliary}, tmp_path / "auxiliary.pth")

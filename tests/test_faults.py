@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_runs import assert_equal
+from tiny_runs import assert_equal, interrupted, no_plots
 from torch import nn
 
 from m2pt.checkpoints import save_state_dict
@@ -51,15 +51,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch):
-    no_plots(monkeypatch)
-
-
-def no_plots(monkeypatch):
-    """Figures take longer than these runs."""
-    for plot in ("plot_curves", "plot_scales"):
-        monkeypatch.setattr(f"m2pt.train.run.{plot}", lambda *arguments: None)
+_no_plots = pytest.fixture(autouse=True)(no_plots)
 
 
 def command(folder, out, *more):
@@ -252,27 +244,14 @@ def test_training_in_a_thread(folder):
     assert done == [0]
 
 
-def test_a_log_whose_last_line_is_not_whole_is_continued(folder, monkeypatch):
+def test_a_log_whose_last_line_is_not_whole_is_continued(folder):
     out = folder / "log"
-    monkeypatch.setattr(Trainer, "update", stopped_at(7))
-    assert main(command(folder, out.name)) == 130
-    monkeypatch.undo()
+    with interrupted(7):
+        assert main(command(folder, out.name)) == 130
     with (out / "log.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
     assert main([*command(folder, out.name), "--resume"]) == 0
     assert figures(out) == figures(folder / "whole")
-
-
-def stopped_at(step):
-    """`Trainer.update` until a step, then Ctrl-C."""
-    update = Trainer.update
-
-    def wrapper(trainer, batches):
-        if trainer.step == step:
-            raise KeyboardInterrupt
-        return update(trainer, batches)
-
-    return wrapper
 
 
 def poison_weight(trainer):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import no_plots
 from torch import Tensor
 
 from m2pt import merge_pathways, reparameterize_aux_into_target_model
@@ -50,8 +51,7 @@ def test_training_does_not_grow(tmp_path, monkeypatch, repetitions):
         memory.after(trainer.step)
         return figures
 
-    for plot in ("plot_curves", "plot_scales"):
-        monkeypatch.setattr(f"m2pt.train.run.{plot}", lambda *arguments: None)
+    no_plots(monkeypatch)
     monkeypatch.setattr(Trainer, "update", measured)
     torch.manual_seed(0)
     auxiliary = create_model("image", "tiny", num_classes=0, img_size=32, patch_size=8, **MODEL)

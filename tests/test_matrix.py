@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import assignments, make_data, tiny_model
+from tiny_runs import assignments, make_data, no_plots, tiny_model
 
 from m2pt.checkpoints import save_state_dict
 from m2pt.cli import main
@@ -15,8 +15,7 @@ from m2pt.train import parse_assignment, train
 
 @pytest.fixture
 def configuration(tmp_path, monkeypatch):
-    monkeypatch.setattr("m2pt.train.run.plot_curves", lambda *arguments: None)
-    monkeypatch.setattr("m2pt.train.run.plot_scales", lambda *arguments: None)
+    no_plots(monkeypatch)
     torch.manual_seed(1)
     auxiliaries, targets = [], []
     for modality, recipe in (("image", "image_imagenet"), ("point", "point_modelnet40")):

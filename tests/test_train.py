@@ -5,7 +5,6 @@ import json
 import math
 import random
 import sys
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import timm
 import torch
 import webdataset
 from sklearn.metrics import jaccard_score
-from tiny_runs import RECIPES, SIZES, WIDTH, assert_equal, assignments, make_data, tiny_model
+from tiny_runs import RECIPES, SIZES, WIDTH, assert_equal, assignments, interrupted, make_data, no_plots, tiny_model
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
@@ -48,12 +47,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _no_plots(request, monkeypatch):
-    """Figures take longer than these runs."""
-    if request.node.name != "test_curves_and_scales_are_drawn":
-        for plot in ("plot_curves", "plot_scales"):
-            monkeypatch.setattr(f"m2pt.train.run.{plot}", lambda *arguments: None)
+_no_plots = pytest.fixture(autouse=True)(no_plots)
 
 
 def arguments(modality, folder, *more):
@@ -74,21 +68,6 @@ def tiny_recipe(modality, folder, *more):
 
 def checkpoint(out):
     return torch.load(out / "last.pth", weights_only=True)
-
-
-@contextmanager
-def interrupted(monkeypatch, stop):
-    """Ctrl-C before a step."""
-    update = Trainer.update
-
-    def interrupting(trainer, batches):
-        if trainer.step == stop:
-            raise KeyboardInterrupt
-        return update(trainer, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", interrupting)
-        yield
 
 
 def log_without(out, *names):
@@ -122,7 +101,8 @@ def test_train_evaluate_and_merge(modality, folder, tmp_path, capsys):
     assert {line["model"] for line in lines if "model" in line} == {"trained", "merged"}
 
 
-def test_curves_and_scales_are_drawn(folder, tmp_path):
+def test_curves_and_scales_are_drawn(folder, tmp_path, monkeypatch):
+    monkeypatch.undo()  # of `_no_plots`
     out = run("point", folder, tmp_path / "run")
     assert (out / "curves.png").stat().st_size and (out / "scales.png").stat().st_size
 
@@ -155,7 +135,7 @@ def test_training_learns(folder, tmp_path):
 
 @pytest.mark.parametrize("stop", [3, 4])  # the end of the first epoch; inside the second
 @pytest.mark.parametrize("modality", ["image", "audio"])
-def test_resumed_training_is_the_same_bit_for_bit(modality, stop, tmp_path, monkeypatch):
+def test_resumed_training_is_the_same_bit_for_bit(modality, stop, tmp_path):
     make_data(modality, tmp_path / modality, train=12, test=3)
     save_state_dict(tiny_model(OTHER[modality], 0).state_dict(), tmp_path / f"{OTHER[modality]}.safetensors")
     settings = [
@@ -166,7 +146,7 @@ def test_resumed_training_is_the_same_bit_for_bit(modality, stop, tmp_path, monk
     ]
     whole = run(modality, tmp_path, tmp_path / "whole", *settings)
 
-    with interrupted(monkeypatch, stop):
+    with interrupted(stop):
         parts = run(modality, tmp_path, tmp_path / "parts", *settings, code=130)
     assert checkpoint(parts)["step"] == stop
     torch.manual_seed(99)
@@ -180,14 +160,14 @@ def test_resumed_training_is_the_same_bit_for_bit(modality, stop, tmp_path, monk
     assert log_without(whole, "samples_per_second") == log_without(parts, "samples_per_second")
 
 
-def test_steps_inside_backward_are_the_same_bit_for_bit_and_may_be_switched_on_later(folder, tmp_path, monkeypatch):
+def test_steps_inside_backward_are_the_same_bit_for_bit_and_may_be_switched_on_later(folder, tmp_path):
     settings = ["run.ema_decay=0.5", "optimizer.base_lr=0.1", "optimizer.scale_learning_rate=10.0"]
     settings += ["--aux-dtype=int8", "run.checkpoint_steps=1"]
     inside = "machine.step_in_backward=true"
     after = run("image", folder, tmp_path / "after", *settings)
-    with interrupted(monkeypatch, 1):
+    with interrupted(1):
         run("image", folder, tmp_path / "inside", *settings, code=130)
-    with interrupted(monkeypatch, 3):
+    with interrupted(3):
         run("image", folder, tmp_path / "inside", *settings, inside, "--resume", code=130)
     out = run("image", folder, tmp_path / "inside", *settings, inside, "--resume")
     for key in ("model", "ema", "optimizer", "step"):
@@ -293,7 +273,7 @@ def test_adam_with_states_of_a_byte(folder, tmp_path, monkeypatch):
     settings = [*start, "optimizer.name=bnbadamw8bit"]
     whole = run("image", folder, tmp_path / "whole", *settings)
     settings += ["machine.step_in_backward=true", "run.checkpoint_steps=1"]
-    with interrupted(monkeypatch, 3):
+    with interrupted(3):
         run("image", folder, tmp_path / "parts", *settings, code=130)
     parts = run("image", folder, tmp_path / "parts", *settings, "--resume")
     for key in ("model", "optimizer", "step"):
@@ -620,7 +600,7 @@ def test_probabilities_of_several_classes_need_the_binary_loss(tmp_path, capsys,
     assert result["trained"] == result["merged"] and 0 < result["merged"]["map"] <= 100
 
 
-def test_a_stream_of_shards_is_trained_on_and_resumed(folder, tmp_path, monkeypatch):
+def test_a_stream_of_shards_is_trained_on_and_resumed(folder, tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
     for split, count in (("train", 8), ("val", 4)):
@@ -636,7 +616,7 @@ def test_a_stream_of_shards_is_trained_on_and_resumed(folder, tmp_path, monkeypa
     command = ["train", "image_imagenet", "--data", str(shards), *assignments("image"), "machine.workers=1"]
     command += ["data.layout=webdataset", "data.settings.num_classes=2", "run.checkpoint_steps=1"]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
-    with interrupted(monkeypatch, 3):
+    with interrupted(3):
         assert main([*command, "--out", str(tmp_path / "parts")]) == 130
     assert main([*command, "--out", str(tmp_path / "parts"), "--resume"]) == 0
     assert_equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))

@@ -1,8 +1,10 @@
-"""Data sets of a few generated samples in the layouts of the recipes, and models that learn them in seconds."""
+"""Data sets of a few generated samples in the layouts of the recipes, models that learn them in seconds, and runs
+without figures or cut short."""
 
 import csv
 import json
 import math
+from unittest import mock
 
 import av
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from m2pt.models import create_model
+from m2pt.train.engine import Trainer
 
 WIDTH = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 SIZES = {
@@ -60,6 +63,24 @@ def assignments(modality):
 def tiny_model(modality, num_classes, **settings):
     """The model of these assignments."""
     return create_model(modality, num_classes=num_classes, **WIDTH, **SIZES[modality], **settings)
+
+
+def no_plots(monkeypatch):
+    """Figures take longer than these runs."""
+    for plot in ("plot_curves", "plot_scales"):
+        monkeypatch.setattr(f"m2pt.train.run.{plot}", lambda *arguments: None)
+
+
+def interrupted(stop):
+    """Inside the block training is stopped before a step, as by Ctrl-C."""
+    update = Trainer.update
+
+    def interrupting(trainer, batches):
+        if trainer.step == stop:
+            raise KeyboardInterrupt
+        return update(trainer, batches)
+
+    return mock.patch.object(Trainer, "update", interrupting)
 
 
 def assert_equal(a, b):
