@@ -164,12 +164,6 @@ def rebuilt(size, stride):
     return Call(torch._utils._rebuild_tensor_v2, storage, 0, size, stride, False, {})
 
 
-def cyclic():
-    content = weights()
-    content["model"] = content
-    return content
-
-
 TORCH = {
     "terabytes that are not there": lambda: rebuilt((2**20, 2**20), (2**20, 1)),
     "terabytes over one element": lambda: torch.ones(1).expand(2**20, 2**20),
