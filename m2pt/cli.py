@@ -16,8 +16,11 @@ AUX_DTYPES = ("bfloat16", "int8", "int4", "float8_e4m3fn")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status.
 
-    0: done; 2: refused, or stopped by a loss that is not finite, with a line on stderr that says why; 130: interrupted;
-    143: stopped by SIGTERM (in training once the step is finished and the state saved, to be resumed).
+    0: done; 2: refused, or stopped by a loss that is not finite, with a line on stderr that says why; 130: interrupted.
+
+    Raises:
+        SystemExit: help or the version was printed (0), the arguments are not understood (2), or SIGTERM came during
+            training: the step was finished and the state saved, to be resumed (143).
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)  # `key=value` may stand anywhere, which argparse has no word for
