@@ -29,6 +29,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .checkpoints import written_whole
 from .checks import checked_path
 from .train import Recipe, load_recipe, train
 from .train.distributed import is_first_process
@@ -134,7 +135,8 @@ def run_matrix(matrix: Matrix, out: Path) -> str:
                 gains.append(compare(name, modality, alone, connected))
     report = markdown(gains)
     if is_first_process():
-        (out / "gains.md").write_text(f"{report}\n\n![Gains](gains.png)\n", encoding="utf-8")
+        with written_whole(out / "gains.md") as temporary:
+            temporary.write_text(f"{report}\n\n![Gains](gains.png)\n", encoding="utf-8")
         write_json(out / "gains.json", [asdict(gain) for gain in gains])
         plot(gains, out / "gains.png")
     return report
@@ -191,4 +193,5 @@ def plot(gains: Sequence[Gain], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("gain, percentage points; diamonds: mean and standard error, dots: seeds")
     axes.grid(axis="x", color="#e6e6e6")
-    figure.savefig(path)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary)

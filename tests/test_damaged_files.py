@@ -21,11 +21,17 @@ from m2pt.checkpoint_formats import load_auxiliary, load_pretrained
 from m2pt.checkpoints import WRAPPERS, load_state_dict, save_state_dict
 from m2pt.cli import main
 from m2pt.data import create_dataset
+from m2pt.demo import plots as demo_plots
+from m2pt.demo.experiment import Environment, Merge, Results, Run, SavedBytes
+from m2pt.demo.report import write_report
+from m2pt.demo.settings import Settings
+from m2pt.matrix import Matrix, run_matrix
 from m2pt.train import load_recipe, parse_assignment
 from m2pt.train.batches import training_batches
 from m2pt.train.distributed import World
 from m2pt.train.engine import evaluate
 from m2pt.train.files import load_weights
+from m2pt.train.log import Log, plot_curves, plot_scales
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -393,6 +399,55 @@ def test_a_disk_that_tells_at_the_end_that_it_is_full_leaves_what_was_there(tmp_
     assert go_on(tmp_path, half_way.read_bytes()) == 2
     assert "recipe.json: cannot be written: [Errno 28] No space left on device" in capsys.readouterr().err
     assert content_of(tmp_path) == {"last.pth": half_way.read_bytes()}
+
+
+def results_of_the_demo():
+    runs = [
+        Run(variant, seed, 0.5, {f"blocks.{block}.{layer}": 0.1 for block in range(4) for layer in ("qkv", "fc1")})
+        for seed in range(2)
+        for variant in ("baseline", "pathway", "control")
+    ]
+    saved, environment = SavedBytes("float32", 1, 1, 2), Environment("torch", "timm", 1, 1.0)
+    return Results(Settings(), {"speech": 0.5}, None, runs, Merge(0.5, 0.0), [saved], environment)
+
+
+def write_matrix(folder):
+    """As if every run had given the same figure."""
+    recipes = {name: load_recipe(f"tiny_{name}") for name in ("image", "point")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("m2pt.matrix.train", lambda *arguments, **settings: {"merged": {"top1": 50.0}})
+        run_matrix(Matrix(recipes, {"audio": "audio.pth", "video": "video.pth"}, [0, 1]), folder)
+
+
+WRITERS = {
+    "report.md": lambda folder: write_report(results_of_the_demo(), folder),
+    "results.json": lambda folder: write_report(results_of_the_demo(), folder),
+    "accuracy.png": lambda folder: demo_plots.plot_accuracy(results_of_the_demo(), folder / "accuracy.png"),
+    "scales.png": lambda folder: demo_plots.plot_scales(results_of_the_demo(), folder / "scales.png"),
+    "gains.md": write_matrix,
+    "gains.json": write_matrix,
+    "gains.png": write_matrix,
+    "curves.png": plot_curves,
+    "run/scales.png": lambda folder: plot_scales({"blocks.0.attn.qkv.cross_modal_scale": 0.1}, folder),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_a_full_disk_has_no_room_for_is_named_and_left_as_it_was(tmp_path, name):
+    """Room for what is written before it, and for all but its last byte."""
+    path = tmp_path / name.removeprefix("run/")
+    WRITERS[name](tmp_path)
+    before = content_of(tmp_path)
+    with room_for(path.stat().st_size - 1), pytest.raises(OSError, match=f"^{path}: cannot be written: .*too large"):
+        WRITERS[name](tmp_path)
+    assert content_of(tmp_path) == before
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_log_that_a_full_disk_has_no_room_for_is_named(tmp_path):
+    refused = pytest.raises(OSError, match=f"^{tmp_path / 'log.jsonl'}: cannot be written: .*too large")
+    with Log(tmp_path, True, 0, 1) as log, room_for(8), refused:
+        log.write(1, loss=1.0)
 
 
 @pytest.mark.parametrize("folder", ["/sys", "/proc", "file", "file/below"])

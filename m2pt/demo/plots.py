@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..checkpoints import written_whole
 from .experiment import Results, Run
 from .summary import accuracies
 
@@ -40,7 +41,8 @@ def plot_accuracy(results: Results, path: Path) -> None:
         fontsize=10,
     )
     _tidy(axes)
-    figure.savefig(path)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary)
 
 
 def plot_scales(results: Results, path: Path) -> None:
@@ -69,7 +71,8 @@ def plot_scales(results: Results, path: Path) -> None:
     panels[0].set_ylabel("cross-modal scale")
     figure.suptitle(f"Learned scales: mean and standard deviation over {results.settings.seeds} seeds", fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(layers), frameon=False)
-    figure.savefig(path)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary)
 
 
 def _scales_by_layer(runs: list[Run]) -> dict[str, dict[int, list[float]]]:

@@ -1,9 +1,10 @@
 """The results in words and tables: Markdown for reading, JSON with every number."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
+from ..checkpoints import written_whole
+from ..train.files import write_json
 from .data import ATTRIBUTION
 from .experiment import Results
 from .summary import conclusion, summarize
@@ -69,14 +70,13 @@ def markdown(results: Results) -> str:
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Write `report.md`, which shows the pictures beside it, and `results.json`."""
+    """Write `report.md`, which shows the pictures beside it, and `results.json`.
+
+    Raises:
+        OSError: one of them cannot be written, or the disk is full.
+    """
     pictures = "\n\n![Accuracy](accuracy.png)\n\n![Learned scales](scales.png)\n"
-    _write(folder / "report.md", markdown(results) + pictures)
+    with written_whole(folder / "report.md") as temporary:
+        temporary.write_text(markdown(results) + pictures, encoding="utf-8")
     numbers = asdict(results) | {"summary": [asdict(summary) for summary in summarize(results.runs)]}
-    _write(folder / "results.json", json.dumps(numbers, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_json(folder / "results.json", numbers)

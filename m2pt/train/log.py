@@ -42,8 +42,11 @@ class Log:
         """Add a line: numbers of the step, or words."""
         if not self.is_first:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **entries}) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **entries}) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.path}: cannot be written: {error}") from error
         self.bar.write(f"step {step}: " + ", ".join(f"{name} {_short(value)}" for name, value in entries.items()))
         if self.tensorboard is not None:
             for name, value in entries.items():
@@ -84,7 +87,8 @@ def plot_curves(folder: Path) -> None:
         axes.set_ylabel(name.replace("_", " "))
         axes.grid(color="#e6e6e6")
     panels[-1].set_xlabel("step")
-    figure.savefig(folder / "curves.png")
+    with written_whole(folder / "curves.png") as temporary:
+        figure.savefig(temporary)
 
 
 def plot_scales(scales: Mapping[str, float], folder: Path) -> None:
@@ -104,4 +108,5 @@ def plot_scales(scales: Mapping[str, float], folder: Path) -> None:
     axes.set_xlabel("block")
     axes.set_ylabel("cross-modal scale")
     axes.legend(frameon=False)
-    figure.savefig(folder / "scales.png")
+    with written_whole(folder / "scales.png") as temporary:
+        figure.savefig(temporary)
