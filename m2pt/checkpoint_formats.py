@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from .checkpoints import load_state_dict
-from .checks import check_module
+from .checks import check_module, check_state_dict
 from .pathway import LAYER_NAMES
 
 PARTS = ("query", "key", "value")
@@ -179,9 +179,18 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tens
         The converted entries, and what became of every entry of `state_dict`.
 
     Raises:
+        TypeError: `state_dict` holds something else than named tensors.
         ValueError: no known format, an unknown entry, a weight that is missing or of the wrong shape, or two entries
             for one place. The message names the entry.
     """
+    check_state_dict(state_dict)
+    try:
+        return _converted(state_dict)
+    except ValueError as error:
+        raise ValueError(f"state_dict: {error}") from None
+
+
+def _converted(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
     wrapping = min((re.findall(WRAPPING, source)[0] for source in state_dict), key=len, default="")
     source_format = _recognise([source.removeprefix(wrapping) for source in state_dict])
     report = Report(source_format)
@@ -285,7 +294,7 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], Report]
     """
     state_dict = load_state_dict(path)
     try:
-        return convert_state_dict(state_dict)
+        return _converted(state_dict)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
 

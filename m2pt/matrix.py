@@ -30,7 +30,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .checkpoints import written_whole
-from .checks import checked_path
+from .checks import check_kind, checked_path
 from .train import Recipe, load_recipe, train
 from .train.distributed import is_first_process
 from .train.files import CHECKPOINT, flat, write_json
@@ -114,7 +114,7 @@ def _require_keys(table: Any, required: Sequence[str], place: str, optional: Seq
         raise ValueError(f"{place}: expected the keys {', '.join((*required, *optional))}; got {got}")
 
 
-def run_matrix(matrix: Matrix, out: Path) -> str:
+def run_matrix(matrix: Matrix, out: str | os.PathLike) -> str:
     """Train what is not trained yet, and report.
 
     Written to `out`: a folder `target/auxiliary/seed` for every run, and `gains.md`, `gains.json`, `gains.png`.
@@ -123,8 +123,11 @@ def run_matrix(matrix: Matrix, out: Path) -> str:
         The report in Markdown.
 
     Raises:
+        TypeError: `matrix` is no Matrix, or `out` no path.
         ValueError: a folder holds a run of another recipe. For others see `m2pt.train.train`.
     """
+    check_kind(Matrix, "a Matrix", matrix=matrix)
+    out = checked_path("out", out)
     gains = []
     for name, recipe in matrix.targets.items():
         alone = [_result(recipe, "", "", seed, out / name / "alone" / str(seed)) for seed in matrix.seeds]

@@ -21,14 +21,14 @@ from m2pt import (
     reparameterize_aux_into_target_model,
     scale_table,
 )
-from m2pt.checkpoint_formats import load_auxiliary, load_pretrained, read_checkpoint
+from m2pt.checkpoint_formats import convert_state_dict, load_auxiliary, load_pretrained, read_checkpoint
 from m2pt.checkpoints import load_state_dict, merge_state_dict, save_state_dict
 from m2pt.cli import main
 from m2pt.data import create_dataset
-from m2pt.matrix import load_matrix
+from m2pt.matrix import Matrix, load_matrix, run_matrix
 from m2pt.models import MaskedAutoencoder, create_model
 from m2pt.saved_bytes import published_formulation, saved_for_backward_bytes
-from m2pt.train import evaluate_checkpoint, load_recipe, pretrain, train
+from m2pt.train import Recipe, evaluate_checkpoint, load_recipe, parse_assignment, pretrain, train
 from m2pt_kernels import combined_weight, cross_modal_linear, dequantize, implementation, quantize
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 4}
@@ -355,6 +355,11 @@ PATHWAY = {
     "quantization_errors": no_layers(lambda model: quantization_errors(model, "int8"))
     | {
         "model: no data": (lambda: quantization_errors(META, "int8"), ValueError, "model: .*meta"),
+        "dtype: unknown": (
+            lambda: quantization_errors(CONNECTED, "int3"),
+            ValueError,
+            "blocks.0.attn.qkv: dtype: .* got 'int3'",
+        ),
     },
     "cross_modal_scales": no_layers(cross_modal_scales)
     | {"model: no data": (lambda: cross_modal_scales(META), ValueError, "model: .*meta")},
@@ -437,6 +442,21 @@ CHECKPOINTS = {
             "plain.safetensors: VisionTransformer: missing in the file: .*aux_weight",
         ),
     },
+    "convert_state_dict": {
+        "state_dict: missing": (lambda: convert_state_dict(None), TypeError, "state_dict: expected tensors by name"),
+        "state_dict: a number in it": (
+            lambda: convert_state_dict(PLAIN.state_dict() | {"blocks.0.attn.qkv.weight": 3}),
+            TypeError,
+            "state_dict: .* got int for 'blocks.0.attn.qkv.weight'",
+        ),
+        "state_dict: no data": (lambda: convert_state_dict(META.state_dict()), ValueError, "state_dict: .*meta"),
+        "state_dict: empty": (lambda: convert_state_dict({}), ValueError, "state_dict: expected .* got nothing"),
+        "state_dict: connected": (
+            lambda: convert_state_dict(CONNECTED.state_dict()),
+            ValueError,
+            "state_dict: .*connected",
+        ),
+    },
     "save_state_dict": {
         "state_dict: a tensor": (save(W), TypeError, "state_dict: expected tensors by name, got Tensor"),
         "state_dict: a model": (save(PLAIN), TypeError, "state_dict: expected tensors by name, got VisionTransformer"),
@@ -510,6 +530,16 @@ MODELS_AND_DATA = {
         "input: a list": (lambda: PLAIN([1.0]), TypeError, "input: expected a tensor, got list"),
         "input: another shape": (lambda: PLAIN(torch.ones(1, 3, 8, 8)), ValueError, "input: expected shape"),
         "points: a list": (lambda: build("point")()([1.0]), TypeError, "points: expected a tensor, got list"),
+        "points without categories": (
+            lambda: build("point", task="segmentation")()(torch.ones(2, 8, 3)),
+            TypeError,
+            "input: expected points and categories, got Tensor",
+        ),
+        "categories: a number": (
+            lambda: build("point", task="segmentation")()((torch.ones(1, 8, 3), 5)),
+            TypeError,
+            "category: expected a tensor, got int",
+        ),
     },
     "MaskedAutoencoder": {
         "model: a name": (autoencoder("vit"), TypeError, "model: expected .* got str"),
@@ -525,6 +555,10 @@ MODELS_AND_DATA = {
         ),
         "decoder_heads: none": (autoencoder(decoder_heads=0), ValueError, "decoder_heads: expected .* got 0"),
         "decoder_depth: negative": (autoencoder(decoder_depth=-1), ValueError, "decoder_depth: expected .* got -1"),
+    },
+    "MaskedAutoencoder.forward": {
+        "input: a list": (lambda: autoencoder()()([1.0]), TypeError, "input: expected a tensor, got list"),
+        "input: another shape": (lambda: autoencoder()()(torch.ones(1, 3, 8, 8)), ValueError, "input: expected shape"),
     },
     "create_dataset": {
         "modality: missing": (data(None), ValueError, "modality: expected one of .*got None"),
@@ -562,8 +596,23 @@ NAN = float("nan")
 SEEDS = "seeds = [1]\n"
 TARGET = "[targets.image]\nrecipe = 'tiny_image'\n"
 AUXILIARY = "[auxiliaries]\naudio = 'a.pth'\n"
+MATRIX = Matrix({"image": RECIPE()}, {"audio": "a.pth"}, [0])
 
 TRAINING = {
+    "Recipe": {
+        f"{part}: a name": (partial(Recipe, **vars(RECIPE()) | {part: "tiny"}), TypeError, f"{part}: .* got 'tiny'")
+        for part in vars(RECIPE())
+    },
+    "Recipe.replaced": {
+        "replaced: a list": (lambda: RECIPE().replaced(["a=b"]), TypeError, "replaced: expected .* got .'a=b'"),
+        "a wrong value": (lambda: RECIPE().replaced({"run.seed": "a"}), TypeError, "run.seed: expected int, got 'a'"),
+    },
+    "parse_assignment": {
+        "text: a number": (lambda: parse_assignment(5), TypeError, "text: expected key.subkey=value, got 5"),
+        "text: missing": (lambda: parse_assignment(None), TypeError, "text: expected key.subkey=value, got None"),
+        "text: no key": (lambda: parse_assignment("=5"), ValueError, "text: expected key.subkey=value, got '=5'"),
+        "text: no value": (lambda: parse_assignment("a"), ValueError, "text: expected key.subkey=value, got 'a'"),
+    },
     "load_recipe": {
         "recipe: a number": (lambda: load_recipe(5), TypeError, "recipe: expected .* got 5"),
         "recipe: missing": (lambda: load_recipe(None), TypeError, "recipe: expected .* got None"),
@@ -645,6 +694,12 @@ TRAINING = {
         ),
     }
     | no_path(lambda path: evaluate_checkpoint(RECIPE(), path), "checkpoint"),
+    "run_matrix": {
+        "matrix: missing": (lambda: run_matrix(None, Path("out")), TypeError, "matrix: expected a Matrix, got None"),
+        "matrix: a file": (lambda: run_matrix("own.toml", "out"), TypeError, "matrix: expected a Matrix, got 'own"),
+        "out: a number": (lambda: run_matrix(MATRIX, 5), TypeError, "out: expected a path, got 5"),
+        "out: missing": (lambda: run_matrix(MATRIX, None), TypeError, "out: expected a path, got None"),
+    },
     "load_matrix": {
         "path: a number": (lambda: load_matrix(5), TypeError, "path: expected a path, got 5"),
         "path: no such file": (lambda: load_matrix("none.toml"), FileNotFoundError, "none.toml: no such file"),

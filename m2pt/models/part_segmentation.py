@@ -35,6 +35,8 @@ class PartSegmenter(PointTransformer):
         return centers, torch.cat(levels, dim=2)
 
     def forward(self, input: tuple[Tensor, Tensor]) -> Tensor:
+        if not isinstance(input, (tuple, list)):
+            raise TypeError(f"input: expected points and categories, got {type(input).__name__}")
         points, category = input
         require_shape("points", points, ("B", "N", 3))
         require_shape("category", category, (len(points),))

@@ -225,7 +225,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a run depends on. With `pretraining` it is one for `pretrain`, without it one for `train`."""
+    """All that a run depends on. With `pretraining` it is one for `pretrain`, without it one for `train`.
+
+    Raises:
+        TypeError: a part is something else than its table.
+        ValueError: two parts do not go together.
+    """
 
     model: Model
     data: Data
@@ -238,6 +243,8 @@ class Recipe:
     machine: Machine = Machine()
 
     def __post_init__(self) -> None:
+        for part in fields(self):
+            check_kind(part.type, f"{part.type}", **{part.name: getattr(self, part.name)})
         if self.model.trainable == "head" and self.auxiliary.trainable:
             raise ValueError(
                 "auxiliary.trainable: a linear probe (model.trainable = 'head') trains head and scales only"
@@ -251,9 +258,9 @@ class Recipe:
     def learning_rate(self) -> float:
         return self.optimizer.base_lr * self.data.batch_size / 256
 
-    def replaced(self, values: Mapping[str, Any]) -> "Recipe":
+    def replaced(self, replaced: Mapping[str, Any]) -> "Recipe":
         """This recipe with the values of some dotted keys replaced, see `load_recipe`."""
-        return _build_replaced(self.as_dict(), values)
+        return _build_replaced(self.as_dict(), replaced)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers, as in the TOML file."""
@@ -288,11 +295,13 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """`key.subkey=value`, the value in TOML; a string needs no quotes.
 
     Raises:
+        TypeError: `text` is no string.
         ValueError: there is no key or no `=`.
     """
+    check_kind(str, "key.subkey=value", text=text)
     key, equals, value = text.partition("=")
     if not key or not equals:
-        raise ValueError(f"expected key.subkey=value, got {text!r}")
+        raise ValueError(f"text: expected key.subkey=value, got {text!r}")
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
