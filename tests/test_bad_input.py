@@ -20,6 +20,7 @@ from m2pt import (
     quantize_aux,
     reparameterize_aux_into_target_model,
     scale_table,
+    step_in_backward,
 )
 from m2pt.checkpoint_formats import convert_state_dict, load_auxiliary, load_pretrained, read_checkpoint
 from m2pt.checkpoints import load_state_dict, merge_state_dict, save_state_dict
@@ -371,6 +372,15 @@ PATHWAY = {
             lambda: freeze_for_linear_probe(CONNECTED, None),
             TypeError,
             "head_name: expected .* got None",
+        ),
+    },
+    "step_in_backward": {
+        "optimizer: a name": (lambda: step_in_backward("adamw"), TypeError, "optimizer: expected .*Optimizer, got 'a"),
+        "optimizer: parameters": (lambda: step_in_backward([LAYER.weight]), TypeError, "optimizer: expected "),
+        "optimizer: of all parameters at once": (
+            lambda: step_in_backward(torch.optim.LBFGS(PLAIN.parameters())),
+            ValueError,
+            "optimizer: expected .* got LBFGS",
         ),
     },
     "saved_for_backward_bytes": {
