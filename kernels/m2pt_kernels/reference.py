@@ -132,7 +132,7 @@ def grad_scale(accumulator: Tensor, aux_weight: Tensor, aux_weight_scale: Tensor
         sums = torch.linalg.vecdot(accumulator, aux_weight)  # as below, without what takes longer in a small layer
     else:
         blocks_of_rows = _blocks_of_rows(aux_weight, aux_weight_scale)
-        sums = torch.cat([torch.linalg.vecdot(accumulator[rows], cast(each, dtype)) for rows, each in blocks_of_rows], 1)
+        sums = torch.cat([torch.linalg.vecdot(accumulator[rows], cast(aux, dtype)) for rows, aux in blocks_of_rows], 1)
     return sums.sum(-1).view(-1)
 
 
