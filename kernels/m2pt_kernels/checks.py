@@ -13,8 +13,11 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         TypeError: it is no tensor.
         ValueError: it is one of another layout.
     """
-    if getattr(tensor, "layout", None) is not strided or tensor.is_nested:
-        raise _error(name, tensor)
+    if getattr(tensor, "layout", None) is strided and not tensor.is_nested:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    raise ValueError(f"{name}: expected a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
 
 
 def check_operand(name: str, tensor: Tensor, device: torch.device | None) -> None:
@@ -23,15 +26,8 @@ def check_operand(name: str, tensor: Tensor, device: torch.device | None) -> Non
     Raises:
         TypeError, ValueError: it is not.
     """
-    if getattr(tensor, "layout", None) is not strided or tensor.is_nested:
-        raise _error(name, tensor)
+    check_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name}: expected weight's device {device}, got {tensor.device}")
-
-
-def _error(name: str, tensor: Tensor) -> TypeError | ValueError:
-    if not isinstance(tensor, Tensor):
-        return TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    return ValueError(f"{name}: expected a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")

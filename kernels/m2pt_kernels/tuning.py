@@ -67,7 +67,7 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
             fastest at. It is timed in any case, and a line on stderr says where it would win.
 
     Returns:
-        A record for each product that differs in shapes, strides or dtypes.
+        A record for each product that differs in shapes, strides, alignment or dtypes.
 
     Raises:
         TypeError: `model` is no module.
