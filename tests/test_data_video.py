@@ -1,6 +1,5 @@
 """Video: which frames and which squares a clip is made of."""
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -9,6 +8,8 @@ from torch.utils.data import DataLoader
 
 from m2pt.data import create_dataset
 from m2pt.data.video import read_frames
+
+av = pytest.importorskip("av")
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 PLAIN = {"rand_augment": "", "erasing": 0.0}
@@ -118,7 +119,7 @@ def test_evaluation_has_three_squares_of_every_clip(kinetics):
     assert views.shape == (15, 3, 16, 60, 60)
     (wide,) = read_frames(dataset.files[0])[:1]
     small = torch.nn.functional.interpolate(
-        torch.from_numpy(wide.to_ndarray(format="rgb24")).permute(2, 0, 1)[None] / 255,
+        torch.from_numpy(wide.to_ndarray(format="rgb24", threads=1)).permute(2, 0, 1)[None] / 255,
         size=(60, 80),
         mode="bilinear",
         antialias=True,
@@ -162,6 +163,15 @@ def test_random_choices_follow_from_the_generator(kinetics, workers):
     assert torch.equal(epoch(), first)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_worker_converts_frames_after_its_parent_did(kinetics, training):
+    """PyAV 19 by default converts with threads, which a fork leaves behind, and the worker would wait for ever."""
+    dataset = create_dataset("video", "list", kinetics, "train", training, size=16, frames=4)
+    clips, _ = dataset[0]
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, timeout=60, multiprocessing_context="fork")
+    assert next(iter(loader))[0].shape == clips.shape
+
+
 def test_damaged_video_is_named(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     sound = tmp_path / "sound.wav"
@@ -171,11 +181,13 @@ def test_damaged_video_is_named(tmp_path):
             read_frames(path)
 
 
-def test_video_whose_description_is_no_text_is_named(tmp_path):
+def test_video_whose_description_is_no_text_is_named_or_read(tmp_path):
     write_video(tmp_path / "a.mp4", numbered(2))
     (tmp_path / "a.mp4").write_bytes((tmp_path / "a.mp4").read_bytes().replace(b"Lavf", b"Lav\xed"))
-    with pytest.raises(ValueError, match=r"a\.mp4: cannot be read as video"):
-        read_frames(tmp_path / "a.mp4")
+    try:
+        assert len(read_frames(tmp_path / "a.mp4")) == 2  # PyAV 19
+    except ValueError as error:
+        assert "a.mp4: cannot be read as video" in str(error)
 
 
 @pytest.mark.parametrize("line", ["only_a_path.mp4", "a.mp4 400", "a.mp4 -1", "a.mp4 cat", ""])

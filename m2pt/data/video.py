@@ -13,6 +13,9 @@ from ..checks import check_positive, one_of
 from .common import Samples, draw_seed, require, seeded
 from .image import image_transform
 
+THREADS = 1
+"""Of a frame's conversion. FFmpeg keeps more for the next one, which a forked data worker would wait for, for ever."""
+
 
 def read_frames(path: Path) -> list[Any]:
     """Every frame of the file's first video stream, decoded but not yet converted to RGB.
@@ -86,7 +89,8 @@ class VideoDataset(Samples):
     def _training_views(self, frames: list[Any]) -> list[Tensor]:
         span = (self.frames - 1) * self.stride + 1
         start = int(torch.randint(max(len(frames) - span, 0) + 1, ()))
-        pictures = [frames[min(start + step * self.stride, len(frames) - 1)].to_image() for step in range(self.frames)]
+        steps = range(start, start + self.frames * self.stride, self.stride)
+        pictures = [frames[min(step, len(frames) - 1)].to_image(threads=THREADS) for step in steps]
         views = []
         for _ in range(self.views):
             seed = draw_seed()
@@ -100,7 +104,8 @@ class VideoDataset(Samples):
     def _evaluation_views(self, frames: list[Any]) -> list[Tensor]:
         sampled = frames[:: self.stride]
         sampled += sampled[-1:] * (self.frames - len(sampled))
-        video = torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in sampled]).movedim(3, 1)
+        arrays = [frame.to_ndarray(format="rgb24", threads=THREADS) for frame in sampled]
+        video = torch.stack(list(map(torch.from_numpy, arrays))).movedim(3, 1)
         video = functional.resize(video, [self.size], antialias=True)
         height, width = video.shape[2:]
         views = []
