@@ -11,6 +11,7 @@ from test_ops import (
     NAMES,
     assert_as_good_as_torch,
     exact,
+    in_torch,
     operands,
     outputs,
 )
@@ -57,10 +58,10 @@ def test_denormals_count(device, dtypes, name):
     grad_output = tensors.pop("grad_output")
     for tensor in tensors.values():
         tensor.requires_grad_()
-    got, want = outputs(cross_modal_linear, tensors, grad_output), exact(tensors, grad_output)
-    assert_as_good_as_torch(got, tensors, grad_output)
-    for key, found in got.items():
-        assert found.count_nonzero() >= 0.9 * want[key].to(found.dtype).count_nonzero(), key
+    got, torch_got = outputs(cross_modal_linear, tensors, grad_output), in_torch(tensors, grad_output)
+    assert_as_good_as_torch(got, tensors, grad_output, torch_got)
+    for key, found in got.items():  # a CPU's bfloat16 instructions take denormals as zero, in plain torch too
+        assert found.count_nonzero() >= 0.9 * torch_got[key].count_nonzero(), key
 
 
 @stressed
@@ -113,7 +114,9 @@ def test_scale_gradient_of_a_million_tokens(device, dtype):
 
 def assert_an_infinite_scale_gradient_is_infinite(device, name, shape, *dtypes):
     tensors, grad_output = operands(*shape, *dtypes, device=device, needs_grad=())
-    tensors |= {"x": tensors["x"].abs(), "aux_weight": tensors["aux_weight"].abs(), "grad_output": grad_output.abs()}
+    tensors["grad_output"] = grad_output
+    for operand in ("x", "aux_weight", "grad_output"):
+        tensors[operand] = tensors[operand].abs().clamp_min(0.1)  # zero times infinity is NaN
     tensors[name][1, 2] = math.inf
     grad_output = tensors.pop("grad_output")
     tensors["scale"].requires_grad_()
