@@ -1,8 +1,13 @@
-"""What arguments of several functions have to be. Every message begins with the argument's name."""
+"""What arguments of several functions have to be, and packages that may be missing.
 
+Every message begins with the name of the argument or of the module.
+"""
+
+import importlib
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
@@ -82,3 +87,11 @@ def check_not_negative(**settings: float) -> None:
     for name, value in settings.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name}: expected 0 or more, got {value!r}")
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or raise an ImportError that says which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} cannot be imported ({error}): pip install 'm2pt-triton[{extra}]'") from error

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="m2pt", description="Multimodal Pathway: improve a transformer with another modality's frozen weights."
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('m2pt-triton')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser(
@@ -79,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_training(commands)
     return parser
+
+
+def _version() -> str:
+    try:
+        return version("m2pt-triton")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def _add_training(commands: Any) -> None:
@@ -230,3 +237,7 @@ def _say(*lines: str) -> None:
 
     if is_first_process():
         print(*lines, sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,20 +20,20 @@ An auxiliary model of the target's own modality is left out.
 import json
 import math
 import os
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from .checkpoints import written_whole
-from .checks import check_kind, checked_path
+from .checks import check_kind, checked_path, require
 from .train import Recipe, load_recipe, train
 from .train.distributed import is_first_process
 from .train.files import CHECKPOINT, flat, write_json
+from .train.recipe import tomllib
+
+figures = require("matplotlib.figure", "train")
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def markdown(gains: Sequence[Gain]) -> str:
 
 def plot(gains: Sequence[Gain], path: Path) -> None:
     """Every gain with its standard error, and the differences of single seeds."""
-    figure = Figure(figsize=(6, 1 + 0.5 * len(gains)), dpi=150, layout="constrained")
+    figure = figures.Figure(figsize=(6, 1 + 0.5 * len(gains)), dpi=150, layout="constrained")
     axes = figure.subplots()
     for place, gain in enumerate(gains):
         differences = [b - a for a, b in zip(gain.alone, gain.connected, strict=True)]

@@ -147,8 +147,7 @@ def test_folder_without_an_image_is_refused(tmp_path):
 
 
 def test_huggingface_reads_a_local_copy(pictures, tmp_path, monkeypatch):
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = create_dataset("image", "folder", pictures, "train", False, size=32)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(folder.class_names)))
@@ -167,6 +166,7 @@ def test_huggingface_reads_a_local_copy(pictures, tmp_path, monkeypatch):
 
 
 def test_webdataset_reads_shards(pictures, tmp_path):
+    pytest.importorskip("webdataset")
     folder = create_dataset("image", "folder", pictures, "train", False, size=32)
     with tarfile.open(tmp_path / "train-0000.tar", "w") as shard:
         for index in range(len(folder)):

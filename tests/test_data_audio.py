@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import scipy.io
 import scipy.signal
-import soundfile
 import torch
 
 from m2pt.data import create_dataset
 from m2pt.data.audio import log_mel, read_wave
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("torchaudio")
 
 RECORDING = Path(scipy.io.__file__).parent / "tests" / "data" / "test-44100Hz-le-1ch-4bytes.wav"
 QUIET = {"mixup": 0.0, "roll": False, "frequency_mask": 0, "time_mask": 0}

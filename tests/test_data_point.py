@@ -2,13 +2,14 @@
 
 import json
 
-import h5py
 import numpy as np
 import pytest
 import torch
 
 from m2pt.data import create_dataset
 from m2pt.data.point import PartDataset, scale_and_shift, unit_sphere
+
+h5py = pytest.importorskip("h5py")
 
 RNG = np.random.default_rng(0)
 

@@ -1,13 +1,12 @@
 """What the memory benchmarks count and simulate, against tensors that are there."""
 
+from importlib import import_module
+
 import pytest
 import timm
 import torch
-from bitsandbytes.optim import AdamW8bit
 from torch._subclasses import FakeTensorMode
 
-from benchmarks.bytes_per_parameter import bytes_per_parameter
-from benchmarks.memory_levers import SimulatedAdamW8bit
 from benchmarks.variants import (
     FUSED,
     FUSED_BFLOAT16,
@@ -19,6 +18,10 @@ from benchmarks.variants import (
     Levers,
     adamw,
 )
+
+AdamW8bit = pytest.importorskip("bitsandbytes.optim").AdamW8bit
+bytes_per_parameter = import_module("benchmarks.bytes_per_parameter").bytes_per_parameter
+SimulatedAdamW8bit = import_module("benchmarks.memory_levers").SimulatedAdamW8bit
 
 TINY = {"embed_dim": 128, "depth": 2, "num_heads": 2}
 ENTRIES = 2 * 12 * 128 * 128

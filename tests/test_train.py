@@ -10,9 +10,20 @@ import numpy as np
 import pytest
 import timm
 import torch
-import webdataset
 from sklearn.metrics import jaccard_score
-from tiny_runs import RECIPES, SIZES, WIDTH, assert_equal, assignments, interrupted, make_data, no_plots, tiny_model
+from tiny_runs import (
+    RECIPES,
+    SIZES,
+    WIDTH,
+    assert_equal,
+    assignments,
+    has_extras,
+    interrupted,
+    make_data,
+    need_extras,
+    no_plots,
+    tiny_model,
+)
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
@@ -42,7 +53,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     torch.manual_seed(1)
     for modality in RECIPES:
-        make_data(modality, folder / modality)
+        if has_extras(modality):
+            make_data(modality, folder / modality)
         save_state_dict(tiny_model(modality, 0).state_dict(), folder / f"{modality}.safetensors")
     return folder
 
@@ -51,6 +63,7 @@ _no_plots = pytest.fixture(autouse=True)(no_plots)
 
 
 def arguments(modality, folder, *more):
+    need_extras(modality)
     return [RECIPES[modality], "--data", str(folder / modality), *assignments(modality), *more]
 
 
@@ -601,6 +614,7 @@ def test_probabilities_of_several_classes_need_the_binary_loss(tmp_path, capsys,
 
 
 def test_a_stream_of_shards_is_trained_on_and_resumed(folder, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
     shards = tmp_path / "shards"
     shards.mkdir()
     for split, count in (("train", 8), ("val", 4)):

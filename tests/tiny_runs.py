@@ -4,11 +4,11 @@ without figures or cut short."""
 import csv
 import json
 import math
+from importlib.util import find_spec
 from unittest import mock
 
-import av
 import numpy as np
-import soundfile
+import pytest
 import torch
 from PIL import Image
 
@@ -97,8 +97,22 @@ def assert_equal(a, b):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+EXTRAS = {"audio": ("soundfile", "torchaudio"), "video": ("av",)}
+
+
+def need_extras(modality):
+    """Skip the test where what reads the modality's files is not installed."""
+    for module in EXTRAS.get(modality, ()):
+        pytest.importorskip(module)
+
+
+def has_extras(modality):
+    return all(map(find_spec, EXTRAS.get(modality, ())))
+
+
 def make_data(modality, root, train=8, test=5):
     """Two classes that are easy to tell apart: `train` and `test` samples in all."""
+    need_extras(modality)
     root.mkdir()
     MAKERS[modality](root, {"train": train, "test": test})
     return root
@@ -119,6 +133,8 @@ def picture(index, size=40):
 
 
 def sounds(root, counts):
+    import soundfile
+
     (root / "meta").mkdir()
     (root / "audio").mkdir()
     with (root / "meta" / "esc50.csv").open("w", newline="") as file:
@@ -148,6 +164,8 @@ def clouds(root, counts):
 
 
 def videos(root, counts):
+    import av
+
     for split, count in counts.items():
         lines = []
         for index in range(count):

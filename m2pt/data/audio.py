@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..checks import check_positive, check_probability, one_of
-from .common import Samples, listed, require
+from ..checks import check_positive, check_probability, one_of, require
+from .common import Samples, listed
 
 SAMPLE_RATE = 16_000
 WINDOW = SAMPLE_RATE * 25 // 1000

@@ -1,11 +1,9 @@
-"""What the modalities share: attributes of a dataset, random numbers and optional dependencies."""
+"""What the modalities share: attributes of a dataset and random numbers."""
 
-import importlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -32,14 +30,6 @@ class Samples(Dataset):
 
     def __len__(self) -> int:
         raise NotImplementedError
-
-
-def require(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency, or raise an ImportError that says which extra brings it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{module} cannot be imported ({error}): pip install 'm2pt-triton[{extra}]'") from error
 
 
 def listed(path: Path) -> Path:

@@ -12,15 +12,13 @@ import math
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import check_positive, one_of
+from ..checks import check_positive, one_of, require
 from .common import Samples
 from .point import unit_sphere
 
@@ -95,7 +93,8 @@ def moving_squares(root: Path | None, split: str, training: bool, *, frames: int
     def draw(start: int, stop: int) -> int:
         return int(torch.randint(start, stop, (), generator=generator))
 
-    photographs = [_share(torch.tensor(picture), split) for picture in load_sample_images().images]
+    pictures = require("sklearn.datasets", "train").load_sample_images().images
+    photographs = [_share(torch.tensor(picture), split) for picture in pictures]
     labels = torch.arange(count) % len(MOTIONS)
     clips = torch.empty(count, 3, frames, size, size)
     for number, (clip, label) in enumerate(zip(clips, labels.tolist(), strict=True)):
@@ -129,7 +128,7 @@ def log_spectrum(cepstra: Tensor) -> Tensor:
 
 def _digits(split: str) -> tuple[Tensor, Tensor]:
     """Pictures (N, 8, 8) in [0, 1], and which digits they show."""
-    digits: Any = load_digits()
+    digits = require("sklearn.datasets", "train").load_digits()
     part = _part(split, TRAIN_DIGITS)
     return torch.from_numpy(digits.images[part]).float() / 16, torch.from_numpy(digits.target[part])
 

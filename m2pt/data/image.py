@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checks import check_positive, check_probability, one_of
-from .common import Samples, draw_seed, require, seeded
+from ..checks import check_positive, check_probability, one_of, require
+from .common import Samples, draw_seed, seeded
 
 
 class ImageDataset(Samples):

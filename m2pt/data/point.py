@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checks import check_positive, one_of
+from ..checks import check_positive, one_of, require
 from ..models.grouping import farthest_point_sampling
-from .common import Samples, listed, require
+from .common import Samples, listed
 
 SCANOBJECTNN_CLASSES = (
     *("bag", "bin", "box", "cabinet", "chair", "desk", "display", "door"),

@@ -9,8 +9,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from ..checks import check_positive, one_of
-from .common import Samples, draw_seed, require, seeded
+from ..checks import check_positive, one_of, require
+from .common import Samples, draw_seed, seeded
 from .image import image_transform
 
 THREADS = 1

@@ -6,11 +6,13 @@ Both are described in `m2pt.data.embedded`. The task is which of nine speakers s
 from dataclasses import dataclass
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from ..checks import require
 from ..data.embedded import SPEAKERS, TRAIN_UTTERANCES, load_utterances
+
+datasets = require("sklearn.datasets", "train")
+model_selection = require("sklearn.model_selection", "train")
 
 ATTRIBUTION = (
     'Speech data: UCI Machine Learning Repository, "Japanese Vowels", M. Kudo, J. Toyama, M. Shimbo (1999), CC BY 4.0. '
@@ -44,13 +46,13 @@ def load_speech() -> Speech:
 
 def load_digit_images() -> Tensor:
     """Images (1797, 1, 8, 8), normalised by the mean and standard deviation of all pixels."""
-    images = torch.from_numpy(load_digits().images).float().unsqueeze(1)
+    images = torch.from_numpy(datasets.load_digits().images).float().unsqueeze(1)
     return (images - images.mean()) / images.std()
 
 
 def labelled_subset(speakers: Tensor, per_speaker: int, seed: int) -> Tensor:
     """Indices (9 * per_speaker,) of utterances, as many of every speaker, drawn by `seed`."""
-    labelled, _ = train_test_split(
+    labelled, _ = model_selection.train_test_split(
         torch.arange(len(speakers)), train_size=SPEAKERS * per_speaker, stratify=speakers, random_state=seed
     )
     return labelled

@@ -2,19 +2,20 @@
 
 from pathlib import Path
 from statistics import fmean, stdev
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import Any
 
 from ..checkpoints import written_whole
+from ..checks import require
 from .experiment import Results, Run
 from .summary import accuracies
+
+figures = require("matplotlib.figure", "train")
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377")
 GREY = "#999999"
 
 
-def _tidy(axes: Axes) -> None:
+def _tidy(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6")
     axes.set_axisbelow(True)
@@ -23,7 +24,7 @@ def _tidy(axes: Axes) -> None:
 def plot_accuracy(results: Results, path: Path) -> None:
     """Every seed's accuracy, a line through the variants of a seed, and mean and standard deviation of each variant."""
     by_variant = accuracies(results.runs)
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    figure = figures.Figure(figsize=(6, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
     for of_one_seed in zip(*by_variant.values(), strict=True):
         axes.plot(range(len(by_variant)), of_one_seed, color=GREY, linewidth=0.8, alpha=0.6)
@@ -47,7 +48,7 @@ def plot_accuracy(results: Results, path: Path) -> None:
 
 def plot_scales(results: Results, path: Path) -> None:
     """Learned scales by block and layer, mean and standard deviation over seeds; pathway left, control right."""
-    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
+    figure = figures.Figure(figsize=(9, 4), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, variant in zip(panels, ("pathway", "control"), strict=True):
         layers = _scales_by_layer([run for run in results.runs if run.variant == variant])

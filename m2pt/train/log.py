@@ -4,12 +4,14 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ..checkpoints import written_whole
+from ..checks import require
+
+figures = require("matplotlib.figure", "train")
 
 FILE = "log.jsonl"
 
@@ -53,7 +55,7 @@ class Log:
                 if isinstance(value, float):
                     self.tensorboard.add_scalar(name, value, step)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -80,7 +82,7 @@ def plot_curves(folder: Path) -> None:
         for name, value in line.items():
             if isinstance(value, float):
                 curves.setdefault(name, []).append((line["step"], value))
-    figure = Figure(figsize=(6, 1.8 * max(len(curves), 1)), dpi=150, layout="constrained")
+    figure = figures.Figure(figsize=(6, 1.8 * max(len(curves), 1)), dpi=150, layout="constrained")
     panels = figure.subplots(max(len(curves), 1), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, points) in zip(panels, curves.items(), strict=False):
         axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", color="#4477aa")
@@ -100,7 +102,7 @@ def plot_scales(scales: Mapping[str, float], folder: Path) -> None:
         layers.setdefault(layer, {})[int(block)] = scale
     if not layers:
         return
-    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    figure = figures.Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
     for layer, blocks in layers.items():
         axes.plot(list(blocks), list(blocks.values()), "o-", label=layer)

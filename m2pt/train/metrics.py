@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sklearn.metrics import average_precision_score
 from timm.utils import accuracy
 from torch import Tensor
+
+from ..checks import require
+
+sklearn_metrics = require("sklearn.metrics", "train")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ def mean_average_precision(scores: Tensor, target: Tensor) -> dict[str, float]:
     present = target.any(0)
     if not present.any():
         raise ValueError("target: no sample has a class, so there is no average precision")
-    precision = average_precision_score(target[:, present].numpy(), scores[:, present].numpy(), average="macro")
+    found, given = (values[:, present].numpy() for values in (target, scores))
+    precision = sklearn_metrics.average_precision_score(found, given, average="macro")
     return {"map": 100 * float(precision)}
 
 

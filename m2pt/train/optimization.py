@@ -11,7 +11,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from ..data.common import require
+from ..checks import require
 from .recipe import Loss, Recipe
 
 

@@ -2,7 +2,7 @@
 
 import importlib.resources
 import math
-import tomllib
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -10,6 +10,11 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..checks import check_kind, check_not_negative, check_positive, check_probability, check_sizes
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
