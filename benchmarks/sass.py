@@ -4,9 +4,11 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from inspect import signature
 from typing import NamedTuple
 
 import triton
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import CompiledKernel
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
@@ -59,9 +61,14 @@ def serialised_wgmma(compiled: CompiledKernel) -> list[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
         file.flush()
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
+        command = [_assembler(90), "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return re.findall(r".*\bC75\d\d\b.*", log)
+
+
+def _assembler(architecture: int) -> str:
+    """The path of the one that Triton uses; before 3.6 it is the same for every architecture."""
+    return get_ptxas(*[architecture][: len(signature(get_ptxas).parameters)]).path
 
 
 def _disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int]]:

@@ -12,6 +12,7 @@ from benchmarks.offline import TARGETS, compiling_for, resources
 from benchmarks.sass import main_loop, serialised_wgmma
 from m2pt_kernels import cross_modal_linear, gemm_tma, quantize
 from m2pt_kernels.configs import TILES, architecture, input_precision
+from m2pt_kernels.versions import HAS_TMA_LOOPS
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 KINDS = {
@@ -21,6 +22,7 @@ KINDS = {
     "tf32": (FLOAT, FLOAT, FLOAT, "high"),
     "ieee": (FLOAT, FLOAT, FLOAT, "highest"),
 }
+by_tma = pytest.mark.skipif(not HAS_TMA_LOOPS, reason="Triton below 3.7 does not compile the TMA kernels")
 ALL = ("weight", "aux_weight", "scale")
 CASES = [
     ((257, 131, 77), ALL),  # not aligned
@@ -125,6 +127,7 @@ def test_quantized_without_spills_and_within_shared_memory(target, storage):
         assert resources(kernel).spilled == 0, (kernel.src.constants, resources(kernel))
 
 
+@by_tma
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
 @pytest.mark.parametrize("storage, in_features", [("int8", 208), ("int8", 224), ("float8_e4m3fn", 224)])
 def test_hopper_dequantises_in_registers_without_waiting(storage, weight_dtype, in_features):
@@ -142,6 +145,7 @@ def test_hopper_dequantises_in_registers_without_waiting(storage, weight_dtype, 
         assert loop.shared_bytes <= 16 * 32 * (weight_dtype.itemsize + 1) + 8 * 32 * 4
 
 
+@by_tma
 def test_hopper_dequantises_three_models_in_registers():
     tensors, grad_output = operands(600, 272, 224, HALF, FLOAT, models=3, needs_grad=("x",))
     with compiling_for(TARGETS["sm_90"]) as compiled:
@@ -152,6 +156,7 @@ def test_hopper_dequantises_three_models_in_registers():
     assert main_loop(grad_input).stores_to_shared == 0
 
 
+@by_tma
 def test_columns_that_are_not_a_multiple_of_16_bytes_are_not_read_in_pairs():
     tensors, _ = operands(600, 272, 200, HALF, HALF, needs_grad=("x",))
     tensors["aux_weight"] = torch.empty(272, 208, dtype=torch.int8)[:, :200]
@@ -185,6 +190,7 @@ def compile_step(target, weight_dtype, aux_dtype):
     return sorted(compiled, key=lambda kernel: kernel.metadata.name)
 
 
+@by_tma
 @pytest.mark.parametrize("aux_dtype", [HALF, FLOAT], ids=str)
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
 def test_hopper_multiplies_from_registers_without_waiting(weight_dtype, aux_dtype):
@@ -195,6 +201,7 @@ def test_hopper_multiplies_from_registers_without_waiting(weight_dtype, aux_dtyp
         assert sum(loop.instructions.values()) <= instructions
 
 
+@by_tma
 @pytest.mark.parametrize("aux_dtype", [HALF, FLOAT], ids=str)
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
 def test_blackwell_multiplies_from_tensor_memory(weight_dtype, aux_dtype):
@@ -209,6 +216,7 @@ def test_blackwell_multiplies_from_tensor_memory(weight_dtype, aux_dtype):
         assert main_loop(kernel).instructions["float"] == 32
 
 
+@by_tma
 @pytest.mark.parametrize("weight_dtype, aux_dtype", [(HALF, HALF), (FLOAT, HALF), (FLOAT, FLOAT)], ids=str)
 @pytest.mark.parametrize("target, position", [("sm_90", 1), ("sm_100", 1), ("sm_100", 2)])
 def test_other_tiles_by_tma(target, position, weight_dtype, aux_dtype, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import shutil
 from functools import partial
 
 import pytest
@@ -104,14 +105,18 @@ COMPILED = {
 }
 
 
+no_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++ on a CPU")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=no_compiler)])
 @pytest.mark.parametrize("make,shape", COMPILED.values(), ids=COMPILED.keys())
-def test_compiled_module_is_traced_again_for_another_batch_size_once_and_for_another_scale_never(make, shape):
+def test_compiled_module_is_traced_again_for_another_batch_size_once_and_for_another_scale_never(make, shape, backend):
     torch._dynamo.reset()
     graphs = []
 
     def count(graph, inputs):
         graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
     module = make()
     compiled = torch.compile(module, fullgraph=True, backend=count)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import triton
+from test_compilation import by_tma
 from torch import nn
 
 from benchmarks.offline import TARGETS, compiling_for
@@ -73,6 +74,7 @@ def tune(model, sample, **options):
         return warmup(model, sample, **options)
 
 
+@by_tma
 def test_the_fastest_plan_is_used(model, sample, times):
     untuned = stages(model, sample)
     times["tma 256x0x128x32x4x5"] = times["tma 128x256x64x4x3"] = 1.0
@@ -83,6 +85,7 @@ def test_the_fastest_plan_is_used(model, sample, times):
     assert untuned == [4, 5] and stages(model, sample) == [5, 3]
 
 
+@by_tma
 def test_other_sizes_keep_the_default(model, sample, times):
     times["tma 256x0x128x32x4x5"] = times["tma 128x256x64x4x3"] = 1.0
     tune(model, sample)
@@ -110,6 +113,7 @@ def test_nothing_is_tuned_unasked(model, sample, times):
     assert times[None] == [] and TUNED == {}
 
 
+@by_tma
 def test_times_are_kept_on_disk(model, sample, times, cache):
     first = tune(model, sample)
     count = len(times[None])

@@ -7,6 +7,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from .versions import OTHER_TILES, is_trusted
+
 GROUP = 8
 """Rows of tiles that are computed together, so that their operands stay in L2."""
 
@@ -163,6 +165,9 @@ TILES: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {
     },
 }
 
+for (_row, _product, _kind), _tiles in OTHER_TILES.items():
+    TILES[_row][_product][_kind] = tuple(map(type(TILES[_row][_product][_kind][0])._make, _tiles))
+
 
 def active_target() -> GPUTarget | None:
     """What Triton's active driver compiles for; None in the interpreter.
@@ -175,7 +180,7 @@ def active_target() -> GPUTarget | None:
 
 def architecture(target: GPUTarget | None) -> str:
     """The row of TILES for a target."""
-    if target is None:
+    if target is None or not is_trusted():
         return "portable"
     if target.backend == "cuda":
         if 90 <= target.arch < 120:

@@ -40,6 +40,7 @@ from .tiles import (
     tile_of_program,
     unpack,
 )
+from .versions import CROWDED_TILES, OPTIONS
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
@@ -351,6 +352,7 @@ def _combined_matmul_by_pointers(
         INPUT_PRECISION=input_precision(left.dtype, active_target()),
         DEPTH_FIRST=depth_first and aux_weight_scale is not None,
         MODELS=reference.models_in(aux_weight),
+        **OPTIONS,
     )
 
 
@@ -399,16 +401,28 @@ def _grad_parameters_plans(
         trained_aux = None if scale is None else aux_dtype
         tiles = gemm_tma.grad_tiles(target, (rows, columns), aux_weight, weight_dtype, trained_aux)
         yield from (Plan("tma", tile) for tile in tiles)
+    aligned = is_aligned((rows, columns), grad_output, x)
+    if CROWDED_TILES and aligned and x.itemsize == 2 and _is_crowded(aux_weight, weight_dtype):
+        yield from (Plan("pointers", TileConfig(*tile)) for tile in CROWDED_TILES)
+        return
     tiles = tile_configs(
         "grad_parameters",
         target,
         x.dtype,
         x.itemsize,
         input_precision(x.dtype, target),
-        is_aligned((rows, columns), grad_output, x),
+        aligned,
         is_small(rows, columns),
     )
     yield from (Plan("pointers", tile) for tile in tiles)
+
+
+def _is_crowded(aux_weight: Tensor | None, weight_dtype: torch.dtype | None) -> bool:
+    """Whether the epilogue reads several auxiliary models, int4, or elements wider than it writes."""
+    if aux_weight is None:
+        return False
+    wider = weight_dtype is not None and aux_weight.itemsize > weight_dtype.itemsize
+    return wider or aux_weight.dtype == torch.uint8 or reference.models_in(aux_weight) > 1
 
 
 def _grad_parameters_by_pointers(
@@ -446,6 +460,7 @@ def _grad_parameters_by_pointers(
         EVEN_K=depth % tile.BLOCK_K == 0,
         INPUT_PRECISION=input_precision(x.dtype, active_target()),
         MODELS=models,
+        **OPTIONS,
     )
     return partial
 

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from .configs import GROUP, TileConfig
 from .reference import models_in
 from .tiles import aux_strides, offset_of, tile_of_program
+from .versions import HAS_TMA_LOOPS, TMA_OPTIONS, is_trusted
 
 
 @triton.jit
@@ -320,8 +321,6 @@ _GRAD_TILES: dict[int, dict[bool, tuple[TileConfig, ...]]] = {
     },
 }
 _MIN_ROWS = 512
-_TRITON_SPECIALISES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
-"""Triton 3.4 to 3.6 have TMA and specialised warps, but fail to compile these loops."""
 _MULTIPROCESSORS = {9: 132, 10: 148}
 
 
@@ -373,8 +372,10 @@ def takes_grad_parameters(
 
 
 def _generation(target: GPUTarget | None) -> int:
-    """9 for Hopper, 10 for Blackwell's data centre GPUs, 0 for what is not NVIDIA's or too new for this Triton."""
-    return target.arch // 10 if target is not None and target.backend == "cuda" and _TRITON_SPECIALISES else 0
+    """9 for Hopper, 10 for Blackwell's data centre GPUs; 0 for other GPUs, or where Triton is too old or too new."""
+    if target is None or target.backend != "cuda" or not (HAS_TMA_LOOPS and is_trusted()):
+        return 0
+    return target.arch // 10
 
 
 def _by_tma(matrix: Tensor, unit: int) -> bool:
@@ -465,6 +466,7 @@ def combined_matmul(
         MODELS=models_in(aux_weight),
         # Fewer rows to copy; 64 would make two panels a tile, and Triton does not divide a dimension of two.
         PANEL=32 if columns % 32 == 0 else 16,
+        **TMA_OPTIONS,
     )
 
 
@@ -504,6 +506,7 @@ def grad_parameters(
         **tile._asdict(),
         GROUP=GROUP,
         MODELS=models,
+        **TMA_OPTIONS,
     )
     return partial
 

@@ -135,7 +135,8 @@ def implementation(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: another name.
-        RuntimeError: "triton" where Triton is not installed or has no active driver.
+        RuntimeError: "triton" where Triton is not installed or has no active driver, or its interpreter does not work
+            with the installed numpy.
     """
     global _forced
     if name not in ("auto", "triton", "eager"):
@@ -143,6 +144,10 @@ def implementation(name: str) -> Iterator[None]:
     if name == "triton":
         if gemm is None:
             raise RuntimeError('implementation("triton"): Triton is not installed')
+        if gemm.INTERPRETED:
+            from .versions import check_interpreter
+
+            check_interpreter()
         try:
             gemm.active_target()
         except RuntimeError as error:
@@ -290,7 +295,9 @@ class _CrossModalLinear(torch.autograd.Function):
                 aux_weight_scale,
             )
         if need_bias:
-            grad_bias = flat(grad_output).sum(0, dtype=bias_dtype)
+            # Before torch 2.12 a DTensor does not flatten a batch dimension that is sharded.
+            batch = tuple(range(grad_output.dim() - 1))
+            grad_bias = grad_output.sum(batch, dtype=bias_dtype) if batch else reference.cast(grad_output, bias_dtype)
         return (
             grad_x,
             grad_weight if need_weight else None,

@@ -1,0 +1,75 @@
+"""What differs between releases of Triton, in one place: features, tiles and options, and what is unknown."""
+
+import os
+import re
+import warnings
+from functools import cache
+
+import triton
+
+RELEASE = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
+OLDEST, NEWEST = (3, 5), (3, 9)
+"""The first and the last release that all kernels were compiled with and read: no spills, within shared memory."""
+
+HAS_TMA_LOOPS = RELEASE >= (3, 7)
+"""Triton 3.4 to 3.6 have TMA and specialised warps, but fail to compile the loops of `gemm_tma`."""
+
+OPTIONS = {"enable_fp_fusion": True}
+"""Of every kernel: multiplications and additions become one instruction, which Triton 3.10 will do only if asked."""
+
+TMA_OPTIONS = OPTIONS
+"""Of the kernels in `gemm_tma`."""
+if RELEASE != (3, 8):
+    # By default ptxas would spill registers of the largest sm_90 tiles: with 3.7 of its code, with 3.9 by its own change.
+    TMA_OPTIONS = OPTIONS | {"ptx_options": "--register-usage-level=0"}
+
+OTHER_TILES: dict[tuple[str, str, str], tuple[tuple, ...]] = {}
+"""Instead of what `configs.TILES` has for an architecture, product and kind of operands, and would spill."""
+CROWDED_TILES: tuple[tuple, ...] = ()
+"""The same for half-precision gradients whose epilogue holds much, whatever the architecture; empty: as others."""
+if RELEASE < (3, 8):
+    OTHER_TILES |= {
+        # float32 steps of depth 8 do not compile
+        ("ampere", "combined_matmul", "ieee"): ((64, 64, 16, 4, 3, False),),
+        ("ampere_small", "combined_matmul", "ieee"): ((64, 64, 16, 4, 3, False),),
+        ("small", "grad_parameters", "half"): ((64, 64, 32, 8, 4),),
+        ("small", "grad_parameters", "tf32"): ((64, 64, 32, 8, 3),),
+        ("portable", "combined_matmul", "half"): ((64, 64, 16, 4, 2, False),),
+        ("portable", "grad_parameters", "ieee"): ((32, 32, 32, 4, 2),),
+    }
+    CROWDED_TILES = ((128, 64, 32, 8, 3),)
+if RELEASE < (3, 6):
+    OTHER_TILES |= {
+        ("cdna", "grad_parameters", "half"): ((128, 128, 32, 8, 2), (256, 128, 32, 8, 2)),
+        ("rdna", "combined_matmul", "mixed"): ((128, 128, 16, 8, 2, False),),
+        ("rdna", "grad_parameters", "half"): ((128, 64, 32, 8, 2),),
+    }
+
+
+@cache
+def is_trusted() -> bool:
+    """Whether more than the portable kernels may be used: Triton is a known release, or M2PT_TRUST_TRITON is 1.
+
+    Warns once where not.
+    """
+    if OLDEST <= RELEASE <= NEWEST or os.environ.get("M2PT_TRUST_TRITON") == "1":
+        return True
+    oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
+    warnings.warn(
+        f"m2pt_kernels knows Triton {oldest} to {newest}, this is {triton.__version__}: it uses portable kernels, which"
+        " are slower; M2PT_TRUST_TRITON=1 lets it use the others",
+        stacklevel=2,
+    )
+    return False
+
+
+def check_interpreter() -> None:
+    """That Triton's interpreter works with the installed numpy.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    import numpy as np  # needed by the interpreter alone
+
+    if RELEASE < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        raise RuntimeError(f"TRITON_INTERPRET: Triton {triton.__version__} needs numpy < 2.4, got {np.__version__}")

@@ -1,0 +1,74 @@
+"""Releases of Triton and numpy that are pretended in a process of its own, and what the installed Triton is told."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from test_compilation import by_tma
+
+from benchmarks.offline import TARGETS, compiling_for
+from m2pt_kernels import cross_modal_linear
+from m2pt_kernels.configs import TILES
+from m2pt_kernels.versions import NEWEST, OLDEST, RELEASE
+
+COMPILE = """
+import sys, triton
+triton.__version__ = sys.argv[1]
+import torch
+from benchmarks.offline import TARGETS, compiling_for
+from m2pt_kernels import cross_modal_linear
+x, weight = torch.empty(1024, 1024, dtype=torch.bfloat16), torch.empty(1024, 1024, dtype=torch.bfloat16)
+for target in ("sm_80", "sm_90"):
+    with compiling_for(TARGETS[target]) as compiled:
+        cross_modal_linear(x, weight, weight, torch.empty(1))
+    print(compiled[0].metadata.name, compiled[0].metadata.num_warps)
+"""
+INTERPRET = """
+import numpy, triton
+triton.__version__, numpy.__version__ = "3.6.0", "2.4.1"
+import m2pt_kernels
+with m2pt_kernels.implementation("triton"):
+    pass
+"""
+
+
+def run(code, *arguments, **environment):
+    command = [sys.executable, "-W", "always::UserWarning:m2pt_kernels", "-c", code, *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("release", ["3.4.0", f"{NEWEST[0]}.{NEWEST[1] + 1}.0+git1234", "4.0"])
+def test_an_unknown_triton_gets_portable_kernels_and_one_warning(release):
+    finished = run(COMPILE, release)
+    warps = TILES["portable"]["combined_matmul"]["half"][0].num_warps
+    assert finished.stdout.splitlines() == [f"combined_matmul_kernel {warps}"] * 2
+    assert finished.stderr.count("Warning") == 1
+    assert f"knows Triton 3.5 to 3.9, this is {release}: it uses portable kernels" in finished.stderr
+
+
+@by_tma
+def test_an_unknown_triton_is_trusted_on_demand():
+    finished = run(COMPILE, "4.0", M2PT_TRUST_TRITON="1")
+    assert finished.stdout.splitlines() == ["combined_matmul_kernel 8", "combined_matmul_tma_kernel 12"]
+    assert "portable" not in finished.stderr
+
+
+def test_the_installed_triton_is_known():
+    assert OLDEST <= RELEASE <= NEWEST
+
+
+def test_an_interpreter_that_does_not_work_with_numpy_is_refused():
+    finished = run(INTERPRET, TRITON_INTERPRET="1")
+    assert finished.stderr.endswith("RuntimeError: TRITON_INTERPRET: Triton 3.6.0 needs numpy < 2.4, got 2.4.1\n")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_every_kernel_asks_for_fused_multiplications_and_additions(target):
+    x, weight = (torch.empty(1024, 1024, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    with warnings.catch_warnings(action="error"), compiling_for(TARGETS[target]) as compiled:
+        y = cross_modal_linear(x, weight, weight.detach(), torch.empty(1, requires_grad=True))
+        y.backward(torch.empty_like(y))
+    assert len(compiled) == 3 and all(kernel.metadata.enable_fp_fusion for kernel in compiled)
