@@ -19,9 +19,12 @@ OPTIONS = {"enable_fp_fusion": True}
 
 TMA_OPTIONS = OPTIONS
 """Of the kernels in `gemm_tma`."""
-if RELEASE != (3, 8):
-    # By default ptxas would spill registers of the largest sm_90 tiles: with 3.7 of its code, with 3.9 by its own change.
+if RELEASE >= (3, 9):
+    # It assembles for sm_90 with ptxas 13, which by default spills registers of the largest tiles.
     TMA_OPTIONS = OPTIONS | {"ptx_options": "--register-usage-level=0"}
+
+SPILLING_TMA_BYTES = (5, 6, 8) if RELEASE == (3, 7) else ()
+"""Of W and W_aux together, an element of each: with so many the first tile of `gemm_tma` would spill on sm_90."""
 
 OTHER_TILES: dict[tuple[str, str, str], tuple[tuple, ...]] = {}
 """Instead of what `configs.TILES` has for an architecture, product and kind of operands, and would spill."""

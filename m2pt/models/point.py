@@ -1,10 +1,9 @@
 """Point clouds: the transformer of Point-MAE (ECCV 2022) and its classifier; blocks are timm's."""
 
-from functools import partial
 from typing import Any
 
 import torch
-from timm.models import checkpoint, named_apply
+from timm.models import checkpoint
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 from torch import Tensor, nn
 
@@ -111,7 +110,9 @@ class PointTransformer(nn.Module):
         }
 
     def _init_weights(self) -> None:
-        named_apply(partial(init_weights_vit_timm, needs_reset=False), self)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_weights_vit_timm(module)
 
 
 class PointClassifier(PointTransformer):

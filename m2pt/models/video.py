@@ -41,8 +41,8 @@ class TubeEmbed(nn.Module):
         embed_dim: int,
         bias: bool,
         dynamic_img_pad: bool,
-        device: torch.device | None,
-        dtype: torch.dtype | None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.clip_size = (num_frames, *to_2tuple(img_size))
