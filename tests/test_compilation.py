@@ -237,10 +237,13 @@ def test_float32_precision_follows_torch(matmul_precision):
         assert input_precision(FLOAT, TARGETS["gfx1100"]) == input_precision(HALF, target) == "ieee"
 
 
-def test_float32_precision_follows_torchs_newer_setting():
+@pytest.mark.parametrize(
+    "setting", ["cuda.matmul.allow_tf32 = True", "fp32_precision = 'tf32'", "cuda.matmul.fp32_precision = 'tf32'"]
+)
+def test_float32_precision_follows_torchs_other_settings(setting):
     code = (
         "import torch; from m2pt_kernels.configs import input_precision;"
-        "from triton.backends.compiler import GPUTarget; torch.backends.cuda.matmul.fp32_precision = 'tf32';"
+        f"from triton.backends.compiler import GPUTarget; torch.backends.{setting};"
         "assert input_precision(torch.float32, GPUTarget('cuda', 90, 32)) == 'tf32'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
