@@ -32,6 +32,8 @@ STEP = ["combined_matmul", "combined_matmul", "grad_parameters"]
 
 
 def small_combined_tiles(target, weight, aux_weight):
+    if not gemm_tma._generation(target):
+        return ()
     return (gemm_tma._CombinedTile(32, 16 if weight.itemsize == 2 else 0, 64, 32, 4, 1),)
 
 
