@@ -95,6 +95,9 @@ def processes() -> Iterator[World]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if on_gpu else None)
     try:
         yield World(rank, size, device)
+        # Gloo's threads give back tensors of its last work, for which they need Python's lock. Here they get it; what
+        # ends them later holds it, and before torch 2.12 would wait for them for ever.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
