@@ -12,7 +12,7 @@ from benchmarks.offline import TARGETS, compiling_for, resources
 from benchmarks.sass import main_loop, serialised_wgmma
 from m2pt_kernels import cross_modal_linear, gemm_tma, quantize
 from m2pt_kernels.configs import TILES, architecture, input_precision
-from m2pt_kernels.versions import HAS_TMA_LOOPS
+from m2pt_kernels.versions import HAS_TMA_LOOPS, RELEASE
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 KINDS = {
@@ -194,7 +194,8 @@ def compile_step(target, weight_dtype, aux_dtype):
 @pytest.mark.parametrize("aux_dtype", [HALF, FLOAT], ids=str)
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
 def test_hopper_multiplies_from_registers_without_waiting(weight_dtype, aux_dtype):
-    for kernel, instructions in zip(compile_step("sm_90", weight_dtype, aux_dtype), (140, 140, 58), strict=True):
+    most = (140, 140, 58) if RELEASE < (3, 9) else (141, 140, 61)  # whose assembler is another
+    for kernel, instructions in zip(compile_step("sm_90", weight_dtype, aux_dtype), most, strict=True):
         assert serialised_wgmma(kernel) == []
         loop = main_loop(kernel)
         assert loop.instructions["tensor"] == 4 and loop.stores_to_shared == 0

@@ -13,7 +13,6 @@ from m2pt.data import create_dataset
 from m2pt.data.audio import log_mel, read_wave
 
 soundfile = pytest.importorskip("soundfile")
-pytest.importorskip("torchaudio")
 
 RECORDING = Path(scipy.io.__file__).parent / "tests" / "data" / "test-44100Hz-le-1ch-4bytes.wav"
 QUIET = {"mixup": 0.0, "roll": False, "frequency_mask": 0, "time_mask": 0}
@@ -97,6 +96,13 @@ def test_a_recording_is_resampled_and_centred():
     middle = slice(100, len(expected) - 100)  # the ends depend on the filter
     error = wave[middle] - (expected - expected.mean())[middle]
     assert np.abs(error).max() < 0.02 * np.abs(expected).max()
+
+
+def test_a_sampling_rate_without_a_common_divisor_is_resampled(tmp_path):
+    soundfile.write(tmp_path / "a.wav", chirp(1.0, 100, 3000, rate=44_099), 44_099, subtype="FLOAT")
+    wave, expected = read_wave(tmp_path / "a.wav").numpy(), chirp(1.0, 100, 3000)
+    assert len(wave) == len(expected)
+    np.testing.assert_allclose(wave[100:-100], (expected - expected.mean())[100:-100], atol=2e-3)
 
 
 def test_channels_are_averaged(tmp_path):

@@ -13,7 +13,7 @@ from m2pt import FusedCrossModalLinear
 from m2pt.checkpoints import save_state_dict
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("sklearn", "matplotlib", "datasets", "webdataset", "torchaudio", "soundfile", "h5py", "av", "bitsandbytes")
+EXTRAS = ("sklearn", "matplotlib", "datasets", "webdataset", "scipy", "soundfile", "h5py", "av", "bitsandbytes")
 LIGHT = """
 import sys
 for name in sys.argv.pop(1).split(","):

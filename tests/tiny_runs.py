@@ -97,7 +97,7 @@ def assert_equal(a, b):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-EXTRAS = {"audio": ("soundfile", "torchaudio"), "video": ("av",)}
+EXTRAS = {"audio": ("soundfile", "scipy"), "video": ("av",)}
 
 
 def need_extras(modality):

@@ -24,7 +24,7 @@ lowest_bounds() { # of each package, its highest lower bound
 install() { # environment, Python, torch, Triton, more
     "python$2" -m venv --clear "$1"
     local pip=("$1/bin/python" -m pip)
-    "${pip[@]}" install -q "torch==$3" torchvision "torchaudio<=$3"
+    "${pip[@]}" install -q "torch==$3" torchvision
     "${pip[@]}" freeze > "$1.before"
     "${pip[@]}" install -q -e .
     if "${pip[@]}" freeze | grep -vxFf - "$1.before"; then
