@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
+from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import JITFunction
 
+from benchmarks.sass import assembler
 from m2pt_kernels import gemm, gemm_tma, implementation
 
 TARGETS = {
@@ -86,6 +87,15 @@ def compiling_for(target: GPUTarget, *others: JITFunction) -> Iterator[list[Comp
         for kernel in (*KERNELS, *others):
             kernel.device_caches.pop(str(target), None)
         triton.runtime.driver.set_active(None)
+
+
+def can_compile(target: GPUTarget) -> bool:
+    """Whether the installed Triton has what compiles for `target`, of which a copy may have been stripped."""
+    try:
+        make_backend(target)
+        return target.backend != "cuda" or bool(assembler(target.arch))
+    except RuntimeError:
+        return False
 
 
 def resources(compiled: CompiledKernel) -> Resources:

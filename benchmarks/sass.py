@@ -61,12 +61,12 @@ def serialised_wgmma(compiled: CompiledKernel) -> list[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
         file.flush()
-        command = [_assembler(90), "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
+        command = [assembler(90), "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return re.findall(r".*\bC75\d\d\b.*", log)
 
 
-def _assembler(architecture: int) -> str:
+def assembler(architecture: int) -> str:
     """The path of the one that Triton uses; before 3.6 it is the same for every architecture."""
     return get_ptxas(*[architecture][: len(signature(get_ptxas).parameters)]).path
 

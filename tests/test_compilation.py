@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_ops import operands
 
-from benchmarks.offline import TARGETS, compiling_for, resources
+from benchmarks.offline import TARGETS, can_compile, compiling_for, resources
 from benchmarks.sass import main_loop, serialised_wgmma
 from m2pt_kernels import cross_modal_linear, gemm_tma, quantize
 from m2pt_kernels.configs import TILES, architecture, input_precision
@@ -23,6 +23,17 @@ KINDS = {
     "ieee": (FLOAT, FLOAT, FLOAT, "highest"),
 }
 by_tma = pytest.mark.skipif(not HAS_TMA_LOOPS, reason="Triton below 3.7 does not compile the TMA kernels")
+
+
+def needs_compiler(target):
+    return pytest.mark.skipif(not can_compile(TARGETS[target]), reason=f"this Triton has no compiler for {target}")
+
+
+def for_target(target, *others):
+    return pytest.param(target, *others, marks=needs_compiler(target))
+
+
+each_target = pytest.mark.parametrize("target", [for_target(target) for target in TARGETS])
 ALL = ("weight", "aux_weight", "scale")
 CASES = [
     ((257, 131, 77), ALL),  # not aligned
@@ -46,7 +57,7 @@ def test_every_architecture_is_compiled_for():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("target", TARGETS)
+@each_target
 def test_no_spills_no_atomics_and_within_shared_memory(target, kind, matmul_precision):
     dtype, weight_dtype, aux_dtype, precision = KINDS[kind]
     matmul_precision(precision)
@@ -64,7 +75,7 @@ def test_no_spills_no_atomics_and_within_shared_memory(target, kind, matmul_prec
         assert not re.search("atomic|tma_reduce", kernel.asm["ttgir"])  # their order, and so the sum, would vary
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@each_target
 def test_several_models_without_spills_and_within_shared_memory(target):
     with compiling_for(TARGETS[target]) as compiled:
         for models, weight_dtype in ((2, HALF), (3, FLOAT)):
@@ -90,7 +101,7 @@ def test_ampere_combines_in_registers_or_once_a_block(weight_dtype, stores):
     assert loop.stores_to_shared == stores
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@each_target
 def test_more_rows_than_32_bits_count(target):
     rows = 2**31 + 5
     x, grad_output = torch.empty(1, 16, dtype=HALF).expand(rows, 16), torch.empty(1, 1, dtype=HALF).expand(rows, 1)
@@ -107,7 +118,7 @@ def quantized(tensors, storage):
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4", "float8_e4m3fn"])
-@pytest.mark.parametrize("target", TARGETS)
+@each_target
 def test_quantized_without_spills_and_within_shared_memory(target, storage):
     refused = storage == "float8_e4m3fn" and target in ("sm_80", "sm_86", "gfx942", "gfx1100")
     with compiling_for(TARGETS[target]) as compiled:
@@ -166,7 +177,7 @@ def test_columns_that_are_not_a_multiple_of_16_bytes_are_not_read_in_pairs():
     assert {kernel.metadata.name for kernel in compiled} == {"combined_matmul_tma_kernel", "combined_matmul_kernel"}
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", for_target("sm_100")])
 def test_the_largest_layer_and_more_results_than_32_bits_count(target):
     x = torch.empty(100_000, 6144, dtype=HALF, requires_grad=True)
     weight = torch.empty(24576, 6144, dtype=HALF, requires_grad=True)
@@ -202,6 +213,7 @@ def test_hopper_multiplies_from_registers_without_waiting(weight_dtype, aux_dtyp
         assert sum(loop.instructions.values()) <= instructions
 
 
+@needs_compiler("sm_100")
 @by_tma
 @pytest.mark.parametrize("aux_dtype", [HALF, FLOAT], ids=str)
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
@@ -219,7 +231,7 @@ def test_blackwell_multiplies_from_tensor_memory(weight_dtype, aux_dtype):
 
 @by_tma
 @pytest.mark.parametrize("weight_dtype, aux_dtype", [(HALF, HALF), (FLOAT, HALF), (FLOAT, FLOAT)], ids=str)
-@pytest.mark.parametrize("target, position", [("sm_90", 1), ("sm_100", 1), ("sm_100", 2)])
+@pytest.mark.parametrize("target, position", [("sm_90", 1), for_target("sm_100", 1), for_target("sm_100", 2)])
 def test_other_tiles_by_tma(target, position, weight_dtype, aux_dtype, monkeypatch):
     for name in ("_COMBINED_TILES", "_GRAD_TILES"):
         tiles = {

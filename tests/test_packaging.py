@@ -27,7 +27,8 @@ def test_kernels_folder_does_not_shadow_an_installed_package(tmp_path):
     installed.parent.mkdir()
     installed.touch()
     script = "import kernels, m2pt_kernels; print(kernels.__file__)"
-    found = run(sys.executable, "-c", script, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    found = run(sys.executable, "-c", script, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths})
     assert found.strip() == str(installed)
 
 

@@ -274,6 +274,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied_in_backward(folder):
 
 def test_adam_with_states_of_a_byte(folder, tmp_path, monkeypatch):
     """On the CPU, where bitsandbytes has the same update; timm's check for a GPU is answered with yes."""
+    pytest.importorskip("bitsandbytes")
 
     def create_on_cpu(*arguments):
         with monkeypatch.context() as patch:
@@ -415,6 +416,7 @@ def test_few_shot(tmp_path, folder):
 
 @pytest.mark.parametrize("modality", RECIPES)
 def test_pretraining_serves_as_start_and_as_auxiliary(modality, folder, tmp_path):
+    need_extras(modality)
     out, decoder = tmp_path / "mae", {"decoder_width": 48, "decoder_depth": 1, "decoder_heads": 3}
     settings = [entry for entry in assignments(modality) if "clips" not in entry and "crops" not in entry]
     layout = ["data.layout=esc50", "data.train_split=train"] if modality == "audio" else []
@@ -558,6 +560,8 @@ def test_ddp_refuses_steps_inside_backward():
 
 
 def test_optimizers_of_bitsandbytes_need_whole_parameters_a_gpu_and_their_package(folder, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+
     def create(*more):
         create_optimizer(nn.Linear(2, 2), tiny_recipe("image", folder, "optimizer.name=bnbadamw8bit", *more))
 
@@ -600,6 +604,7 @@ def test_videos_are_mixed_alike_in_all_frames(mixup, cutmix):
 
 
 def test_probabilities_of_several_classes_need_the_binary_loss(tmp_path, capsys, folder):
+    need_extras("audio")
     audio = folder / "audio" / "audio"
     (audio / "class_labels_indices.csv").write_text("index,mid,display_name\n0,/m/a,low\n1,/m/b,high\n")
     rows = [{"wav": f"train{index}.wav", "labels": ("/m/a", "/m/a,/m/b")[index % 2]} for index in range(8)]

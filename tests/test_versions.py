@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from test_compilation import by_tma
+from test_compilation import by_tma, for_target
 
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt_kernels import cross_modal_linear
@@ -65,7 +65,7 @@ def test_an_interpreter_that_does_not_work_with_numpy_is_refused():
     assert finished.stderr.endswith("RuntimeError: TRITON_INTERPRET: Triton 3.6.0 needs numpy < 2.4, got 2.4.1\n")
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", for_target("gfx942")])
 def test_every_kernel_asks_for_fused_multiplications_and_additions(target):
     x, weight = (torch.empty(1024, 1024, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     with warnings.catch_warnings(action="error"), compiling_for(TARGETS[target]) as compiled:

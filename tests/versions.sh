@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # tests/versions.sh FOLDER [ROW ...]
-# Runs the whole suite with other releases: the rows below, all or those named by number. Each gets an environment of
+# Runs the whole suite with other releases: the rows below, all or those numbered (from 0). Each gets an environment of
 # about 8 GB and a log in FOLDER; an environment that is there is used again. Prints a table, and every skip with its
 # reason. Needs the package index and the Pythons on PATH (with pyenv: PYENV_VERSION=3.10:3.11:3.12:3.13).
 set -euo pipefail

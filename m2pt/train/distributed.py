@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,9 @@ from ..linear import FusedCrossModalLinear
 from .recipe import Machine
 
 MEETINGS = itertools.count()
+LAST_GROUP: list[Any] = []
+"""The process group of the last meeting, which the model may outlive: its threads may need Python's lock to end, and
+wait for ever where DDP drops the last reference to the group, as it holds that lock meanwhile. Python gives it up."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,8 @@ def processes() -> Iterator[World]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if on_gpu else None)
     try:
         yield World(rank, size, device)
-        # Gloo's threads give back tensors of its last work, for which they need Python's lock. Here they get it; what
-        # ends them later holds it, and before torch 2.12 would wait for them for ever.
-        dist.barrier()
     finally:
+        LAST_GROUP[:] = [dist.group.WORLD]
         dist.destroy_process_group()
 
 
