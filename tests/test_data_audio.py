@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.io
-import scipy.signal
 import torch
 
 from m2pt.data import create_dataset
 from m2pt.data.audio import log_mel, read_wave
 
+scipy = pytest.importorskip("scipy")
 soundfile = pytest.importorskip("soundfile")
 
 RECORDING = Path(scipy.io.__file__).parent / "tests" / "data" / "test-44100Hz-le-1ch-4bytes.wav"

@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 from configparser import ConfigParser
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 
-from m2pt import FusedCrossModalLinear
+from m2pt import FusedCrossModalLinear, cli
 from m2pt.checkpoints import save_state_dict
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +80,16 @@ def test_the_command_line_runs_from_a_checkout():
     command = [sys.executable, "-m", "m2pt.cli", "--version"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert finished.stdout.startswith("m2pt ")
+
+
+def test_the_command_line_runs_where_nothing_is_installed(monkeypatch, capsys):
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(cli, "version", version)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == "m2pt (not installed)\n"
 
 
 def test_all_is_every_extra():

@@ -199,6 +199,12 @@ def test_the_moving_average_is_what_is_evaluated_and_merged(folder, tmp_path):
     assert not torch.equal(average["head.weight"], last["head.weight"])
 
 
+def test_the_moving_average_needs_timms_of_float32(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("m2pt.train.engine.ModelEmaV3", lambda model, decay: None)
+    run("image", folder, tmp_path, "run.ema_decay=0.5", code=2)
+    assert capsys.readouterr().err.endswith("1.0.31 has no float32 average: pip install 'm2pt-triton[train]'\n")
+
+
 def test_the_moving_average_keeps_float8_auxiliary_weights(folder, tmp_path):
     out = run("image", folder, tmp_path / "run", "run.ema_decay=0.5", "--aux-dtype", "float8_e4m3fn")
     average, last = (checkpoint(out)[key] for key in ("ema", "model"))

@@ -24,6 +24,7 @@ from .configs import (
     Plan,
     TileConfig,
     active_target,
+    architecture,
     input_precision,
     is_aligned,
     is_small,
@@ -402,7 +403,8 @@ def _grad_parameters_plans(
         tiles = gemm_tma.grad_tiles(target, (rows, columns), aux_weight, weight_dtype, trained_aux)
         yield from (Plan("tma", tile) for tile in tiles)
     aligned = is_aligned((rows, columns), grad_output, x)
-    if CROWDED_TILES and aligned and x.itemsize == 2 and _is_crowded(aux_weight, weight_dtype):
+    has_own_tiles = aligned and architecture(target) != "portable"
+    if CROWDED_TILES and has_own_tiles and x.itemsize == 2 and _is_crowded(aux_weight, weight_dtype):
         yield from (Plan("pointers", TileConfig(*tile)) for tile in CROWDED_TILES)
         return
     tiles = tile_configs(

@@ -31,9 +31,9 @@ def read_wave(path: Path) -> Tensor:
         values, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path}: cannot be read as sound: {error}") from error
+    if len(values) * SAMPLE_RATE < WINDOW * rate:
+        raise ValueError(f"{path}: expected at least 25 ms of sound, got {1000 * len(values) / rate:.1f} ms")
     wave = torch.from_numpy(signal.resample_poly(values.mean(axis=1), SAMPLE_RATE, rate))
-    if len(wave) < WINDOW:
-        raise ValueError(f"{path}: expected at least 25 ms of sound, got {1000 * len(wave) / SAMPLE_RATE:.1f} ms")
     if not wave.isfinite().all():
         raise ValueError(f"{path}: holds values that are not finite")
     return wave - wave.mean()

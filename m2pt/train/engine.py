@@ -1,5 +1,6 @@
 """Training steps, the state that continues them, and evaluation."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -92,6 +93,10 @@ class Trainer:
         self.module, self.objective, self.recipe, self.world = module, objective, recipe, world
         sharded = recipe.machine.sharding == "fsdp"
         decay = recipe.run.ema_decay
+        if decay and "dtype" not in inspect.signature(ModelEmaV3).parameters:
+            raise ImportError(
+                "run.ema_decay: timm before 1.0.31 has no float32 average: pip install 'm2pt-triton[train]'"
+            )
         # in float32 timm needs no random rounding of bfloat16 weights, and one by one it leaves frozen ones exact;
         # buffers are copied, because float8 has no average
         self.ema = (
