@@ -12,8 +12,8 @@ rows=( # Python, torch, Triton, and what else is asked for; "lowest": the lower 
     "3.10 2.9.1 3.5.1 lowest"
     "3.11 2.9.1 3.5.1 lowest"
     "3.12 2.11.0 3.6.0 numpy<2.4"
-    "3.12 2.11.0 3.8.0"
     "3.12 2.12.1 3.7.1"
+    "3.12 2.11.0 3.8.0"
     "3.13 2.15.0 3.9.0"
 )
 
