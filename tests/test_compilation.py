@@ -22,8 +22,7 @@ KINDS = {
     "tf32": (FLOAT, FLOAT, FLOAT, "high"),
     "ieee": (FLOAT, FLOAT, FLOAT, "highest"),
 }
-by_tma = pytest.mark.skipif(not HAS_TMA_LOOPS, reason="Triton below 3.7 does not compile the TMA kernels")
-as_designed = pytest.mark.skipif(RELEASE < (3, 8), reason="Triton below 3.8 has no or other loops in the TMA kernels")
+by_tma = pytest.mark.skipif(not HAS_TMA_LOOPS, reason="Triton below 3.8 cannot compile the TMA kernels")
 
 
 def needs_compiler(target):
@@ -139,7 +138,7 @@ def test_quantized_without_spills_and_within_shared_memory(target, storage):
         assert resources(kernel).spilled == 0, (kernel.src.constants, resources(kernel))
 
 
-@as_designed
+@by_tma
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
 @pytest.mark.parametrize("storage, in_features", [("int8", 208), ("int8", 224), ("float8_e4m3fn", 224)])
 def test_hopper_dequantises_in_registers_without_waiting(storage, weight_dtype, in_features):
@@ -202,7 +201,7 @@ def compile_step(target, weight_dtype, aux_dtype):
     return sorted(compiled, key=lambda kernel: kernel.metadata.name)
 
 
-@as_designed
+@by_tma
 @pytest.mark.parametrize("aux_dtype", [HALF, FLOAT], ids=str)
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
 def test_hopper_multiplies_from_registers_without_waiting(weight_dtype, aux_dtype):
@@ -215,7 +214,7 @@ def test_hopper_multiplies_from_registers_without_waiting(weight_dtype, aux_dtyp
 
 
 @needs_compiler("sm_100")
-@as_designed
+@by_tma
 @pytest.mark.parametrize("aux_dtype", [HALF, FLOAT], ids=str)
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
 def test_blackwell_multiplies_from_tensor_memory(weight_dtype, aux_dtype):

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from .configs import GROUP, TileConfig
 from .reference import models_in
 from .tiles import aux_strides, offset_of, tile_of_program
-from .versions import HAS_TMA_LOOPS, SPILLING_TMA_BYTES, TMA_OPTIONS, is_trusted
+from .versions import HAS_TMA_LOOPS, TMA_OPTIONS, is_trusted
 
 
 @triton.jit
@@ -295,8 +295,6 @@ _COMBINED_TILES: dict[int, dict[int, tuple[_CombinedTile, ...]]] = {
         8: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
     },
 }
-for _bytes in SPILLING_TMA_BYTES:
-    _COMBINED_TILES[9][_bytes] = _COMBINED_TILES[9][_bytes][1:]
 # The same for two or three auxiliary models, by the bytes that W and all W_aux take; what is left out would spill.
 _SEVERAL_TILES: dict[int, dict[int, tuple[_CombinedTile, ...]]] = {
     9: {

@@ -11,8 +11,8 @@ RELEASE = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
 OLDEST, NEWEST = (3, 5), (3, 9)
 """The first and the last release that all kernels were compiled with and read: no spills, within shared memory."""
 
-HAS_TMA_LOOPS = RELEASE >= (3, 7)
-"""Triton 3.4 to 3.6 have TMA and specialised warps, but fail to compile the loops of `gemm_tma`."""
+HAS_TMA_LOOPS = RELEASE >= (3, 8)
+"""Triton 3.4 to 3.6 do not compile the loops of `gemm_tma`; 3.7 does, with barriers that share their memory."""
 
 OPTIONS = {"enable_fp_fusion": True}
 """Of every kernel: multiplications and additions become one instruction, which Triton 3.10 will do only if asked."""
@@ -22,9 +22,6 @@ TMA_OPTIONS = OPTIONS
 if RELEASE >= (3, 9):
     # It assembles for sm_90 with ptxas 13, which by default spills registers of the largest tiles.
     TMA_OPTIONS = OPTIONS | {"ptx_options": "--register-usage-level=0"}
-
-SPILLING_TMA_BYTES = (5, 6, 8) if RELEASE == (3, 7) else ()
-"""Of W and W_aux together, an element of each: with so many the first tile of `gemm_tma` would spill on sm_90."""
 
 OTHER_TILES: dict[tuple[str, str, str], tuple[tuple, ...]] = {}
 """Instead of what `configs.TILES` has for an architecture, product and kind of operands, and would spill."""
