@@ -14,7 +14,7 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import JITFunction
 
 from benchmarks.sass import assembler
-from m2pt_kernels import gemm, gemm_tma, implementation
+from m2pt_kernels import gemm, implementation
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -27,13 +27,6 @@ TARGETS = {
 }
 SHARED_MEMORY = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64, "gfx1100": 64}
 """KiB a block may use, by `GPUTarget.arch`."""
-
-KERNELS = (
-    gemm.combined_matmul_kernel,
-    gemm.grad_parameters_kernel,
-    gemm_tma.combined_matmul_tma_kernel,
-    gemm_tma.grad_parameters_tma_kernel,
-)
 
 
 class Resources(NamedTuple):
@@ -81,10 +74,10 @@ def compiling_for(target: GPUTarget, *others: JITFunction) -> Iterator[list[Comp
     try:
         with implementation("triton"):
             yield compiled
-        for kernel in (*KERNELS, *others):
+        for kernel in (*gemm.KERNELS, *others):
             compiled += kernel.device_caches.pop(str(target), ({},))[0].values()
     finally:
-        for kernel in (*KERNELS, *others):
+        for kernel in (*gemm.KERNELS, *others):
             kernel.device_caches.pop(str(target), None)
         triton.runtime.driver.set_active(None)
 

@@ -181,7 +181,6 @@ KERNELS = {
             ("elsewhere", INT8, ROWS.to("meta"), ValueError, "aux_weight_scale"),
             ("flat", INT8, B, ValueError, "aux_weight_scale"),
             ("int4's", INT8, ROWS.expand(4, 2), ValueError, "aux_weight_scale"),
-            ("not contiguous", INT8, torch.ones(8, 1)[::2], ValueError, "aux_weight_scale"),
             ("of two models", INT8, torch.ones(2, 4, 1), ValueError, "aux_weight_scale"),
             ("of one of two models", INT8.expand(2, 4, 64), ROWS, ValueError, "aux_weight_scale"),
             ("that are trained", INT8, ROWS.clone().requires_grad_(), ValueError, "aux_weight"),

@@ -10,7 +10,7 @@ from test_ops import operands
 
 from benchmarks.offline import TARGETS, can_compile, compiling_for, resources
 from benchmarks.sass import main_loop, serialised_wgmma
-from m2pt_kernels import cross_modal_linear, gemm_tma, quantize
+from m2pt_kernels import cross_modal_linear, gemm, gemm_tma, quantize
 from m2pt_kernels.configs import TILES, architecture, input_precision
 from m2pt_kernels.versions import HAS_TMA_LOOPS, RELEASE
 
@@ -110,6 +110,62 @@ def test_more_rows_than_32_bits_count(target):
         cross_modal_linear(x, weight, torch.empty_like(weight), torch.empty(1)).backward(grad_output)
     assert len(compiled) == 2
     assert all(resources(kernel).spilled == 0 for kernel in compiled)
+
+
+@each_target
+def test_sizes_of_one_compile(target):
+    for sizes in ((1, 100, 100), (100, 1, 100), (100, 100, 1), (1, 1, 1)):
+        for models in (1, 2):
+            tensors, grad_output = operands(*sizes, HALF, HALF, models=models)
+            with compiling_for(TARGETS[target]) as compiled:
+                cross_modal_linear(**tensors).backward(grad_output)
+            assert len(compiled) == 3
+
+
+TYPES = {"aux_ptr": HALF, "scale_ptr": FLOAT, "aux_scale_ptr": None, "partial_ptr": FLOAT}
+INT8, INT4 = ({"aux_ptr": dtype, "aux_scale_ptr": FLOAT, "grad_aux_ptr": None} for dtype in (torch.int8, torch.uint8))
+POINTERS = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "EVEN_K": False, "INPUT_PRECISION": "ieee"}
+POINTERS |= {"COMBINE_IN_WARPS": False, "DEPTH_FIRST": False, "num_stages": 2}
+TMA = {"BLOCK_M": 256, "MORE_M": 0, "BLOCK_N": 128, "BLOCK_K": 32, "DEPTH_FIRST": False, "PANEL": 32, "num_stages": 4}
+LAUNCHES = {
+    "combined_matmul": (gemm.combined_matmul_kernel, TYPES, POINTERS),
+    "combined_matmul, int8, depth first": (gemm.combined_matmul_kernel, TYPES | INT8, POINTERS | {"DEPTH_FIRST": True}),
+    "combined_matmul, int4": (gemm.combined_matmul_kernel, TYPES | INT4, POINTERS),
+    "grad_parameters": (gemm.grad_parameters_kernel, TYPES, POINTERS),
+    "grad_parameters, int4": (gemm.grad_parameters_kernel, TYPES | INT4, POINTERS),
+    "combined_matmul by TMA": (gemm_tma.combined_matmul_tma_kernel, TYPES, TMA),
+    "combined_matmul by TMA, int8": (gemm_tma.combined_matmul_tma_kernel, TYPES | INT8, TMA | {"DEPTH_FIRST": True}),
+    "grad_parameters by TMA": (gemm_tma.grad_parameters_tma_kernel, TYPES, TMA | {"BLOCK_M": 128, "BLOCK_K": 64}),
+}
+"""A kernel, what its pointers point to where that is not bfloat16, and its constants."""
+
+
+@pytest.mark.parametrize(
+    "launch, argument",
+    [
+        pytest.param(launch, param.name, marks=by_tma if "TMA" in launch else ())
+        for launch, (kernel, *_) in LAUNCHES.items()
+        for param in kernel.params
+        if not param.is_constexpr and not param.name.endswith("_ptr")
+    ],
+)
+def test_every_integer_may_be_one_odd_or_beyond_32_bits(launch, argument):
+    """The others are multiples of 16; Triton compiles 1, multiples of 16, other integers and long ones differently."""
+    kernel, types, constants = LAUNCHES[launch]
+    arguments = {}
+    for param in kernel.params:
+        if param.name.endswith("_ptr"):
+            dtype = types.get(param.name, HALF)
+            arguments[param.name] = None if dtype is None else torch.empty(16, dtype=dtype)
+        else:
+            arguments[param.name] = (constants | {"GROUP": 8, "MODELS": 2}).get(param.name, 4096)
+    values = [1, 17, 2**31 + 16]
+    if "TMA" in launch and argument in ("rows", "columns", "depth"):
+        values.pop()  # refused: see `test_plans.py`
+    for value in values:
+        with compiling_for(TARGETS["sm_90"]) as compiled:
+            kernel[(1,)](**arguments | {argument: value}, num_warps=4, num_stages=constants["num_stages"])
+        assert len(compiled) == 1
 
 
 def quantized(tensors, storage):

@@ -20,6 +20,7 @@ from test_ops import (
 )
 from test_quantization import scaled, vits
 from torch import nn
+from torch.nn import functional as F
 
 from m2pt import (
     FusedCrossModalLinear,
@@ -57,6 +58,40 @@ def test_any_number_shape_stride_dtype_and_subset(
     for name in needs_grad:
         tensors[name].requires_grad_()
     assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+
+
+def every_other_entry(vector):
+    return vector.repeat_interleave(2)[::2]
+
+
+def one_for_all(vector):
+    return vector[:1].expand_as(vector)
+
+
+@pytest.mark.parametrize("layout", [every_other_entry, one_for_all])
+def test_vectors_of_any_stride(device, layout):
+    tensors, grad_output = operands(37, 24, 33, device=device, needs_grad=(), models=3)
+    for name in ("scale", "bias"):
+        tensors[name] = layout(tensors[name])
+        assert not tensors[name].is_contiguous()
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+
+
+def further_apart(scales):
+    return F.pad(scales, (0, 3))[..., :-3]
+
+
+def models_last(scales):
+    return scales.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+@pytest.mark.parametrize("layout", [further_apart, models_last])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_scales_of_quantised_models_of_any_stride(device, storage, layout):
+    tensors, grad_output = operands(37, 24, 192, device=device, needs_grad=("x", "weight", "scale"), models=3)
+    assert_quantized_as_good_as_torch(tensors, grad_output, storage, layout_of_scales=layout)
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 8), (130, 45, 129)], ids=str)

@@ -104,6 +104,27 @@ def test_rows_further_apart(device, products):
     assert_by_tma(products, STEP, device)
 
 
+def test_vectors_further_apart(device, products):
+    tensors, grad_output = operands(ROWS, 104, 80, *HALVES[0], device, needs_grad=(), models=2)
+    for name in ("scale", "bias"):
+        tensors[name] = further_apart(tensors[name][:, None], 3)[:, 0]
+        assert not tensors[name].is_contiguous()
+    for name in ("x", "weight", "scale", "bias"):
+        tensors[name].requires_grad_()
+    assert_quantized_as_good_as_torch(
+        tensors, grad_output, "int8", layout_of_scales=lambda scales: further_apart(scales, 3)
+    )
+    assert_by_tma(products, STEP, device)
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_int4_with_one_group_a_row_is_left_to_the_other_kernels(device, products, models):
+    needs_grad = ("x", "weight", "scale", "bias")
+    tensors, grad_output = operands(ROWS, 104, 64, *HALVES[0], device, needs_grad, models)
+    assert_quantized_as_good_as_torch(tensors, grad_output, "int4")
+    assert_by_tma(products, [], device)
+
+
 def by_columns(tensor):
     return tensor.mT.contiguous().mT
 

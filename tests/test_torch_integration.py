@@ -374,6 +374,22 @@ def test_export(deploy, strict):
         assert torch.equal(program.module()(images()[:3]), model(images()[:3]))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("deploy", [merge_pathways, lambda model: model], ids=["merged", "connected"])
+def test_torchscript_by_tracing(deploy):
+    model = deploy(connected(depth=1).eval())
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, images()), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    assert torch.equal(loaded(images()[:3]), model(images()[:3]))
+    for module in (loaded, model):
+        module(images()).square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in loaded.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
 if torch.cuda.is_available():
 
     @pytest.mark.parametrize("name", ["eager", "triton"])

@@ -1,16 +1,19 @@
 """Tuning ahead of training, with a driver that compiles and runs nothing, and times that the tests dictate."""
 
 import json
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 from test_compilation import by_tma
+from test_ops import operands
 from torch import nn
 
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt import FusedCrossModalLinear
-from m2pt_kernels import tuning, warmup
+from m2pt_kernels import configs, cross_modal_linear, gemm, quantize, tuning, warmup
 from m2pt_kernels.configs import TUNED
 
 EAGER = "eager"
@@ -54,7 +57,7 @@ def times(monkeypatch):
 
     def milliseconds(function):
         function()
-        plan = str(list(TUNED.values())[-1])
+        plan = str(function.args[0])
         dictated[None].append(plan)
         return dictated.get(plan, 2.0)
 
@@ -83,6 +86,87 @@ def test_the_fastest_plan_is_used(model, sample, times):
     assert [record.plan for record in tuned] == ["tma 256x0x128x32x4x5", "tma 128x256x64x4x3"]
     assert not any(record.eager_wins for record in tuned)
     assert untuned == [4, 5] and stages(model, sample) == [5, 3]
+
+
+STORAGES = (None, "int8", "int4")
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("frozen", ["nothing", "scale", "weight", "aux_weight", "all but scale", "all but x"])
+def test_what_was_timed_is_what_runs(times, monkeypatch, frozen, storage, models, strided):
+    tensors, _ = operands(1024, 512, 256, *2 * [torch.bfloat16], needs_grad=(), models=models)
+    if storage:
+        tensors["aux_weight"], tensors["aux_weight_scale"] = quantize(tensors["aux_weight"], storage)
+    trained = {"x", "weight", "aux_weight", "scale"}
+    trained = {"all but scale": {"scale"}, "all but x": {"x"}}.get(frozen, trained - {frozen})
+    trained -= {"aux_weight"} if storage else set()
+    if strided:
+        tensors["scale"] = tensors["scale"].repeat_interleave(2)[::2]
+        tensors["bias"] = tensors["bias"].repeat_interleave(2)[::2]
+    model = Product({name: tensor for name, tensor in tensors.items() if name != "x"}, trained)
+    x = tensors["x"].requires_grad_("x" in trained)
+    with compiling_for(TARGETS["sm_90"]):
+        monkeypatch.setattr(tuning, "_milliseconds", lambda function: -len(str(function.args[0])))  # not the default
+        tuned = [(record.problem[0], record.plan) for record in warmup(model, x)]
+        used = []
+        compute = gemm.compute
+        monkeypatch.setattr(gemm, "compute", lambda *call: used.append((call[1], str(call[0]))) or compute(*call))
+        model(x).float().square().sum().backward()
+    assert used == tuned and len(used) == 1 + ("x" in trained) + (len(trained - {"x"}) > 0)
+
+
+class Product(nn.Module):
+    def __init__(self, tensors, trained):
+        super().__init__()
+        for name, tensor in tensors.items():
+            if name in trained:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    def forward(self, x):
+        return cross_modal_linear(x, **dict(self.named_parameters()), **dict(self.named_buffers()))
+
+
+def test_each_gpu_and_state_of_the_kernels_has_its_own_times(model, sample, times, cache, monkeypatch):
+    names = iter(("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H200"))
+    for count in (1, 2, 3):
+        name = next(names)
+        monkeypatch.setattr(configs, "device_name", lambda device, name=name: name)
+        monkeypatch.setattr(tuning, "device_name", lambda device, name=name: name)
+        if count == 3:
+            changed = SimpleNamespace(cache_key="changed", device_caches={})
+            monkeypatch.setattr(gemm, "KERNELS", (*gemm.KERNELS[:3], changed))
+        timed = len(times[None])
+        tune(model, sample)
+        assert len(times[None]) > timed and len(list(cache.iterdir())) == count
+    assert {file.name.split("-triton")[0] for file in cache.iterdir()} == {"NVIDIA-H100-80GB-HBM3", "NVIDIA-H200"}
+
+
+def test_products_are_timed_on_the_device_of_their_tensors(model, sample, monkeypatch):
+    inside = []
+
+    @contextmanager
+    def device_of(tensor):
+        inside.append(tensor)
+        try:
+            yield
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(gemm, "device_of", device_of)
+    monkeypatch.setattr(tuning, "_milliseconds", lambda function: float(len(inside)))
+    for record in tune(model, sample):
+        assert set(record.milliseconds.values()) == {1.0}
+
+
+@pytest.mark.filterwarnings("error")
+def test_several_gpus_are_no_reason_to_warn(model, sample, times, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    assert tune(model, sample)
 
 
 @by_tma
@@ -155,12 +239,43 @@ def test_plain_torch_is_used_only_if_asked(model, sample, times, capsys):
 
 def test_a_plan_that_does_not_fit_the_device_is_not_chosen(model, sample, times, monkeypatch):
     def out_of_shared_memory(function):
-        if str(list(TUNED.values())[-1]).startswith("tma"):
+        if str(function.args[0]).startswith("tma"):
             raise triton.OutOfResources(300_000, 227_000, "shared memory")
         return 1.0
 
     monkeypatch.setattr(tuning, "_milliseconds", out_of_shared_memory)
     assert all(record.plan.startswith("pointers") for record in tune(model, sample))
+
+
+def test_a_candidate_that_fails_is_left_out_with_a_warning_and_tried_again_next_time(
+    model, sample, times, cache, monkeypatch
+):
+    first = tune(model, sample)[0].plan
+    milliseconds, failing = tuning._milliseconds, [first]
+
+    def fail(function):
+        if str(function.args[0]) in failing:
+            raise RuntimeError("an illegal memory access was encountered")
+        return milliseconds(function)
+
+    monkeypatch.setattr(tuning, "_milliseconds", fail)
+    (file,) = cache.iterdir()
+    file.unlink()
+    with pytest.warns(UserWarning, match=f"^warmup: forward by {first} failed .* RuntimeError: an illegal memory"):
+        record = tune(model, sample)[0]
+    assert record.plan != first and first not in record.milliseconds
+    failing.clear()
+    assert tune(model, sample)[0].plan == first
+
+
+def test_a_product_that_no_kernel_computes_is_left_to_plain_torch(model, sample, monkeypatch):
+    def fail(function):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(tuning, "_milliseconds", fail)
+    with pytest.warns(UserWarning, match="^warmup: "):
+        tuned = tune(model, sample)
+    assert [record.plan for record in tuned] == [EAGER, EAGER] and tuned[0].milliseconds == {}
 
 
 def test_an_interrupt_leaves_no_plan(model, sample, monkeypatch):

@@ -1,5 +1,6 @@
 """Tile shapes: one per product, kind of operands and architecture. Chosen offline; they need no tuning."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -242,11 +243,18 @@ TUNED: dict[tuple, Plan] = {}
 """The plans that `warmup` chose, by what `problem` says of a product's arguments."""
 
 
+@cache
+def device_name(device: torch.device) -> str:
+    """Of a GPU, which its target does not tell from others of the same generation."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def problem(product: str, *arguments: Tensor | torch.dtype | None) -> tuple:
     """What a product's candidates and their speed depend on: the GPU, shapes, strides, alignment, dtypes, float32
-    precision."""
+    precision. The current device is the arguments'."""
     return (
         product,
+        device_name(arguments[0].device),
         active_target(),
         torch.backends.cuda.matmul.fp32_precision,
         *(

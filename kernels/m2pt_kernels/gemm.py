@@ -6,6 +6,7 @@ Two kernels make the three products. Forward and input gradient are one GEMM tha
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,6 +46,18 @@ from .versions import CROWDED_TILES, OPTIONS
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+
+OLDEST_CAPABILITY = 80
+"""Of CUDA: what is older has no tensor cores that Triton knows, and would spill; there plain torch is faster."""
+
+
+@cache
+def supports(device: torch.device) -> bool:
+    """Whether the kernels are for a GPU."""
+    if torch.version.hip is not None:
+        return True
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor >= OLDEST_CAPABILITY
 
 
 @triton.jit
@@ -220,19 +233,12 @@ def grad_parameters_kernel(
     )
 
 
-def plans(product: str, *arguments: Any) -> Iterator[Plan]:
-    """The ways to compute "forward", "grad_input" or "grad_parameters" of such arguments, the untuned choice first."""
-    if product == "grad_parameters":
-        return _grad_parameters_plans(*arguments)
-    left, weight, aux_weight, _, *bias, aux_weight_scale = arguments
-    if product == "forward":
-        return _combined_matmul_plans(left, weight.t(), aux_weight.mT, aux_weight_scale, False, *bias)
-    return _combined_matmul_plans(left, weight, aux_weight, aux_weight_scale, True)
-
-
-def _plan(product: str, *arguments: Tensor | torch.dtype | None) -> Plan:
-    tuned = TUNED.get(problem(product, *arguments)) if TUNED else None
-    return tuned or next(plans(product, *arguments))
+KERNELS = (
+    combined_matmul_kernel,
+    grad_parameters_kernel,
+    gemm_tma.combined_matmul_tma_kernel,
+    gemm_tma.grad_parameters_tma_kernel,
+)
 
 
 def forward(
@@ -244,21 +250,90 @@ def forward(
     aux_weight_scale: Tensor | None = None,
 ) -> Tensor:
     """`x (W + s * W_aux)^T + b`: x (M, K), weights (N, K) -> (M, N) in x's dtype."""
-    plan = _plan("forward", x, weight, aux_weight, scale, bias, aux_weight_scale)
-    if plan == EAGER:
-        return reference.forward(x, weight, aux_weight, scale, bias, aux_weight_scale)
-    bias = None if bias is None else bias.contiguous()
-    return _combined_matmul(plan, x, weight.t(), aux_weight.mT, scale, bias, aux_weight_scale, False)
+    return _computed("forward", x, weight, aux_weight, scale, bias, aux_weight_scale)
 
 
 def grad_input(
     grad_output: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_scale: Tensor | None = None
 ) -> Tensor:
     """`dY (W + s * W_aux)`: grad_output (M, N), weights (N, K) -> (M, K) in grad_output's dtype."""
-    plan = _plan("grad_input", grad_output, weight, aux_weight, scale, aux_weight_scale)
+    return _computed("grad_input", grad_output, weight, aux_weight, scale, aux_weight_scale)
+
+
+def grad_parameters(
+    grad_output: Tensor,
+    x: Tensor,
+    aux_weight: Tensor | None,
+    scale: Tensor | None,
+    weight_dtype: torch.dtype | None,
+    aux_dtype: torch.dtype | None,
+    aux_weight_scale: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of weight, aux weight and scale that were asked for, as `reference.grad_parameters`.
+
+    The scale's is reduced in two stages of fixed order, a sum per row of a tile and the sum of those, without atomics:
+    repeated runs give the same bits.
+    """
+    arguments = grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale
+    return _computed("grad_parameters", *arguments)
+
+
+def _computed(product: str, *arguments: Tensor | torch.dtype | None) -> Any:
+    with device_of(arguments[0]):
+        arguments = prepared(product, *arguments)
+        tuned = TUNED.get(problem(product, *arguments)) if TUNED else None
+        return compute(tuned or next(plans(product, *arguments)), product, *arguments)
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Inside, the current device is the tensor's: Triton compiles for the current one and launches there."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def prepared(product: str, *arguments: Tensor | torch.dtype | None) -> tuple:
+    """The arguments of "forward", "grad_input" or "grad_parameters" as the functions below and the kernels take them.
+
+    Tensors hold their entries in memory, vectors and scales are contiguous; what the product does not read is None.
+    """
+    first, second, aux_weight, scale, *others, aux_weight_scale = map(_stored, arguments)
+    if product == "forward":
+        (bias,) = others
+        others = [None if bias is None else bias.contiguous()]
+    elif product == "grad_parameters":
+        scale = None if others[1] is None else scale
+        aux_weight_scale = None if aux_weight is None else aux_weight_scale
+    scale = None if scale is None else scale.contiguous()
+    aux_weight_scale = None if aux_weight_scale is None else aux_weight_scale.contiguous()
+    return first, second, aux_weight, scale, *others, aux_weight_scale
+
+
+def _stored(argument: Tensor | torch.dtype | None) -> Tensor | torch.dtype | None:
+    """A tensor whose memory holds its entries, as that of one negated lazily, or of zeros not stored, does not."""
+    if isinstance(argument, Tensor) and (argument.is_neg() or argument._is_zerotensor()):
+        return argument.clone()
+    return argument
+
+
+def plans(product: str, *arguments: Any) -> Iterator[Plan]:
+    """The ways to compute a product of such arguments on the current device, the untuned choice first."""
+    if product == "grad_parameters":
+        return _grad_parameters_plans(*arguments)
+    left, weight, aux_weight, _, *bias, aux_weight_scale = arguments
+    if product == "forward":
+        return _combined_matmul_plans(left, weight.t(), aux_weight.mT, aux_weight_scale, False, *bias)
+    return _combined_matmul_plans(left, weight, aux_weight, aux_weight_scale, True)
+
+
+def compute(plan: Plan, product: str, *arguments: Any) -> Any:
+    """A product, by one of its plans, on the current device."""
     if plan == EAGER:
-        return reference.grad_input(grad_output, weight, aux_weight, scale, aux_weight_scale)
-    return _combined_matmul(plan, grad_output, weight, aux_weight, scale, None, aux_weight_scale, True)
+        return getattr(reference, product)(*arguments)
+    if product == "grad_parameters":
+        return _grad_parameters(plan, *arguments)
+    left, weight, aux_weight, scale, *bias, aux_weight_scale = arguments
+    if product == "forward":
+        return _combined_matmul(plan, left, weight.t(), aux_weight.mT, scale, *bias, aux_weight_scale, False)
+    return _combined_matmul(plan, left, weight, aux_weight, scale, None, aux_weight_scale, True)
 
 
 def _combined_matmul_plans(
@@ -310,11 +385,10 @@ def _combined_matmul(
 ) -> Tensor:
     output = left.new_empty(left.shape[0], weight.shape[1])
     arguments = plan.tile, left, weight, aux_weight, scale, bias, aux_weight_scale, output
-    with _device_of(left):
-        if plan.by == "tma":
-            gemm_tma.combined_matmul(*arguments)
-        else:
-            _combined_matmul_by_pointers(*arguments, depth_first)
+    if plan.by == "tma":
+        gemm_tma.combined_matmul(*arguments)
+    else:
+        _combined_matmul_by_pointers(*arguments, depth_first)
     return output
 
 
@@ -357,32 +431,21 @@ def _combined_matmul_by_pointers(
     )
 
 
-def grad_parameters(
+def _grad_parameters(
+    plan: Plan,
     grad_output: Tensor,
     x: Tensor,
     aux_weight: Tensor | None,
     scale: Tensor | None,
     weight_dtype: torch.dtype | None,
     aux_dtype: torch.dtype | None,
-    aux_weight_scale: Tensor | None = None,
+    aux_weight_scale: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of weight, aux weight and scale that were asked for, as `reference.grad_parameters`.
-
-    The scale's is reduced in two stages of fixed order, a sum per row of a tile and the sum of those, without atomics:
-    repeated runs give the same bits.
-    """
-    aux_weight_scale = None if aux_weight is None else aux_weight_scale
-    scale = None if aux_dtype is None else scale
-    arguments = grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale
-    plan = _plan("grad_parameters", *arguments)
-    if plan == EAGER:
-        return reference.grad_parameters(*arguments)
     shape = (grad_output.shape[1], x.shape[1])
     grad_weight = None if weight_dtype is None else x.new_empty(shape, dtype=weight_dtype)
     grad_aux = None if scale is None else x.new_empty(reference.aux_shape(shape, scale), dtype=aux_dtype)
-    compute = gemm_tma.grad_parameters if plan.by == "tma" else _grad_parameters_by_pointers
-    with _device_of(x):
-        partial = compute(plan.tile, grad_output, x, aux_weight, scale, aux_weight_scale, grad_weight, grad_aux)
+    launch = gemm_tma.grad_parameters if plan.by == "tma" else _grad_parameters_by_pointers
+    partial = launch(plan.tile, grad_output, x, aux_weight, scale, aux_weight_scale, grad_weight, grad_aux)
     return grad_weight, grad_aux, None if partial is None else partial.sum(1)
 
 
@@ -465,8 +528,3 @@ def _grad_parameters_by_pointers(
         **OPTIONS,
     )
     return partial
-
-
-def _device_of(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -152,13 +152,13 @@ def combined_matmul_tma_kernel(
                 [BLOCK_N // PANEL, BLOCK_K, PANEL // 2],
             )
             auxes += (panels,)
-            aux_scales += (tl.make_tensor_descriptor(aux_scale_ptr + model * depth, [depth], [1], [BLOCK_K]),)
+            aux_scales += (tl.make_tensor_descriptor(aux_scale_ptr + offset_of(model, depth), [depth], [1], [BLOCK_K]),)
         elif DEPTH_FIRST:
             auxes += (tl.make_tensor_descriptor(matrix_ptr, [depth, columns], [stride_aux, 1], [BLOCK_K, BLOCK_N]),)
         else:
             auxes += (tl.make_tensor_descriptor(matrix_ptr, [columns, depth], [stride_aux, 1], [BLOCK_N, BLOCK_K]),)
             if aux_scale_ptr is not None:
-                scale *= _column_of(aux_scale_ptr + model * columns, column, columns, BLOCK_N, RELABEL)
+                scale *= _column_of(aux_scale_ptr + offset_of(model, columns), column, columns, BLOCK_N, RELABEL)
         scales += (scale,)
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, depth, BLOCK_K, warp_specialize=True):
@@ -235,7 +235,7 @@ def grad_parameters_tma_kernel(
             sums_ptr = partial_ptr + offset_of(model * column_tiles + tile_column, rows)
             partials += (tl.make_tensor_descriptor(sums_ptr, [rows], [1], [BLOCK_M]),)
         if grad_aux_ptr is not None:
-            matrix_ptr = grad_aux_ptr + offset_of(model, rows.to(tl.int64) * columns)
+            matrix_ptr = grad_aux_ptr + offset_of(model, offset_of(rows, columns))
             grad_auxes += (tl.make_tensor_descriptor(matrix_ptr, [rows, columns], [columns, 1], [BLOCK_M, PIECE]),)
             scales += (tl.load(scale_ptr + model).to(tl.float32),)
     if grad_weight_ptr is not None:
@@ -262,7 +262,8 @@ def grad_parameters_tma_kernel(
                 grad_weight.store([row, piece_column], piece.to(grad_weight.dtype))
         if partial_ptr is not None:
             if aux_scale_ptr is not None:
-                sums *= tl.make_tensor_descriptor(aux_scale_ptr + model * rows, [rows], [1], [BLOCK_M]).load([row])
+                scales_ptr = aux_scale_ptr + offset_of(model, rows)
+                sums *= tl.make_tensor_descriptor(scales_ptr, [rows], [1], [BLOCK_M]).load([row])
             partials[model].store([row], sums)
 
 
@@ -321,6 +322,8 @@ _GRAD_TILES: dict[int, dict[bool, tuple[TileConfig, ...]]] = {
     },
 }
 _MIN_ROWS = 512
+_LARGEST_SIZE = 2**31 - 2**10
+"""Coordinates have 32 bits, those of a tile that reaches past the matrix too."""
 _MULTIPROCESSORS = {9: 132, 10: 148}
 
 
@@ -347,7 +350,7 @@ def takes_combined_matmul(
         and _by_tma(weight, unit)
         and _by_tma(aux_weight, unit)
         and (bias is None or bias.data_ptr() % 16 == 0)
-        and (aux_weight_scale is None or (unit == depth_first and _is_vector(aux_weight_scale)))
+        and (aux_weight_scale is None or (unit == depth_first and _are_addressable(aux_weight_scale)))
         and (aux_weight_scale is None or not depth_first or weight.shape[1] % 16 == 0)
     )
 
@@ -367,7 +370,7 @@ def takes_grad_parameters(
         and _by_tma(grad_output, 1)
         and _by_tma(x, 1)
         and (aux_weight is None or (_by_tma(aux_weight, 1) and grad_output.shape[1] % 4 == 0))
-        and (aux_weight_scale is None or _is_vector(aux_weight_scale))
+        and (aux_weight_scale is None or _are_addressable(aux_weight_scale))
     )
 
 
@@ -379,22 +382,24 @@ def _generation(target: GPUTarget | None) -> int:
 
 
 def _by_tma(matrix: Tensor, unit: int) -> bool:
-    """Whether TMA can address a matrix, or several, contiguous along dimension `unit`."""
+    """Whether TMA can address a matrix, or several, contiguous along dimension `unit`; int4 has two entries a byte."""
     strides, size = matrix.stride()[-2:], matrix.shape[-2:][unit]
     pitch = strides[1 - unit]
     return (
-        matrix.numel() > 0
+        matrix.dtype != torch.uint8
+        and matrix.numel() > 0
         and strides[unit] == 1
         and pitch >= size
         and pitch * matrix.itemsize % 16 == 0
+        and max(matrix.shape) <= _LARGEST_SIZE
         and aux_strides(matrix)[-1] * matrix.itemsize % 16 == 0
         and matrix.data_ptr() % 16 == 0
     )
 
 
-def _is_vector(scales: Tensor) -> bool:
-    """Whether the scales are one a row, where TMA can address them."""
-    return scales.shape[-1] == 1 and scales.data_ptr() % 16 == 0 and aux_strides(scales)[-1] % 4 == 0
+def _are_addressable(scales: Tensor) -> bool:
+    """Whether TMA can address the scales of the rows, of each auxiliary model."""
+    return scales.data_ptr() % 16 == 0 and aux_strides(scales)[-1] % 4 == 0
 
 
 def combined_tiles(target: GPUTarget | None, weight: Tensor, aux_weight: Tensor) -> tuple[_CombinedTile, ...]:

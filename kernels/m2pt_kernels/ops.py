@@ -130,13 +130,14 @@ def implementation(name: str) -> Iterator[None]:
     A backward pass is covered if it runs inside the block too. A block inside a compiled function has no effect.
 
     Args:
-        name: "auto" (Triton on GPU tensors, plain torch elsewhere), "triton" (Triton on whatever its active driver
-            accepts, its interpreter included) or "eager" (plain torch, which stores the combined weight while it runs).
+        name: "auto" (Triton on GPU tensors, plain torch elsewhere and on CUDA below compute capability 8.0), "triton"
+            (Triton on whatever its active driver accepts, its interpreter included) or "eager" (plain torch, which
+            stores the combined weight while it runs).
 
     Raises:
         ValueError: another name.
-        RuntimeError: "triton" where Triton is not installed or has no active driver, or its interpreter does not work
-            with the installed numpy.
+        RuntimeError: "triton" where Triton is not installed or has no active driver, its interpreter does not work
+            with the installed numpy, or the GPU has a compute capability below 8.0.
     """
     global _forced
     if name not in ("auto", "triton", "eager"):
@@ -149,9 +150,11 @@ def implementation(name: str) -> Iterator[None]:
 
             check_interpreter()
         try:
-            gemm.active_target()
+            target = gemm.active_target()
         except RuntimeError as error:
             raise RuntimeError('implementation("triton"): Triton has no active driver') from error
+        if target is not None and target.backend == "cuda" and target.arch < gemm.OLDEST_CAPABILITY:
+            raise RuntimeError(f'implementation("triton"): needs compute capability 8.0, this is {target.arch / 10}')
     previous, _forced = _forced, name
     try:
         yield
@@ -161,7 +164,7 @@ def implementation(name: str) -> Iterator[None]:
 
 def path_of(x: Tensor, *others: Tensor | None) -> ModuleType:
     """The module that computes on these tensors."""
-    if gemm is None or _forced == "eager" or (_forced == "auto" and not x.is_cuda):
+    if gemm is None or _forced == "eager" or (_forced == "auto" and not (x.is_cuda and gemm.supports(x.device))):
         return reference
     unsupported = {tensor.dtype for tensor in (x, *others) if tensor is not None}.difference(gemm.DTYPES, QUANTIZED)
     if unsupported and _forced == "triton":
@@ -180,6 +183,7 @@ def _is_unobserved(*tensors: Tensor | None) -> bool:
     """Whether no tracer, mode or tensor subclass waits to see an operator, so that dispatching it is time lost."""
     return (
         not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and _ORDINARY.issuperset(map(type, tensors))

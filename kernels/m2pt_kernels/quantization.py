@@ -109,8 +109,6 @@ def check_aux_weight(aux_weight: Tensor, aux_weight_scale: Tensor | None, shape:
         raise ValueError(f"aux_weight: expected in_features, a multiple of {GROUP_SIZE}, with int4, got {columns}")
     _check_shape(aux_weight, rows, columns // 2 if storage == "int4" else columns)
     _check_scale("aux_weight_scale", aux_weight_scale, aux_weight)
-    if not aux_weight_scale.is_contiguous():
-        raise ValueError(f"aux_weight_scale: expected it contiguous, got strides {aux_weight_scale.stride()}")
     if aux_weight.requires_grad or aux_weight_scale.requires_grad:
         raise ValueError("aux_weight: a quantised matrix and its scales cannot require a gradient")
 

@@ -34,9 +34,10 @@ def indices_inside(tile, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def offset_of(model, stride):
-    """Where an auxiliary model's matrix begins, `stride` elements after the one before."""
-    return tl.cast(model, tl.int64) * stride
+def offset_of(index, stride):
+    """Where an auxiliary model's matrix, or a row, begins: `stride` elements after the one before, in 64 bits."""
+    # Not `index.to`: an argument that is 1 is a Python integer here.
+    return tl.cast(index, tl.int64) * stride
 
 
 @triton.jit
@@ -88,18 +89,19 @@ def store_gradients(
         for model in tl.range(MODELS, num_stages=1):
             aux = tl.load(aux_ptrs + offset_of(model, stride_aux_model), mask, other=0.0)
             if PACKED:
-                group = (model * rows + row[:, None]) * (columns // GROUP_SIZE) + column[None, :] // GROUP_SIZE
-                aux = unpack(aux, column[None, :]) * tl.load(aux_scale_ptr + group, mask, other=0.0)
+                groups = offset_of(offset_of(model, rows) + row[:, None], columns // GROUP_SIZE)
+                aux_scale = tl.load(aux_scale_ptr + groups + column[None, :] // GROUP_SIZE, mask, other=0.0)
+                aux = unpack(aux, column[None, :]) * aux_scale
             # Past the matrix the accumulator is infinity times zero where an operand is infinite.
             sums = tl.sum(tl.where(mask, accumulator * aux.to(tl.float32), 0.0), 1)
             if aux_scale_ptr is not None and not PACKED:
-                sums *= tl.load(aux_scale_ptr + (model * rows + row), row < rows, other=0.0)
-            partial = offset_of(model, tl.num_programs(0) * ROWS) + tl.program_id(0).to(tl.int64) * ROWS
+                sums *= tl.load(aux_scale_ptr + (offset_of(model, rows) + row), row < rows, other=0.0)
+            partial = offset_of(offset_of(model, tl.num_programs(0)) + tl.program_id(0), ROWS)
             tl.store(partial_ptr + partial + tl.arange(0, ROWS), sums)
     if grad_aux_ptr is not None:
         for model in tl.range(MODELS, num_stages=1):
             scale = tl.load(scale_ptr + model).to(tl.float32)
             grad_aux = (scale * accumulator).to(grad_aux_ptr.dtype.element_ty)
-            tl.store(grad_aux_ptr + offset_of(model, rows.to(tl.int64) * columns) + offsets, grad_aux, mask=mask)
+            tl.store(grad_aux_ptr + offset_of(model, offset_of(rows, columns)) + offsets, grad_aux, mask=mask)
     if grad_weight_ptr is not None:
         tl.store(grad_weight_ptr + offsets, accumulator.to(grad_weight_ptr.dtype.element_ty), mask=mask)

@@ -3,6 +3,7 @@
 Nothing is timed unless `warmup` is called: a product that was not takes the first of its candidates.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from . import gemm, ops
-from .configs import EAGER, TUNED, Plan, problem
+from .configs import EAGER, TUNED, Plan, device_name, problem
 
 _OPERATORS = {
     torch.ops.m2pt_kernels.cross_modal_linear.default: "forward",
@@ -41,7 +42,7 @@ Calls = dict[tuple, tuple[str, tuple]]
 
 @dataclass(frozen=True)
 class Tuned:
-    """One product of the model: its problem, what each candidate takes in milliseconds, which one is used."""
+    """One product of the model: its problem, what each candidate that ran takes in milliseconds, which one is used."""
 
     problem: tuple
     milliseconds: dict[str, float]
@@ -50,15 +51,16 @@ class Tuned:
     @property
     def eager_wins(self) -> bool:
         """Whether plain torch, which makes the combined weight for the time of the product, is the fastest."""
-        return min(self.milliseconds, key=self.milliseconds.__getitem__) == str(EAGER)
+        return min(self.milliseconds, key=self.milliseconds.__getitem__, default=str(EAGER)) == str(EAGER)
 
 
 def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool = False) -> list[Tuned]:
     """Time every way to compute the products of a training step, and use the fastest from now on in this process.
 
     Runs the model forward and backward once, within the caller's autocast; parameters, gradients, buffers and random
-    numbers are left as they were. Times are kept in `$M2PT_CACHE_DIR`, by default `~/.cache/m2pt_kernels`, and what is
-    found there is not timed again. Call it before `torch.compile` and distributed wrappers.
+    numbers are left as they were. Times are kept in `$M2PT_CACHE_DIR`, by default `~/.cache/m2pt_kernels`, in a file for
+    each GPU's name, release of Triton and state of the kernels; what is found there is not timed again. A candidate that
+    fails is left out, with a warning. Call it before `torch.compile` and distributed wrappers.
 
     Args:
         model: on the GPU that it is trained on.
@@ -78,19 +80,22 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
     calls = _products(model, sample)
     if not calls:
         raise ValueError(f"model: expected a model on a GPU with fused layers, got a {type(model).__name__} without")
-    path = _cache_path()
-    cache = _read(path)
+    devices = {device_name(first.device) for _, (first, *_) in calls.values()}
+    caches = {device: _read(_cache_path(device)) for device in devices}
     tuned = []
     for key, (product, arguments) in tqdm(calls.items(), desc="tuning", unit="product"):
-        plans = {str(plan): plan for plan in (*gemm.plans(product, *arguments), EAGER)}
-        known = cache.get(str(key), {})
-        if not known.keys() >= plans.keys():
-            known = cache[str(key)] = _time(key, product, arguments, plans)
-        allowed = [name for name in plans if use_eager or plans[name] != EAGER]
-        fastest = min(allowed, key=known.__getitem__)
+        cache = caches[device_name(arguments[0].device)]
+        with gemm.device_of(arguments[0]):
+            plans = {str(plan): plan for plan in (*gemm.plans(product, *arguments), EAGER)}
+            known = cache.get(str(key), {})
+            if not known.keys() >= plans.keys():
+                known = cache[str(key)] = _time(product, arguments, plans)
+        allowed = [name for name in plans if name in known and (use_eager or plans[name] != EAGER)]
+        fastest = min(allowed, key=known.__getitem__, default=str(EAGER))
         TUNED[key] = plans[fastest]
         tuned.append(Tuned(key, known, fastest))
-    _write(path, cache)
+    for device, cache in caches.items():
+        _write(_cache_path(device), cache)
     winning = sum(record.eager_wins for record in tuned)
     if winning and not use_eager:
         message = "would be faster with a transient combined weight: warmup(..., use_eager=True) allows it"
@@ -107,7 +112,9 @@ class _Recorder(TorchDispatchMode):
         if product := _OPERATORS.get(function):
             arguments = _flattened(product, *args)
             if ops.path_of(*(argument for argument in arguments if isinstance(argument, Tensor))) is gemm:
-                self.calls.setdefault(problem(product, *arguments), (product, arguments))
+                with gemm.device_of(arguments[0]):
+                    arguments = gemm.prepared(product, *arguments)
+                    self.calls.setdefault(problem(product, *arguments), (product, arguments))
         return function(*args, **(kwargs or {}))
 
 
@@ -124,7 +131,8 @@ def _products(model: nn.Module, sample: Tensor | tuple[Any, ...]) -> Calls:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     leaves = (*model.parameters(), *tree_leaves(inputs))
     wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-    with torch.random.fork_rng(), _Recorder() as recorder:
+    gpus = {leaf.device.index for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda}
+    with torch.random.fork_rng(gpus), _Recorder() as recorder:
         outputs = tree_leaves(functional_call(model, buffers, inputs))
         losses = [output.float().square().sum() for output in outputs if output.requires_grad]
         if losses:
@@ -132,22 +140,18 @@ def _products(model: nn.Module, sample: Tensor | tuple[Any, ...]) -> Calls:
     return recorder.calls
 
 
-def _time(key: tuple, product: str, arguments: tuple, plans: dict[str, Plan]) -> dict[str, float]:
-    compute: Callable = getattr(gemm, product)
+def _time(product: str, arguments: tuple, plans: dict[str, Plan]) -> dict[str, float]:
+    """Milliseconds of the plans that run; infinite where the device has too few resources."""
     milliseconds = {}
-    before = TUNED.pop(key, None)
-    try:
-        for name, plan in plans.items():
-            TUNED[key] = plan
-            try:
-                with torch.no_grad():
-                    milliseconds[name] = _milliseconds(partial(compute, *arguments))
-            except triton.OutOfResources:
-                milliseconds[name] = math.inf
-    finally:
-        TUNED.pop(key, None)
-        if before is not None:
-            TUNED[key] = before
+    for name, plan in plans.items():
+        try:
+            with torch.no_grad():
+                milliseconds[name] = _milliseconds(partial(gemm.compute, plan, product, *arguments))
+        except triton.OutOfResources:
+            milliseconds[name] = math.inf
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"warmup: {product} by {name} failed and is left out: {reason}", stacklevel=3)
     return milliseconds
 
 
@@ -155,11 +159,11 @@ def _milliseconds(function: Callable[[], object]) -> float:
     return triton.testing.do_bench(function, return_mode="median")
 
 
-def _cache_path() -> Path:
+def _cache_path(device: str) -> Path:
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("M2PT_CACHE_DIR") or Path(caches) / "m2pt_kernels")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', device)}-triton-{triton.__version__}.json"
+    kernels = hashlib.sha256("".join(kernel.cache_key for kernel in gemm.KERNELS).encode()).hexdigest()[:12]
+    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', device)}-triton-{triton.__version__}-{kernels}.json"
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

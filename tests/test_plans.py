@@ -1,0 +1,329 @@
+"""Which kernel a product gets, and on which device: no GPU is needed, drivers and devices are stand-ins."""
+
+from contextlib import contextmanager
+from contextvars import Context
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+from test_compilation import by_tma, for_target
+from test_ops import operands
+from torch.nn import functional as F
+from triton.backends.compiler import GPUTarget
+from triton.runtime import _allocation
+
+from benchmarks.offline import TARGETS, compiling_for
+from m2pt_kernels import configs, cross_modal_linear, gemm, gemm_tma, implementation, reference
+from m2pt_kernels.configs import TUNED, Plan, problem
+from m2pt_kernels.ops import path_of
+
+HALF, FLOAT = torch.bfloat16, torch.float32
+HOPPER, AMPERE = TARGETS["sm_90"], TARGETS["sm_80"]
+
+
+def matrix(*shape, dtype=HALF, gap=0):
+    """Uninitialised, its rows `gap` entries apart."""
+    return torch.empty(*shape[:-1], shape[-1] + gap, dtype=dtype)[..., : shape[-1]]
+
+
+def misaligned(tensor):
+    """The same shape and strides, from an address that is no multiple of 16 bytes."""
+    memory = torch.empty(tensor.untyped_storage().nbytes() // tensor.itemsize + 1, dtype=tensor.dtype)
+    return memory[1:].as_strided(tensor.shape, tensor.stride())
+
+
+def models_apart(tensor, gap):
+    """The same shape, its matrices `gap` entries further apart."""
+    distance = tensor.stride(0) + gap
+    return torch.empty(len(tensor) * distance, dtype=tensor.dtype).as_strided(
+        tensor.shape, (distance, *tensor.stride()[1:])
+    )
+
+
+def by_columns(tensor):
+    return tensor.mT.contiguous().mT
+
+
+UNADDRESSABLE = {
+    "by columns": by_columns,
+    "misaligned": misaligned,
+    "rows on top of each other": lambda tensor: tensor[..., :1, :].expand_as(tensor),
+    "rows 2 bytes more apart": lambda tensor: matrix(*tensor.shape, dtype=tensor.dtype, gap=2 // tensor.itemsize),
+    "empty": lambda tensor: tensor[..., :0],
+    "2**31 rows": lambda tensor: tensor.new_empty(2**31, tensor.shape[-1], device="meta"),
+}
+
+
+def forward_arguments():
+    """Of `takes_combined_matmul`, in a case that it takes; weights (256, 128)."""
+    return {
+        "target": HOPPER,
+        "left": matrix(1024, 128),
+        "weight": matrix(256, 128).t(),
+        "aux_weight": matrix(2, 256, 128).mT,
+        "aux_weight_scale": None,
+        "depth_first": False,
+        "bias": matrix(256),
+    }
+
+
+def grad_input_arguments():
+    """The same of an input gradient with a quantised W_aux; weights (128, 256)."""
+    return {
+        "target": HOPPER,
+        "left": matrix(1024, 128),
+        "weight": matrix(128, 256),
+        "aux_weight": matrix(2, 128, 256, dtype=torch.int8),
+        "aux_weight_scale": matrix(2, 128, 1, dtype=FLOAT),
+        "depth_first": True,
+        "bias": None,
+    }
+
+
+def grad_parameters_arguments():
+    return {
+        "target": HOPPER,
+        "grad_output": matrix(1024, 128),
+        "x": matrix(1024, 256),
+        "aux_weight": matrix(2, 128, 256, dtype=torch.int8),
+        "aux_weight_scale": matrix(2, 128, 1, dtype=FLOAT),
+    }
+
+
+OTHER_GPUS = {f"target {target}": {"target": target} for target in (AMPERE, TARGETS["sm_120"], TARGETS["gfx942"], None)}
+NOT_TAKEN = {
+    (gemm_tma.takes_combined_matmul, forward_arguments): {
+        **OTHER_GPUS,
+        "float32 activations": {"left": matrix(1024, 128, dtype=FLOAT)},
+        "few rows": {"left": matrix(511, 128)},
+        "four models": {"aux_weight": matrix(4, 256, 128).mT},
+        "int4": {"aux_weight": matrix(256, 128, dtype=torch.uint8).mT},
+        "output rows of no multiple of 16 bytes": {
+            "weight": matrix(252, 128).t(),
+            "aux_weight": matrix(252, 128).t(),
+            "bias": matrix(252),
+        },
+        "models 2 bytes more apart": {"aux_weight": models_apart(matrix(2, 256, 128), 1).mT},
+        "misaligned bias": {"bias": misaligned(matrix(256))},
+        "aux_weight by columns": {"aux_weight": matrix(128, 256)},
+        **{f"left, {name}": {"left": change(matrix(1024, 128))} for name, change in UNADDRESSABLE.items()},
+        **{
+            f"weight, {name}": {"weight": change(matrix(256, 128)).t()}
+            for name, change in UNADDRESSABLE.items()
+            if name not in ("by columns", "2**31 rows")
+        },
+    },
+    (gemm_tma.takes_combined_matmul, grad_input_arguments): {
+        "weights by columns": {
+            "weight": by_columns(matrix(128, 256)),
+            "aux_weight": by_columns(matrix(2, 128, 256, dtype=torch.int8)),
+        },
+        "misaligned scales": {"aux_weight_scale": misaligned(matrix(2, 128, 1, dtype=FLOAT))},
+        "scales of models 8 bytes more apart": {
+            "left": matrix(1024, 126, gap=2),
+            "weight": matrix(126, 256),
+            "aux_weight": matrix(2, 126, 256, dtype=torch.int8),
+            "aux_weight_scale": matrix(2, 126, 1, dtype=FLOAT),
+        },
+        "pairs of columns that are no panel": {
+            "weight": matrix(128, 248),
+            "aux_weight": matrix(2, 128, 248, dtype=torch.int8, gap=8),
+        },
+        "aux_weight, 2 bytes more apart": {"aux_weight": matrix(2, 128, 256, dtype=torch.int8, gap=2)},
+    },
+    (gemm_tma.takes_grad_parameters, grad_parameters_arguments): {
+        **OTHER_GPUS,
+        "float32 activations": {"x": matrix(1024, 256, dtype=FLOAT)},
+        "int4": {"aux_weight": matrix(2, 128, 256, dtype=torch.uint8)},
+        "rows of results of no multiple of 16 bytes": {
+            "x": matrix(1024, 252, gap=4),
+            "aux_weight": matrix(2, 128, 252, dtype=torch.int8, gap=4),
+        },
+        "partial sums of no multiple of 16 bytes": {
+            "grad_output": matrix(1024, 126, gap=2),
+            "aux_weight": matrix(126, 256, dtype=torch.int8),
+            "aux_weight_scale": matrix(126, 1, dtype=FLOAT),
+        },
+        "misaligned scales": {"aux_weight_scale": misaligned(matrix(2, 128, 1, dtype=FLOAT))},
+        "scales of models 8 bytes more apart": {
+            "aux_weight_scale": models_apart(matrix(2, 128, 1, dtype=FLOAT), 2),
+        },
+        "models 8 bytes more apart": {"aux_weight": models_apart(matrix(2, 128, 256, dtype=torch.int8), 8)},
+        **{
+            f"grad_output, {name}": {"grad_output": change(matrix(1024, 128))} for name, change in UNADDRESSABLE.items()
+        },
+        **{f"x, {name}": {"x": change(matrix(1024, 256))} for name, change in UNADDRESSABLE.items()},
+        **{
+            f"aux_weight, {name}": {"aux_weight": change(matrix(128, 256, dtype=torch.int8))}
+            for name, change in UNADDRESSABLE.items()
+        },
+    },
+}
+
+
+@by_tma
+@pytest.mark.parametrize(
+    "takes, arguments, changes",
+    [
+        pytest.param(takes, arguments, changes, id=f"{arguments.__name__.removesuffix('_arguments')}: {name}")
+        for (takes, arguments), rows in NOT_TAKEN.items()
+        for name, changes in rows.items()
+    ],
+)
+def test_one_violated_condition_leaves_a_product_to_the_other_kernels(takes, arguments, changes):
+    assert takes(**arguments())
+    assert not takes(**arguments() | changes)
+
+
+@by_tma
+def test_what_is_not_read_by_tma_needs_no_alignment():
+    frozen_scale = {"grad_output": matrix(1024, 126, gap=2), "aux_weight": None, "aux_weight_scale": None}
+    assert gemm_tma.takes_grad_parameters(**grad_parameters_arguments() | frozen_scale)
+
+
+def product_arguments():
+    x, weight = matrix(64, 32), matrix(16, 32)
+    return {"x": x, "weight": weight, "aux_weight": matrix(16, 32), "scale": matrix(1), "bias": None, "scales": None}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x": matrix(65, 32)},
+        {"x": matrix(64, 32, gap=8)},
+        {"x": misaligned(matrix(64, 32))},
+        {"x": matrix(64, 32, dtype=torch.float16)},
+        {"weight": by_columns(matrix(16, 32))},
+        {"bias": matrix(16)},
+    ],
+    ids=["size", "stride", "alignment", "dtype", "order", "bias"],
+)
+def test_a_tuned_plan_is_for_the_tensors_it_was_timed_with(changes):
+    with compiling_for(HOPPER):
+        key = problem("forward", *product_arguments().values())
+        assert key == problem("forward", *product_arguments().values())
+        assert key != problem("forward", *(product_arguments() | changes).values())
+        assert key != problem("grad_input", *product_arguments().values())
+
+
+def test_a_tuned_plan_is_for_a_gpu_and_a_float32_precision(monkeypatch):
+    keys = []
+    for target, precision, name in (
+        (HOPPER, "highest", "H100"),
+        (AMPERE, "highest", "H100"),
+        (HOPPER, "high", "H100"),
+        (HOPPER, "highest", "H200"),
+    ):
+        monkeypatch.setattr(configs, "device_name", lambda device, name=name: name)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            with compiling_for(target):
+                keys.append(problem("forward", *product_arguments().values()))
+        finally:
+            torch.set_float32_matmul_precision(before)
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Two devices: an A100, where the tensors are that `devices.add` was given, and an H100, which is current."""
+    ours, current = set(), [HOPPER]
+
+    @contextmanager
+    def device_of(tensor):
+        before, current[0] = current[0], AMPERE if tensor.data_ptr() in ours else HOPPER
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    monkeypatch.setattr(gemm, "device_of", device_of)
+    with compiling_for(HOPPER):
+        driver = triton.runtime.driver.active
+        monkeypatch.setattr(driver, "get_current_target", lambda: current[0])
+        monkeypatch.setattr(driver, "get_current_device", lambda: str(current[0]))
+        yield SimpleNamespace(
+            add=lambda *tensors: ours.update(tensor.data_ptr() for tensor in tensors), current=lambda: current[0]
+        )
+
+
+@by_tma
+@pytest.mark.parametrize("tuned", [False, True])
+def test_plans_and_launches_are_the_tensors_devices_not_the_current_ones(devices, monkeypatch, tuned):
+    made = []
+
+    def record(plan, product, *arguments):
+        made.append((plan.by, product, devices.current()))
+
+    monkeypatch.setattr(gemm, "compute", record)
+    tensors, grad_output = operands(1024, 1024, 1024, HALF, HALF, needs_grad=())
+    x, weight, aux_weight, scale, bias = tensors.values()
+    if tuned:  # for the other device
+        TUNED[problem("forward", *gemm.prepared("forward", x, weight, aux_weight, scale, bias, None))] = Plan("tma")
+    for by, target in (("tma", HOPPER), ("pointers", AMPERE)):
+        if target is AMPERE:
+            devices.add(x, grad_output)
+        gemm.forward(x, weight, aux_weight, scale, bias)
+        gemm.grad_input(grad_output, weight, aux_weight, scale)
+        gemm.grad_parameters(grad_output, x, aux_weight, scale, HALF, HALF)
+        assert made == [(by, product, target) for product in ("forward", "grad_input", "grad_parameters")]
+        made.clear()
+    TUNED.clear()
+    assert devices.current() is HOPPER
+
+
+def test_the_current_device_is_the_tensors_inside(monkeypatch):
+    entered = []
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: entered.append(device) or contextmanager(lambda: (yield))()
+    )
+    with gemm.device_of(SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))):
+        assert entered == [torch.device("cuda", 1)]
+    with gemm.device_of(torch.empty(1)):
+        assert len(entered) == 1
+
+
+@by_tma
+@pytest.mark.parametrize("target", ["sm_90", for_target("sm_100")])
+def test_descriptors_lie_in_memory_of_torch_on_the_current_device(target, monkeypatch):
+    """In a context of its own: the allocator that another test has set is not seen there."""
+    allocated = []
+
+    def launcher_cls(source, metadata):
+        def launch(*arguments):
+            allocated.append(_allocation._allocator.get()(metadata.global_scratch_size, 128, 0))
+
+        return launch
+
+    def step():
+        tensors, grad_output = operands(1024, 256, 128, HALF, HALF)
+        with compiling_for(TARGETS[target]):
+            monkeypatch.setattr(triton.runtime.driver.active, "launcher_cls", launcher_cls)
+            y = cross_modal_linear(**tensors)
+            monkeypatch.setattr(torch, "empty", lambda size, **options: (size, options))
+            y.backward(grad_output)
+
+    monkeypatch.setattr(torch, "empty", lambda size, **options: (size, options))
+    Context().run(step)
+    assert len(allocated) == 3
+    for size, options in allocated:
+        assert size > 0 and options == {"dtype": torch.int8, "device": "cuda"}
+
+
+@pytest.mark.parametrize("capability, path", [((7, 0), reference), ((7, 5), reference), ((8, 0), gemm), ((9, 0), gemm)])
+def test_a_gpu_without_tensor_cores_that_triton_knows_gets_plain_torch(monkeypatch, capability, path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gemm.supports.cache_clear()
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.float16)
+    assert path_of(x) is path
+    gemm.supports.cache_clear()
+
+
+@pytest.mark.parametrize("arch", [60, 70, 75])
+def test_kernels_are_not_forced_on_such_a_gpu(arch):
+    with pytest.raises(RuntimeError, match=r"compute capability 8\.0"), compiling_for(GPUTarget("cuda", arch, 32)):
+        pass
+    with implementation("eager"):
+        assert F.linear(torch.ones(1, 1), torch.ones(1, 1)) == 1
