@@ -7,7 +7,22 @@ import torch
 
 from benchmarks import results
 from benchmarks.results import Row
-from benchmarks.timing import DEVICE
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="on a GPU: every size and precision, and torch.compile; hours")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: left out without --full")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `full`, unless it is asked for."""
+    if not config.option.full:
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +33,7 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
     selected = request.config.option.keyword or any("::" in argument for argument in request.config.args)
     if collected and not selected and not request.session.testsfailed:
         name = request.module.__name__.rpartition(".")[2].removeprefix("test_").replace("_", "-")
-        results.write(name, DEVICE, collected, request.module.__doc__)
+        results.write(name, results.device_slug(), collected, request.module.__doc__)
 
 
 @pytest.fixture

@@ -30,6 +30,15 @@ def device_name() -> str:
     return f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores"
 
 
+def device_slug() -> str:
+    """ "cpu", or the model of the GPU: "h100" of "NVIDIA H100 80GB HBM3"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name()
+    model = re.search(r"\b[A-Z]+\d+\w*", name)
+    return re.sub(r"[^a-z0-9]+", "-", (model[0] if model else name).lower())
+
+
 def write(benchmark: str, device: str, rows: list[Row], notes: str) -> Path:
     """Write `results/<benchmark>-<device>.json` and `.md` and return the latter; `notes` says what was measured."""
     details = {

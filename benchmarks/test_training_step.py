@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.timing import DEVICE, ON_GPU, STOPWATCH, peak_bytes, run_paired
-from benchmarks.variants import PUBLISHED_FROZEN, VARIANTS, adamw, training_step, vision_transformer
+from benchmarks.variants import FUSED_INT8, PUBLISHED_FROZEN, VARIANTS, adamw, training_step, vision_transformer
 
 MIB = 2**20
 
@@ -28,8 +28,9 @@ class Model:
 
 
 GPU_MODELS = (Model("vit_base_patch16_224", 64, 224), Model("vit_large_patch16_224", 64, 224))
+STEP_VARIANTS = (*VARIANTS, FUSED_INT8) if ON_GPU else VARIANTS
 CPU_MODELS = (Model("vit_tiny_patch16_224", 2, 64, {"depth": 2, "img_size": 64}),)
-MODELS, ROUNDS = (GPU_MODELS, 20) if ON_GPU else (CPU_MODELS, 10)
+MODELS, ROUNDS = (GPU_MODELS, 10) if ON_GPU else (CPU_MODELS, 10)
 
 
 def prepare_step(
@@ -47,9 +48,12 @@ def prepare_step(
 
 
 @pytest.mark.benchmark(timer=STOPWATCH)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", STEP_VARIANTS)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize(
+    "autocast",
+    [pytest.param(False, id="float32", marks=pytest.mark.full if ON_GPU else ()), pytest.param(True, id="autocast")],
+)
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_training_step(benchmark, record, model, autocast, checkpointing, variant):
     with ExitStack() as stack:

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import _allocation
 
 from benchmarks.offline import TARGETS, compiling_for
-from m2pt_kernels import configs, cross_modal_linear, gemm, gemm_tma, implementation, reference
+from m2pt_kernels import configs, gemm, gemm_tma, implementation, reference
 from m2pt_kernels.configs import TUNED, Plan, problem
 from m2pt_kernels.ops import path_of
 
@@ -286,9 +286,10 @@ def test_the_current_device_is_the_tensors_inside(monkeypatch):
 
 
 @by_tma
+@pytest.mark.parametrize("product", ["forward", "grad_input", "grad_parameters"])
 @pytest.mark.parametrize("target", ["sm_90", for_target("sm_100")])
-def test_descriptors_lie_in_memory_of_torch_on_the_current_device(target, monkeypatch):
-    """In a context of its own: the allocator that another test has set is not seen there."""
+def test_descriptors_lie_in_memory_of_torch_on_the_current_device(target, product, monkeypatch):
+    """In a context of its own: the allocator that another launch has set is not seen there."""
     allocated = []
 
     def launcher_cls(source, metadata):
@@ -297,19 +298,18 @@ def test_descriptors_lie_in_memory_of_torch_on_the_current_device(target, monkey
 
         return launch
 
-    def step():
-        tensors, grad_output = operands(1024, 256, 128, HALF, HALF)
-        with compiling_for(TARGETS[target]):
-            monkeypatch.setattr(triton.runtime.driver.active, "launcher_cls", launcher_cls)
-            y = cross_modal_linear(**tensors)
-            monkeypatch.setattr(torch, "empty", lambda size, **options: (size, options))
-            y.backward(grad_output)
-
-    monkeypatch.setattr(torch, "empty", lambda size, **options: (size, options))
-    Context().run(step)
-    assert len(allocated) == 3
-    for size, options in allocated:
-        assert size > 0 and options == {"dtype": torch.int8, "device": "cuda"}
+    x, weight, aux_weight = matrix(1024, 128), matrix(256, 128), matrix(256, 128)
+    arguments = {
+        "forward": (x, weight, aux_weight, matrix(1), None),
+        "grad_input": (matrix(1024, 256), weight, aux_weight, matrix(1)),
+        "grad_parameters": (matrix(1024, 256), x, aux_weight, matrix(1), HALF, HALF),
+    }[product]
+    with compiling_for(TARGETS[target]):
+        monkeypatch.setattr(triton.runtime.driver.active, "launcher_cls", launcher_cls)
+        monkeypatch.setattr(torch, "empty", lambda size, **options: (size, options))
+        Context().run(getattr(gemm, product), *arguments)
+    ((size, options),) = allocated
+    assert size > 0 and options == {"dtype": torch.int8, "device": "cuda"}
 
 
 @pytest.mark.parametrize("capability, path", [((7, 0), reference), ((7, 5), reference), ((8, 0), gemm), ((9, 0), gemm)])
