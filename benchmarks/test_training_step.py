@@ -30,7 +30,7 @@ class Model:
 GPU_MODELS = (Model("vit_base_patch16_224", 64, 224), Model("vit_large_patch16_224", 64, 224))
 STEP_VARIANTS = (*VARIANTS, FUSED_INT8) if ON_GPU else VARIANTS
 CPU_MODELS = (Model("vit_tiny_patch16_224", 2, 64, {"depth": 2, "img_size": 64}),)
-MODELS, ROUNDS = (GPU_MODELS, 10) if ON_GPU else (CPU_MODELS, 10)
+MODELS, ROUNDS = (GPU_MODELS, 6) if ON_GPU else (CPU_MODELS, 10)
 
 
 def prepare_step(

@@ -12,7 +12,7 @@ from benchmarks.offline import TARGETS, can_compile, compiling_for, resources
 from benchmarks.sass import main_loop, serialised_wgmma
 from m2pt_kernels import cross_modal_linear, gemm, gemm_tma, quantize
 from m2pt_kernels.configs import TILES, architecture, input_precision
-from m2pt_kernels.versions import HAS_TMA_LOOPS, RELEASE
+from m2pt_kernels.versions import HAS_HOPPER_LOOPS, HAS_TMA_LOOPS, RELEASE
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 KINDS = {
@@ -23,6 +23,7 @@ KINDS = {
     "ieee": (FLOAT, FLOAT, FLOAT, "highest"),
 }
 by_tma = pytest.mark.skipif(not HAS_TMA_LOOPS, reason="Triton below 3.8 cannot compile the TMA kernels")
+by_hopper = pytest.mark.skipif(not HAS_HOPPER_LOOPS, reason="of Triton 3.8 alone")
 
 
 def needs_compiler(target):
@@ -50,6 +51,12 @@ def matmul_precision():
     before = torch.get_float32_matmul_precision()
     yield torch.set_float32_matmul_precision
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def without_gluon(monkeypatch):
+    """What the kernels in `gemm_hopper` would compute is left to those in `gemm_tma`."""
+    monkeypatch.setattr(gemm, "gemm_hopper", None)
 
 
 def test_every_architecture_is_compiled_for():
@@ -138,6 +145,11 @@ LAUNCHES = {
     "grad_parameters by TMA": (gemm_tma.grad_parameters_tma_kernel, TYPES, TMA | {"BLOCK_M": 128, "BLOCK_K": 64}),
 }
 """A kernel, what its pointers point to where that is not bfloat16, and its constants."""
+if HAS_HOPPER_LOOPS:
+    HOPPER = {"BLOCK_M": 256, "MORE_M": 32, "BLOCK_K": 32, "STAGES": 4, "DEPTH_FIRST": False, "num_stages": 1}
+    kernel = gemm.gemm_hopper.combined_matmul_hopper_kernel
+    LAUNCHES["combined_matmul by TMA for sm_90"] = (kernel, TYPES, HOPPER)
+    LAUNCHES["combined_matmul by TMA for sm_90, depth first"] = (kernel, TYPES, HOPPER | {"DEPTH_FIRST": True})
 
 
 @pytest.mark.parametrize(
@@ -197,7 +209,7 @@ def test_quantized_without_spills_and_within_shared_memory(target, storage):
 @by_tma
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
 @pytest.mark.parametrize("storage, in_features", [("int8", 208), ("int8", 224), ("float8_e4m3fn", 224)])
-def test_hopper_dequantises_in_registers_without_waiting(storage, weight_dtype, in_features):
+def test_hopper_dequantises_in_registers_without_waiting(without_gluon, storage, weight_dtype, in_features):
     tensors, grad_output = operands(600, 272, in_features, HALF, weight_dtype)
     with compiling_for(TARGETS["sm_90"]) as compiled:
         cross_modal_linear(**quantized(tensors, storage)).backward(grad_output)
@@ -212,6 +224,41 @@ def test_hopper_dequantises_in_registers_without_waiting(storage, weight_dtype, 
         assert loop.shared_bytes <= 16 * 32 * (weight_dtype.itemsize + 1) + 8 * 32 * 4
 
 
+@by_hopper
+@pytest.mark.parametrize(
+    "dtype, weight_dtype, aux_dtype",
+    [
+        (HALF, HALF, HALF),
+        (HALF, FLOAT, HALF),
+        (torch.float16, FLOAT, FLOAT),
+        (HALF, HALF, torch.int8),
+        (HALF, FLOAT, torch.float8_e4m3fn),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("product", ["forward", "grad_input"])
+def test_hopper_combines_the_next_step_while_it_multiplies(product, dtype, weight_dtype, aux_dtype):
+    """In all tiles: no spills, nothing through shared memory, no product waited for at once."""
+    x, grad_output = torch.empty(1000, 224, dtype=dtype), torch.empty(1000, 272, dtype=dtype)
+    weight, aux_weight = torch.empty(272, 224, dtype=weight_dtype), torch.empty(272, 224, dtype=aux_dtype)
+    scales = torch.empty(272, 1) if aux_dtype.itemsize == 1 else None
+    if product == "forward":
+        arguments = x, weight, aux_weight, torch.empty(1), torch.empty(272, dtype=weight_dtype), scales
+    else:
+        arguments = grad_output, weight, aux_weight, torch.empty(1), scales
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        plans = [plan for plan in gemm.plans(product, *arguments) if plan.by == "hopper"]
+        for plan in plans:
+            gemm.compute(plan, product, *arguments)
+    scales_of_the_depth = product == "grad_input" and scales is not None
+    assert len(compiled) == len(plans) == (0 if scales_of_the_depth else 3)
+    for kernel in compiled:
+        assert resources(kernel).spilled == 0
+        assert serialised_wgmma(kernel) == []
+        loop = main_loop(kernel)
+        assert loop.instructions["tensor"] >= 4 * 4 and loop.stores_to_shared == 0
+
+
 @by_tma
 def test_hopper_dequantises_three_models_in_registers():
     tensors, grad_output = operands(600, 272, 224, HALF, FLOAT, models=3, needs_grad=("x",))
@@ -224,7 +271,7 @@ def test_hopper_dequantises_three_models_in_registers():
 
 
 @by_tma
-def test_columns_that_are_not_a_multiple_of_16_bytes_are_not_read_in_pairs():
+def test_columns_that_are_not_a_multiple_of_16_bytes_are_not_read_in_pairs(without_gluon):
     tensors, _ = operands(600, 272, 200, HALF, HALF, needs_grad=("x",))
     tensors["aux_weight"] = torch.empty(272, 208, dtype=torch.int8)[:, :200]
     with compiling_for(TARGETS["sm_90"]) as compiled:
@@ -260,7 +307,7 @@ def compile_step(target, weight_dtype, aux_dtype):
 @by_tma
 @pytest.mark.parametrize("aux_dtype", [HALF, FLOAT], ids=str)
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
-def test_hopper_multiplies_from_registers_without_waiting(weight_dtype, aux_dtype):
+def test_hopper_multiplies_from_registers_without_waiting(without_gluon, weight_dtype, aux_dtype):
     most = (140, 140, 58) if RELEASE < (3, 9) else (141, 140, 61)  # whose assembler is another
     for kernel, instructions in zip(compile_step("sm_90", weight_dtype, aux_dtype), most, strict=True):
         assert serialised_wgmma(kernel) == []
@@ -288,7 +335,7 @@ def test_blackwell_multiplies_from_tensor_memory(weight_dtype, aux_dtype):
 @by_tma
 @pytest.mark.parametrize("weight_dtype, aux_dtype", [(HALF, HALF), (FLOAT, HALF), (FLOAT, FLOAT)], ids=str)
 @pytest.mark.parametrize("target, position", [("sm_90", 1), for_target("sm_100", 1), for_target("sm_100", 2)])
-def test_other_tiles_by_tma(target, position, weight_dtype, aux_dtype, monkeypatch):
+def test_other_tiles_by_tma(without_gluon, target, position, weight_dtype, aux_dtype, monkeypatch):
     for name in ("_COMBINED_TILES", "_GRAD_TILES"):
         tiles = {
             generation: {key: (candidates[min(position, len(candidates) - 1)],) for key, candidates in kinds.items()}

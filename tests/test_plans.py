@@ -17,6 +17,7 @@ from benchmarks.offline import TARGETS, compiling_for
 from m2pt_kernels import configs, gemm, gemm_tma, implementation, reference
 from m2pt_kernels.configs import TUNED, Plan, problem
 from m2pt_kernels.ops import path_of
+from m2pt_kernels.versions import HAS_HOPPER_LOOPS
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 HOPPER, AMPERE = TARGETS["sm_90"], TARGETS["sm_80"]
@@ -262,13 +263,16 @@ def test_plans_and_launches_are_the_tensors_devices_not_the_current_ones(devices
     x, weight, aux_weight, scale, bias = tensors.values()
     if tuned:  # for the other device
         TUNED[problem("forward", *gemm.prepared("forward", x, weight, aux_weight, scale, bias, None))] = Plan("tma")
-    for by, target in (("tma", HOPPER), ("pointers", AMPERE)):
+    best = "hopper" if HAS_HOPPER_LOOPS else "tma"
+    on_hopper = ("tma" if tuned else best, best, "tma")
+    for target, expected in ((HOPPER, on_hopper), (AMPERE, ("pointers",) * 3)):
         if target is AMPERE:
             devices.add(x, grad_output)
         gemm.forward(x, weight, aux_weight, scale, bias)
         gemm.grad_input(grad_output, weight, aux_weight, scale)
         gemm.grad_parameters(grad_output, x, aux_weight, scale, HALF, HALF)
-        assert made == [(by, product, target) for product in ("forward", "grad_input", "grad_parameters")]
+        products = ("forward", "grad_input", "grad_parameters")
+        assert made == [(by, product, target) for by, product in zip(expected, products, strict=True)]
         made.clear()
     TUNED.clear()
     assert devices.current() is HOPPER

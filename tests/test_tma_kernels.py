@@ -1,7 +1,8 @@
 """The kernels that read by TMA, through the operators, against float64 and plain torch's own error.
 
-Triton's interpreter runs them as well, without their specialised warps: there the operators are told that the device is
-a Hopper GPU, and given small tiles. On a Hopper or Blackwell GPU the same tests run with its own tiles.
+Triton's interpreter runs those in `gemm_tma` as well, without their specialised warps: there the operators are told
+that the device is a Hopper GPU, and given small tiles. On a Hopper or Blackwell GPU the same tests run with its own
+tiles, and with the kernel in `gemm_hopper`, which only a GPU executes, and without it.
 """
 
 import pytest
@@ -37,17 +38,21 @@ def small_combined_tiles(target, weight, aux_weight):
     return (gemm_tma._CombinedTile(32, 16 if weight.itemsize == 2 else 0, 64, 32, 4, 1),)
 
 
-@pytest.fixture
-def products(device, monkeypatch):
-    """The products that the kernels of `gemm_tma` have made; of other kernels and plain torch, those of a step."""
+@pytest.fixture(params=["gluon", "tl"] if torch.cuda.is_available() else ["tl"])
+def products(request, device, monkeypatch):
+    """The products that the kernels which read by TMA have made."""
     made = []
 
-    def record(name):
-        compute = getattr(gemm_tma, name)
-        monkeypatch.setattr(gemm_tma, name, lambda *arguments: made.append(name) or compute(*arguments))
+    def record(module, name):
+        compute = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments: made.append(name) or compute(*arguments))
 
-    record("combined_matmul")
-    record("grad_parameters")
+    record(gemm_tma, "combined_matmul")
+    record(gemm_tma, "grad_parameters")
+    if request.param == "gluon" and gemm.gemm_hopper is not None:
+        record(gemm.gemm_hopper, "combined_matmul")
+    else:
+        monkeypatch.setattr(gemm, "gemm_hopper", None)
     if INTERPRETED:
         monkeypatch.setattr(gemm, "active_target", lambda: GPUTarget("cuda", 90, 32))
         monkeypatch.setattr(gemm_tma, "_MIN_ROWS", 1)
@@ -57,7 +62,7 @@ def products(device, monkeypatch):
 
 
 def assert_by_tma(products, expected, device):
-    """Where there is TMA, the kernels of `gemm_tma` made just these."""
+    """Where there is TMA, the kernels that read by it made just these."""
     has_tma = path_of(torch.empty(0, device=device)) is gemm and gemm_tma._generation(gemm.active_target())
     assert products == (expected if has_tma else [])
 

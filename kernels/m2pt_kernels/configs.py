@@ -228,7 +228,7 @@ def tile_configs(
 
 
 class Plan(NamedTuple):
-    """How a product is computed: by the kernels of "pointers" or "tma" in such tiles, or "eager", in plain torch."""
+    """How a product is computed: by the kernels of "pointers", "tma" or "hopper" in such tiles, or "eager" by torch."""
 
     by: str
     tile: Any = None

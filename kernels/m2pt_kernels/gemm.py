@@ -7,6 +7,7 @@ Two kernels make the three products. Forward and input gradient are one GEMM tha
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -42,7 +43,9 @@ from .tiles import (
     tile_of_program,
     unpack,
 )
-from .versions import CROWDED_TILES, OPTIONS
+from .versions import CROWDED_TILES, HAS_HOPPER_LOOPS, OPTIONS
+
+gemm_hopper = import_module(".gemm_hopper", __package__) if HAS_HOPPER_LOOPS else None
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
@@ -238,6 +241,7 @@ KERNELS = (
     grad_parameters_kernel,
     gemm_tma.combined_matmul_tma_kernel,
     gemm_tma.grad_parameters_tma_kernel,
+    *([] if gemm_hopper is None else [gemm_hopper.combined_matmul_hopper_kernel]),
 )
 
 
@@ -346,7 +350,10 @@ def _combined_matmul_plans(
 ) -> Iterator[Plan]:
     target = active_target()
     _require_readable(aux_weight, target)
-    if gemm_tma.takes_combined_matmul(target, left, weight, aux_weight, aux_weight_scale, depth_first, bias):
+    operands = left, weight, aux_weight, aux_weight_scale, depth_first, bias
+    if gemm_hopper is not None and gemm_hopper.takes(target, *operands):
+        yield from (Plan("hopper", tile) for tile in gemm_hopper.tiles(left, weight, aux_weight))
+    if gemm_tma.takes_combined_matmul(target, *operands):
         yield from (Plan("tma", tile) for tile in gemm_tma.combined_tiles(target, weight, aux_weight))
     (rows, depth), columns = left.shape, weight.shape[1]
     packed, models = aux_weight.dtype == torch.uint8, reference.models_in(aux_weight)
@@ -385,7 +392,9 @@ def _combined_matmul(
 ) -> Tensor:
     output = left.new_empty(left.shape[0], weight.shape[1])
     arguments = plan.tile, left, weight, aux_weight, scale, bias, aux_weight_scale, output
-    if plan.by == "tma":
+    if plan.by == "hopper":
+        gemm_hopper.combined_matmul(*arguments)
+    elif plan.by == "tma":
         gemm_tma.combined_matmul(*arguments)
     else:
         _combined_matmul_by_pointers(*arguments, depth_first)

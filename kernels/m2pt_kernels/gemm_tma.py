@@ -449,7 +449,7 @@ def combined_matmul(
     columns = weight.shape[1]
     depth_first = weight.stride(0) != 1
     tiles = triton.cdiv(rows, tile.BLOCK_M + tile.MORE_M) * triton.cdiv(columns, tile.BLOCK_N)
-    _provide_descriptor_memory()
+    provide_descriptor_memory()
     combined_matmul_tma_kernel[(tiles,)](
         left,
         weight,
@@ -492,7 +492,7 @@ def grad_parameters(
     models = models_in(aux_weight, scale)
     partials = triton.cdiv(columns, tile.BLOCK_N) * rows
     partial = None if aux_weight is None else x.new_empty(models, partials, dtype=torch.float32)
-    _provide_descriptor_memory()
+    provide_descriptor_memory()
     grad_parameters_tma_kernel[(tiles,)](
         grad_output,
         x,
@@ -516,6 +516,6 @@ def grad_parameters(
     return partial
 
 
-def _provide_descriptor_memory() -> None:
+def provide_descriptor_memory() -> None:
     """Give Triton, for this thread, an allocator of the memory on the current device that descriptors lie in."""
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))

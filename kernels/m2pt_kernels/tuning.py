@@ -58,9 +58,9 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
     """Time every way to compute the products of a training step, and use the fastest from now on in this process.
 
     Runs the model forward and backward once, within the caller's autocast; parameters, gradients, buffers and random
-    numbers are left as they were. Times are kept in `$M2PT_CACHE_DIR`, by default `~/.cache/m2pt_kernels`, in a file for
-    each GPU's name, release of Triton and state of the kernels; what is found there is not timed again. A candidate that
-    fails is left out, with a warning. Call it before `torch.compile` and distributed wrappers.
+    numbers are left as they were. Times are kept in `$M2PT_CACHE_DIR`, by default `~/.cache/m2pt_kernels`, in a file
+    for each GPU's name, release of Triton and state of the kernels; what is found there is not timed again. A candidate
+    that fails is left out, with a warning. Call it before `torch.compile` and distributed wrappers.
 
     Args:
         model: on the GPU that it is trained on.

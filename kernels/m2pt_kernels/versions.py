@@ -14,6 +14,9 @@ OLDEST, NEWEST = (3, 5), (3, 9)
 HAS_TMA_LOOPS = RELEASE >= (3, 8)
 """Triton 3.4 to 3.6 do not compile the loops of `gemm_tma`; 3.7 does, with barriers that share their memory."""
 
+HAS_HOPPER_LOOPS = RELEASE == (3, 8)
+"""3.9 assembles for sm_90 with ptxas 13, which makes the products of `gemm_hopper` wait for each other."""
+
 OPTIONS = {"enable_fp_fusion": True}
 """Of every kernel: multiplications and additions become one instruction, which Triton 3.10 will do only if asked."""
 
