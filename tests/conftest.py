@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from m2pt_kernels import implementation
-from m2pt_kernels.configs import INTERPRETED
+from m2pt_kernels.configs import INTERPRETED, UNTUNED
 
 if INTERPRETED:
     PATHS = [("triton", "cpu")]
@@ -48,3 +48,9 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _choose_plans_anew():
+    """As tests change what they depend on."""
+    UNTUNED.clear()

@@ -170,6 +170,11 @@ for (_row, _product, _kind), _tiles in OTHER_TILES.items():
     TILES[_row][_product][_kind] = tuple(map(type(TILES[_row][_product][_kind][0])._make, _tiles))
 
 
+def ceil_div(size: int, block: int) -> int:
+    """As `triton.cdiv`, which on the host takes microseconds."""
+    return -(-size // block)
+
+
 def active_target() -> GPUTarget | None:
     """What Triton's active driver compiles for; None in the interpreter.
 
@@ -241,6 +246,10 @@ EAGER = Plan("eager")
 
 TUNED: dict[tuple, Plan] = {}
 """The plans that `warmup` chose, by what `problem` says of a product's arguments."""
+
+UNTUNED: dict[tuple, Plan] = {}
+"""The plans of products that it has not, kept as choosing one takes longer than computing it."""
+MOST_UNTUNED = 2**12
 
 
 @cache

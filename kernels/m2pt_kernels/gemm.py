@@ -21,12 +21,15 @@ from .configs import (
     EAGER,
     GROUP,
     INTERPRETED,
+    MOST_UNTUNED,
     TUNED,
+    UNTUNED,
     CombinedTileConfig,
     Plan,
     TileConfig,
     active_target,
     architecture,
+    ceil_div,
     input_precision,
     is_aligned,
     is_small,
@@ -285,8 +288,13 @@ def grad_parameters(
 def _computed(product: str, *arguments: Tensor | torch.dtype | None) -> Any:
     with device_of(arguments[0]):
         arguments = prepared(product, *arguments)
-        tuned = TUNED.get(problem(product, *arguments)) if TUNED else None
-        return compute(tuned or next(plans(product, *arguments)), product, *arguments)
+        key = problem(product, *arguments)
+        plan = TUNED.get(key) or UNTUNED.get(key)
+        if plan is None:
+            if len(UNTUNED) == MOST_UNTUNED:  # of sizes that keep changing
+                UNTUNED.clear()
+            plan = UNTUNED[key] = next(plans(product, *arguments))
+        return compute(plan, product, *arguments)
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:
@@ -414,7 +422,7 @@ def _combined_matmul_by_pointers(
 ) -> None:
     rows, depth = left.shape
     columns = weight.shape[1]
-    combined_matmul_kernel[(triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N),)](
+    combined_matmul_kernel[(ceil_div(rows, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N),)](
         left,
         weight,
         aux_weight,
@@ -511,7 +519,7 @@ def _grad_parameters_by_pointers(
 ) -> Tensor | None:
     depth, rows = grad_output.shape
     columns = x.shape[1]
-    tiles = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N)
+    tiles = ceil_div(rows, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N)
     models = reference.models_in(aux_weight, scale)
     partial = None if aux_weight is None else x.new_empty(models, tiles * tile.BLOCK_M, dtype=torch.float32)
     grad_parameters_kernel[(tiles,)](

@@ -9,7 +9,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -23,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import gemm_tma
-from .configs import GROUP
+from .configs import GROUP, ceil_div
 from .reference import models_in
 from .versions import TMA_OPTIONS
 
@@ -375,14 +374,14 @@ def tiles(left: Tensor, weight: Tensor, aux_weight: Tensor) -> list[HopperTile]:
 
     def cost(tile: HopperTile) -> int:
         height = tile.BLOCK_M + tile.MORE_M
-        return triton.cdiv(_count(tile, rows, columns), multiprocessors(left.device)) * (height + _TILE_OVERHEAD)
+        return ceil_div(_count(tile, rows, columns), multiprocessors(left.device)) * (height + _TILE_OVERHEAD)
 
     stages = _STAGES[weight.itemsize + aux_weight.itemsize]
     return sorted((HopperTile(256, more, 32, stages) for more in _MORE_M), key=cost)
 
 
 def _count(tile: HopperTile, rows: int, columns: int) -> int:
-    return triton.cdiv(rows, tile.BLOCK_M + tile.MORE_M) * triton.cdiv(columns, _GROUPS.value * _COLUMNS.value)
+    return ceil_div(rows, tile.BLOCK_M + tile.MORE_M) * ceil_div(columns, _GROUPS.value * _COLUMNS.value)
 
 
 @cache

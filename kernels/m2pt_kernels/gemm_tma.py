@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from .configs import GROUP, TileConfig
+from .configs import GROUP, TileConfig, ceil_div
 from .reference import models_in
 from .tiles import aux_strides, offset_of, tile_of_program
 from .versions import HAS_TMA_LOOPS, TMA_OPTIONS, is_trusted
@@ -427,7 +427,7 @@ def grad_tiles(
     *large, small = _GRAD_TILES[generation][len(sizes) > 1]
     if generation == 10 and aux_weight is not None and models_in(aux_weight) > 2 and aux_weight.itemsize == 4:
         large = [tile for tile in large if tile.BLOCK_M < 256]  # the others would spill
-    small_tiles = triton.cdiv(shape[0], small.BLOCK_M) * triton.cdiv(shape[1], small.BLOCK_N)
+    small_tiles = ceil_div(shape[0], small.BLOCK_M) * ceil_div(shape[1], small.BLOCK_N)
     return (small, *large) if small_tiles <= _MULTIPROCESSORS[generation] else (*large, small)
 
 
@@ -448,7 +448,7 @@ def combined_matmul(
     rows, depth = left.shape
     columns = weight.shape[1]
     depth_first = weight.stride(0) != 1
-    tiles = triton.cdiv(rows, tile.BLOCK_M + tile.MORE_M) * triton.cdiv(columns, tile.BLOCK_N)
+    tiles = ceil_div(rows, tile.BLOCK_M + tile.MORE_M) * ceil_div(columns, tile.BLOCK_N)
     provide_descriptor_memory()
     combined_matmul_tma_kernel[(tiles,)](
         left,
@@ -488,9 +488,9 @@ def grad_parameters(
     """Write the gradients asked for; returns partial sums of the scale's, in fixed order, if `aux_weight` is given."""
     depth, rows = grad_output.shape
     columns = x.shape[1]
-    tiles = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N)
+    tiles = ceil_div(rows, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N)
     models = models_in(aux_weight, scale)
-    partials = triton.cdiv(columns, tile.BLOCK_N) * rows
+    partials = ceil_div(columns, tile.BLOCK_N) * rows
     partial = None if aux_weight is None else x.new_empty(models, partials, dtype=torch.float32)
     provide_descriptor_memory()
     grad_parameters_tma_kernel[(tiles,)](
