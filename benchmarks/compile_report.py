@@ -32,11 +32,13 @@ TENSOR_FLOPS = {80: 2048, 86: 1024, 90: 4096, 100: 8192, 120: 1024}
 """Dense half-precision FLOP a clock and SM (float32 accumulation)."""
 
 REGISTERS, SHARED_PER_SM = 65536, {80: 164, 86: 100, 90: 228, 100: 228, 120: 100}
-PRODUCER_WARPS = 4
-"""Warps of a specialised kernel that copy and do not compute."""
+CONSUMER_WARPS = 8
+"""Warps of a specialised kernel that compute; the others copy."""
 
 PLAIN_TILES = {"ampere": (128, 128, 32, 4, 4), 90: (128, 256, 64, 4, 3), 100: (256, 256, 64, 8, 3)}
 """By architecture, if TMA is there; the best found offline."""
+COLUMNS_BY_HAND, UNROLLED = 128, 4
+"""Of a tile, and steps in a turn of the loop, of the kernel that is scheduled by hand."""
 ACTIVATIONS = torch.bfloat16
 WEIGHTS = {
     "bf16": (torch.bfloat16, torch.bfloat16, 1),
@@ -62,6 +64,8 @@ class Product:
     depth: int
     row_bytes: int
     column_bytes: int
+    steps: int = 1
+    """k-steps in a turn of the compiled loop, which may be unrolled."""
 
     @property
     def flops(self) -> int:
@@ -77,31 +81,26 @@ def products(name: str) -> list[Product]:
     target = TARGETS[name]
     found = [_plain(target)]
     for weights, (weight_dtype, aux_dtype, models) in WEIGHTS.items():
-        with compiling_for(target) as compiled:
+        with compiling_for(target) as forward:
             x = torch.empty(M, K, dtype=ACTIVATIONS, requires_grad=True)
             weight = torch.empty(N, K, dtype=weight_dtype, requires_grad=True)
             shape = (N, K) if models == 1 else (models, N, K)
             aux_weight, scale = torch.empty(shape, dtype=aux_dtype), torch.empty(models, requires_grad=True)
             aux_weight_scale = torch.empty(N, 1) if aux_dtype == torch.int8 else None
             y = cross_modal_linear(x, weight, aux_weight, scale, None, aux_weight_scale)
+        with compiling_for(target) as backward:
             y.backward(torch.empty_like(y))
+        backward.sort(key=lambda kernel: kernel.metadata.name.startswith("grad_parameters"))
         combined = weight_dtype.itemsize + models * aux_dtype.itemsize
-        for label, kernel in zip(("forward", "grad_input", "grad_parameters"), _in_order(compiled), strict=True):
+        for label, kernel in zip(("forward", "grad_input", "grad_parameters"), forward + backward, strict=True):
             tile = _constants(kernel)
             rows = tile["BLOCK_M"] + tile.get("MORE_M", 0)
+            columns = tile.get("BLOCK_N", COLUMNS_BY_HAND)
             column_bytes = ACTIVATIONS.itemsize if label == "grad_parameters" else combined
-            found.append(
-                Product(
-                    label, weights, kernel, rows, tile["BLOCK_N"], tile["BLOCK_K"], ACTIVATIONS.itemsize, column_bytes
-                )
-            )
+            bytes_ = ACTIVATIONS.itemsize, column_bytes
+            steps = UNROLLED if kernel.metadata.name == "combined_matmul_hopper_kernel" else 1
+            found.append(Product(label, weights, kernel, rows, columns, tile["BLOCK_K"], *bytes_, steps))
     return found
-
-
-def _in_order(compiled: list[CompiledKernel]) -> list[CompiledKernel]:
-    """Forward before grad_input, which differ in the strides that are one, before grad_parameters."""
-    names = list(dict.fromkeys(kernel.src.fn.arg_names[0] for kernel in compiled))
-    return sorted(compiled, key=lambda kernel: names.index(kernel.src.fn.arg_names[0]))
 
 
 def _constants(compiled: CompiledKernel) -> dict[str, int]:
@@ -138,17 +137,16 @@ def _plain(target: GPUTarget) -> Product:
 
 def bounds(product: Product, loop: Loop, arch: int) -> dict[str, float]:
     """Clocks of one SM per k-step of a block, by pipe."""
-    consumers = _warps(product.compiled)
-    if "tma" in product.compiled.metadata.name:
-        consumers -= PRODUCER_WARPS
-    shared = product.copied + loop.shared_bytes * consumers
+    name = product.compiled.metadata.name
+    consumers = CONSUMER_WARPS if "tma" in name or "hopper" in name else _warps(product.compiled)
+    shared = product.copied + loop.shared_bytes / product.steps * consumers
     if arch == 90:
         shared += _wgmma_reads(product)
     if arch == 100:
         shared += _tcgen05_reads(product)
     return {
         "tensor": product.flops / TENSOR_FLOPS[arch],
-        "issue": sum(loop.instructions.values()) * consumers / 4,
+        "issue": sum(loop.instructions.values()) / product.steps * consumers / 4,
         "shared": shared / 128,
         "L2": product.copied / 64,
     }
@@ -198,7 +196,8 @@ def report(name: str) -> list[Row]:
             limits = bounds(product, loop, target.arch)
             bound = max(limits.values()) / product.flops
             plain_bound = plain_bound or bound
-            row |= {pipe: loop.instructions.get(pipe, 0) for pipe in ("tensor", "shared", "float", "integer")}
+            pipes = ("tensor", "shared", "float", "integer")
+            row |= {pipe: loop.instructions.get(pipe, 0) / product.steps for pipe in pipes}
             row |= {
                 "blocks per SM": _blocks_per_sm(product.compiled, used.registers, used.shared, target.arch),
                 "limit": max(limits, key=lambda pipe: limits[pipe]),

@@ -48,7 +48,8 @@ def main_loop(compiled: CompiledKernel) -> Loop | None:
     if not multiplying:
         return None
     shortest = min(map(len, multiplying))
-    loop = max((loop for loop in multiplying if len(loop) <= 2 * shortest), key=_tensor_instructions)
+    # Blocks that wait for a barrier stand at the end and jump back, which looks like longer loops.
+    loop = max((loop for loop in multiplying if len(loop) <= 1.5 * shortest), key=_tensor_instructions)
     forming = [loop for loop in loops if not _tensor_instructions(loop) and _stores_to_tensor_memory(loop)]
     loop = loop + min(forming, key=len, default=[])
     counts = Counter(_pipe(name) for name, _ in loop)

@@ -243,7 +243,7 @@ def test_hopper_combines_the_next_step_while_it_multiplies(product, dtype, weigh
     weight, aux_weight = torch.empty(272, 224, dtype=weight_dtype), torch.empty(272, 224, dtype=aux_dtype)
     scales = torch.empty(272, 1) if aux_dtype.itemsize == 1 else None
     if product == "forward":
-        arguments = x, weight, aux_weight, torch.empty(1), torch.empty(272, dtype=weight_dtype), scales
+        arguments = x, weight, aux_weight, torch.empty(1), None, scales
     else:
         arguments = grad_output, weight, aux_weight, torch.empty(1), scales
     with compiling_for(TARGETS["sm_90"]) as compiled:
@@ -256,7 +256,21 @@ def test_hopper_combines_the_next_step_while_it_multiplies(product, dtype, weigh
         assert resources(kernel).spilled == 0
         assert serialised_wgmma(kernel) == []
         loop = main_loop(kernel)
-        assert loop.instructions["tensor"] >= 4 * 4 and loop.stores_to_shared == 0
+        assert loop.instructions["tensor"] == 4 * 4 and loop.stores_to_shared == 0
+
+
+@by_hopper
+@pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
+def test_a_bias_takes_no_registers_from_hoppers_products(weight_dtype):
+    x, weight = torch.empty(1000, 224, dtype=HALF), torch.empty(272, 224, dtype=weight_dtype)
+    arguments = x, weight, weight, torch.empty(1), torch.empty(272, dtype=weight_dtype), None
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        for plan in gemm.plans("forward", *arguments):
+            if plan.by == "hopper":
+                gemm.compute(plan, "forward", *arguments)
+    assert len(compiled) == 3
+    for kernel in compiled:
+        assert resources(kernel).spilled == 0 and serialised_wgmma(kernel) == []
 
 
 @by_tma

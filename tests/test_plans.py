@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from test_compilation import by_tma, for_target
+from test_compilation import by_hopper, by_tma, for_target
 from test_ops import operands
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
@@ -80,6 +80,11 @@ def grad_input_arguments():
         "depth_first": True,
         "bias": None,
     }
+
+
+def hopper_arguments():
+    """The same of `gemm_hopper.takes`, which takes one auxiliary model."""
+    return forward_arguments() | {"aux_weight": matrix(256, 128).t()}
 
 
 def grad_parameters_arguments():
@@ -161,6 +166,31 @@ NOT_TAKEN = {
         },
     },
 }
+if HAS_HOPPER_LOOPS:
+    NOT_TAKEN[gemm.gemm_hopper.takes, hopper_arguments] = {
+        **OTHER_GPUS,
+        "target sm_100": {"target": TARGETS["sm_100"]},
+        "two models": {"aux_weight": matrix(2, 256, 128).mT},
+        "scales along the depth": grad_input_arguments()
+        | {"aux_weight": matrix(128, 256, dtype=torch.int8), "aux_weight_scale": matrix(128, 1, dtype=FLOAT)},
+        "misaligned bias": {"bias": misaligned(matrix(256))},
+    }
+
+
+@by_hopper
+@pytest.mark.parametrize(
+    "rows, columns, multiprocessors, more_rows",
+    [
+        (12608, 3072, 132, [128, 32, 64]),  # 6 waves of 384 rows, 8 of 288, 8 of 320
+        (12608, 768, 132, [32, 64, 128]),  # 2 waves each
+        (12608, 768, 114, [128, 32, 64]),  # 2 of 384, 3 of others
+    ],
+)
+def test_tiles_for_hopper_are_chosen_by_waves(monkeypatch, rows, columns, multiprocessors, more_rows):
+    monkeypatch.setattr(gemm.gemm_hopper, "multiprocessors", lambda device: multiprocessors)
+    weight = torch.empty(64, columns, dtype=HALF, device="meta")
+    tiles = gemm.gemm_hopper.tiles(torch.empty(rows, 64, dtype=HALF, device="meta"), weight, weight)
+    assert [tile.MORE_M for tile in tiles] == more_rows
 
 
 @by_tma

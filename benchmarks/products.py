@@ -1,0 +1,119 @@
+"""Each product of a ViT's linear layers on a GPU, without the host: every plan beside the plain GEMM.
+
+Run as `python -m benchmarks.products`. The plain GEMM is cuBLAS's, with half-precision weights, and for float32 weights
+writes its gradient in float32. The transient copy is `implementation("eager")`: it makes the combined weight, and the
+gradients of W and s out of the float32 accumulator, in passes of their own. Medians of 15 calls in turn, timed by
+events, each behind passes over 512 MiB that empty the L2 cache and give the host time to launch.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from benchmarks import results
+from benchmarks.results import Row
+from m2pt_kernels import gemm
+from m2pt_kernels.configs import EAGER, Plan
+
+ROUNDS = 15
+PLAIN = "plain GEMM"
+
+
+class Layer(NamedTuple):
+    name: str
+    tokens: int
+    in_features: int
+    out_features: int
+
+
+LAYERS = (
+    Layer("ViT-B attn.qkv", 64 * 197, 768, 2304),
+    Layer("ViT-B attn.proj", 64 * 197, 768, 768),
+    Layer("ViT-B mlp.fc1", 64 * 197, 768, 3072),
+    Layer("ViT-B mlp.fc2", 64 * 197, 3072, 768),
+    Layer("ViT-L attn.qkv", 64 * 197, 1024, 3072),
+    Layer("ViT-L attn.proj", 64 * 197, 1024, 1024),
+    Layer("ViT-L mlp.fc1", 64 * 197, 1024, 4096),
+    Layer("ViT-L mlp.fc2", 64 * 197, 4096, 1024),
+    Layer("ViT-g mlp.fc1", 64 * 257, 1408, 6144),
+    Layer("ViT-g mlp.fc2", 64 * 257, 6144, 1408),
+)
+HALF, FLOAT = torch.bfloat16, torch.float32
+WEIGHTS = {"bf16": (HALF, HALF), "fp32": (FLOAT, FLOAT), "fp32, W_aux bf16": (FLOAT, HALF)}
+"""The dtypes of W and W_aux."""
+
+
+def milliseconds(calls: dict[str, Callable[[], object]], emptied: Tensor) -> dict[str, float]:
+    """The median of each, called in turn."""
+    pairs = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            emptied.zero_()
+            emptied.zero_()
+            start.record()
+            call()
+            end.record()
+            pairs[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: median(start.elapsed_time(end) for start, end in timed) for name, timed in pairs.items()}
+
+
+def products(layer: Layer, weights: str) -> dict[str, tuple[Callable[[], object], tuple]]:
+    """By name, the plain GEMM and the arguments in `gemm`, W, s and b being trained and W_aux frozen."""
+    weight_dtype, aux_dtype = WEIGHTS[weights]
+    draw = partial(torch.randn, device="cuda")
+    x = draw(layer.tokens, layer.in_features, dtype=HALF)
+    grad_output = draw(layer.tokens, layer.out_features, dtype=HALF)
+    weight, aux_weight = draw(2, layer.out_features, layer.in_features) / layer.in_features**0.5
+    weight, aux_weight, half = weight.to(weight_dtype), aux_weight.to(aux_dtype), weight.to(HALF)
+    scale, bias = torch.full((1,), 0.1, device="cuda"), draw(layer.out_features, dtype=weight_dtype)
+    half_bias, transposed = bias.to(HALF), grad_output.t()
+    wide = {} if weight_dtype == HALF else {"out_dtype": FLOAT}
+    return {
+        "forward": (partial(F.linear, x, half, half_bias), (x, weight, aux_weight, scale, bias, None)),
+        "grad_input": (partial(torch.mm, grad_output, half), (grad_output, weight, aux_weight, scale, None)),
+        "grad_parameters": (
+            partial(torch.mm, transposed, x, **wide),
+            (grad_output, x, aux_weight, None, weight_dtype, None, None),
+        ),
+    }
+
+
+def report(layer: Layer, weights: str, emptied: Tensor) -> list[Row]:
+    rows = []
+    for product, (plain, arguments) in products(layer, weights).items():
+        plans: list[Plan] = [EAGER, *gemm.plans(product, *arguments)]
+        calls = {PLAIN: plain} | {str(plan): partial(gemm.compute, plan, product, *arguments) for plan in plans}
+        times = milliseconds(calls, emptied)
+        flops = 2 * layer.tokens * layer.in_features * layer.out_features
+        rows.append(
+            {
+                "layer": layer.name,
+                "tokens": layer.tokens,
+                "weights": weights,
+                "product": product,
+                "plain GEMM, us": times[PLAIN] * 1e3,
+                "TFLOP/s": flops / times[PLAIN] / 1e9,
+                "transient copy / plain": times[str(EAGER)] / times[PLAIN],
+                "this package / plain": times[str(plans[1])] / times[PLAIN],
+                "its plan": str(plans[1]),
+                "others / plain": ", ".join(f"{plan} {times[str(plan)] / times[PLAIN]:.2f}" for plan in plans[2:]),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    memory = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    cases = [(layer, weights) for weights in WEIGHTS for layer in LAYERS]
+    table = [row for case in tqdm(cases, unit="layer") for row in report(*case, memory)]
+    print(results.write("products", results.device_slug(), table, __doc__).read_text())
