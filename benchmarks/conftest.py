@@ -30,10 +30,12 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
     """The lines of the file's table; the file's docstring goes above it."""
     collected: list[Row] = []
     yield collected
-    selected = request.config.option.keyword or any("::" in argument for argument in request.config.args)
+    options = request.config.option
+    selected = options.keyword or options.markexpr or any("::" in argument for argument in request.config.args)
     if collected and not selected and not request.session.testsfailed:
         name = request.module.__name__.rpartition(".")[2].removeprefix("test_").replace("_", "-")
-        results.write(name, results.device_slug(), collected, request.module.__doc__)
+        device = results.device_slug() + ("-full" if options.full else "")
+        results.write(name, device, collected, request.module.__doc__)
 
 
 @pytest.fixture

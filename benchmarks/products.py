@@ -3,7 +3,7 @@
 Run as `python -m benchmarks.products`. The plain GEMM is cuBLAS's, with half-precision weights, and for float32 weights
 writes its gradient in float32. The transient copy is `implementation("eager")`: it makes the combined weight, and the
 gradients of W and s out of the float32 accumulator, in passes of their own. Medians of 15 calls in turn, timed by
-events, each behind passes over 512 MiB that empty the L2 cache and give the host time to launch.
+events, each on an idle device behind passes over 1 GiB that empty the L2 cache and give the host time to launch.
 """
 
 from collections.abc import Callable
@@ -57,8 +57,9 @@ def milliseconds(calls: dict[str, Callable[[], object]], emptied: Tensor) -> dic
     for _ in range(ROUNDS):
         for name, call in calls.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            emptied.zero_()
-            emptied.zero_()
+            torch.cuda.synchronize()
+            for _ in range(4):
+                emptied.zero_()
             start.record()
             call()
             end.record()

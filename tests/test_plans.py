@@ -15,7 +15,7 @@ from triton.runtime import _allocation
 
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt_kernels import configs, gemm, gemm_tma, implementation, reference
-from m2pt_kernels.configs import TUNED, Plan, problem
+from m2pt_kernels.configs import TUNED, UNTUNED, Plan, problem
 from m2pt_kernels.ops import path_of
 from m2pt_kernels.versions import HAS_HOPPER_LOOPS
 
@@ -257,6 +257,22 @@ def test_a_tuned_plan_is_for_a_gpu_and_a_float32_precision(monkeypatch):
     assert len(set(keys)) == len(keys)
 
 
+@pytest.fixture(autouse=True)
+def _forget():
+    yield
+    TUNED.clear()
+    gemm.supports.cache_clear()
+
+
+def test_remembered_plans_are_bounded(monkeypatch):
+    monkeypatch.setattr(gemm, "MOST_UNTUNED", 4)
+    UNTUNED.update((str(size), Plan("pointers")) for size in range(9))
+    with compiling_for(AMPERE):
+        for rows in range(16, 24):
+            gemm.forward(matrix(rows, 32), matrix(16, 32), matrix(16, 32), matrix(1), None)
+            assert len(UNTUNED) <= 4
+
+
 @pytest.fixture
 def devices(monkeypatch):
     """Two devices: an A100, where the tensors are that `devices.add` was given, and an H100, which is current."""
@@ -304,7 +320,6 @@ def test_plans_and_launches_are_the_tensors_devices_not_the_current_ones(devices
         products = ("forward", "grad_input", "grad_parameters")
         assert made == [(by, product, target) for by, product in zip(expected, products, strict=True)]
         made.clear()
-    TUNED.clear()
     assert devices.current() is HOPPER
 
 
@@ -349,10 +364,8 @@ def test_descriptors_lie_in_memory_of_torch_on_the_current_device(target, produc
 @pytest.mark.parametrize("capability, path", [((7, 0), reference), ((7, 5), reference), ((8, 0), gemm), ((9, 0), gemm)])
 def test_a_gpu_without_tensor_cores_that_triton_knows_gets_plain_torch(monkeypatch, capability, path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    gemm.supports.cache_clear()
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.float16)
     assert path_of(x) is path
-    gemm.supports.cache_clear()
 
 
 @pytest.mark.parametrize("arch", [60, 70, 75])

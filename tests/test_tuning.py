@@ -276,6 +276,26 @@ def test_a_candidate_that_fails_is_left_out_with_a_warning_and_tried_again_next_
     assert tune(model, sample)[0].plan == first
 
 
+def test_a_product_for_which_no_kernel_has_the_resources_is_left_to_plain_torch(model, sample, monkeypatch):
+    def out_of_shared_memory(function):
+        if str(function.args[0]) != EAGER:
+            raise triton.OutOfResources(300_000, 227_000, "shared memory")
+        return 1.0
+
+    monkeypatch.setattr(tuning, "_milliseconds", out_of_shared_memory)
+    assert [record.plan for record in tune(model, sample)] == [EAGER, EAGER]
+
+
+def test_a_failure_that_leaves_the_device_unusable_is_raised(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(tuning, "_milliseconds", fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tuning._time("forward", (SimpleNamespace(is_cuda=True),), {EAGER: configs.EAGER})
+
+
 def test_a_product_that_no_kernel_computes_is_left_to_plain_torch(model, sample, monkeypatch):
     def fail(function):
         raise RuntimeError("an illegal memory access was encountered")

@@ -354,9 +354,9 @@ def takes(
     depth_first: bool,
     bias: Tensor | None,
 ) -> bool:
-    """Whether `combined_matmul` can compute this product here: one auxiliary model, on sm_90, that TMA can address.
+    """Whether `combined_matmul` can compute this product here: on sm_90, with one auxiliary model, all read by TMA.
 
-    depth_first: whether the scales of a quantised aux_weight are those of its first dimension here, which it cannot.
+    depth_first: whether the scales of a quantised aux_weight belong to its first dimension; those it cannot apply.
     """
     return (
         target is not None

@@ -59,8 +59,9 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
 
     Runs the model forward and backward once, within the caller's autocast; parameters, gradients, buffers and random
     numbers are left as they were. Times are kept in `$M2PT_CACHE_DIR`, by default `~/.cache/m2pt_kernels`, in a file
-    for each GPU's name, release of Triton and state of the kernels; what is found there is not timed again. A candidate
-    that fails is left out, with a warning. Call it before `torch.compile` and distributed wrappers.
+    for each GPU's name, release of torch and Triton, and state of the kernels; what is found there is not timed again.
+    A candidate that fails is left out, with a warning; if no kernel runs, plain torch computes. Call it before
+    `torch.compile` and distributed wrappers.
 
     Args:
         model: on the GPU that it is trained on.
@@ -90,7 +91,8 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
             known = cache.get(str(key), {})
             if not known.keys() >= plans.keys():
                 known = cache[str(key)] = _time(product, arguments, plans)
-        allowed = [name for name in plans if name in known and (use_eager or plans[name] != EAGER)]
+        runs = [name for name in plans if known.get(name, math.inf) < math.inf]
+        allowed = [name for name in runs if use_eager or plans[name] != EAGER]
         fastest = min(allowed, key=known.__getitem__, default=str(EAGER))
         TUNED[key] = plans[fastest]
         tuned.append(Tuned(key, known, fastest))
@@ -150,6 +152,8 @@ def _time(product: str, arguments: tuple, plans: dict[str, Plan]) -> dict[str, f
         except triton.OutOfResources:
             milliseconds[name] = math.inf
         except Exception as error:
+            if arguments[0].is_cuda:
+                torch.cuda.synchronize()  # raises where the failure has left the device unusable
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"warmup: {product} by {name} failed and is left out: {reason}", stacklevel=3)
     return milliseconds
@@ -162,8 +166,9 @@ def _milliseconds(function: Callable[[], object]) -> float:
 def _cache_path(device: str) -> Path:
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("M2PT_CACHE_DIR") or Path(caches) / "m2pt_kernels")
-    kernels = hashlib.sha256("".join(kernel.cache_key for kernel in gemm.KERNELS).encode()).hexdigest()[:12]
-    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', device)}-triton-{triton.__version__}-{kernels}.json"
+    code = "".join((torch.__version__, *(kernel.cache_key for kernel in gemm.KERNELS)))
+    digest = hashlib.sha256(code.encode()).hexdigest()[:12]
+    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', device)}-triton-{triton.__version__}-{digest}.json"
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

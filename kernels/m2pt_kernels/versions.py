@@ -15,13 +15,13 @@ HAS_TMA_LOOPS = RELEASE >= (3, 8)
 """Triton 3.4 to 3.6 do not compile the loops of `gemm_tma`; 3.7 does, with barriers that share their memory."""
 
 HAS_HOPPER_LOOPS = RELEASE == (3, 8)
-"""3.9 assembles for sm_90 with ptxas 13, which makes the products of `gemm_hopper` wait for each other."""
+"""Whether `gemm_hopper` is used. The assembler of 3.9 would make its products wait for each other."""
 
 OPTIONS = {"enable_fp_fusion": True}
 """Of every kernel: multiplications and additions become one instruction, which Triton 3.10 will do only if asked."""
 
 TMA_OPTIONS = OPTIONS
-"""Of the kernels in `gemm_tma`."""
+"""Of the kernels in `gemm_tma` and `gemm_hopper`."""
 if RELEASE >= (3, 9):
     # It assembles for sm_90 with ptxas 13, which by default spills registers of the largest tiles.
     TMA_OPTIONS = OPTIONS | {"ptx_options": "--register-usage-level=0"}
