@@ -97,9 +97,9 @@ def products(name: str) -> list[Product]:
             rows = tile["BLOCK_M"] + tile.get("MORE_M", 0)
             columns = tile.get("BLOCK_N", COLUMNS_BY_HAND)
             column_bytes = ACTIVATIONS.itemsize if label == "grad_parameters" else combined
-            bytes_ = ACTIVATIONS.itemsize, column_bytes
             steps = UNROLLED if kernel.metadata.name == "combined_matmul_hopper_kernel" else 1
-            found.append(Product(label, weights, kernel, rows, columns, tile["BLOCK_K"], *bytes_, steps))
+            sizes = rows, columns, tile["BLOCK_K"]
+            found.append(Product(label, weights, kernel, *sizes, ACTIVATIONS.itemsize, column_bytes, steps))
     return found
 
 

@@ -147,9 +147,14 @@ LAUNCHES = {
 """A kernel, what its pointers point to where that is not bfloat16, and its constants."""
 if HAS_HOPPER_LOOPS:
     HOPPER = {"BLOCK_M": 256, "MORE_M": 32, "BLOCK_K": 32, "STAGES": 4, "DEPTH_FIRST": False, "num_stages": 1}
-    kernel = gemm.gemm_hopper.combined_matmul_hopper_kernel
-    LAUNCHES["combined_matmul by TMA for sm_90"] = (kernel, TYPES, HOPPER)
-    LAUNCHES["combined_matmul by TMA for sm_90, depth first"] = (kernel, TYPES, HOPPER | {"DEPTH_FIRST": True})
+    LAUNCHES |= {
+        f"combined_matmul by TMA for sm_90, depth first {depth_first}": (
+            gemm.gemm_hopper.combined_matmul_hopper_kernel,
+            TYPES,
+            HOPPER | {"DEPTH_FIRST": depth_first},
+        )
+        for depth_first in (False, True)
+    }
 
 
 @pytest.mark.parametrize(

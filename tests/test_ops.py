@@ -83,12 +83,14 @@ def moved_by_combined_rounding(tensors, grad_output):
     return {"y": (x.square() @ squares.t()).sqrt(), "x": (grad_output.double().square() @ squares).sqrt()}
 
 
-def moved_by_rounded_accumulators(tensors, grad_output):
-    """How far the gradient of the scale moves if each float32 accumulator is off by a rounding of its terms' sum,
-    independently of others."""
+def scale_gradient_bound(want, eps, tensors, grad_output):
+    """`eps` of the gradient wanted; on a GPU, where the terms may cancel and cuBLAS is further off too, twice what
+    it moves if each float32 accumulator is off by a rounding of its terms' sum, independently of others."""
     x, aux_weight = tensors["x"].detach().double(), tensors["aux_weight"].detach().double()
+    if x.device.type == "cpu":
+        return eps * want.abs().max()
     terms = grad_output.double().abs().t() @ x.abs()
-    return torch.finfo(torch.float32).eps * (terms * aux_weight).norm()
+    return eps * want.abs().max() + 2 * torch.finfo(torch.float32).eps * (terms * aux_weight).norm()
 
 
 def in_torch(tensors, grad_output):
@@ -322,12 +324,13 @@ def test_aux_weight_and_scale_of_another_dtype(device, aux_dtype, scale_dtype):
     tensors["aux_weight"] = tensors["aux_weight"].to(aux_dtype)
     tensors["scale"] = tensors["scale"].to(scale_dtype)
     got = outputs(cross_modal_linear, {n: t.detach().requires_grad_() for n, t in tensors.items()}, grad_output)
-    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
-    want, terms = exact(leaves, grad_output), without_cancellation(leaves, grad_output)
+    want = exact({n: t.detach().requires_grad_() for n, t in tensors.items()}, grad_output)
     for name, expected in want.items():
         dtype = grad_output.dtype if name == "y" else tensors[name].dtype
         assert got[name].dtype == dtype
-        tolerance = 8 * torch.finfo(dtype).eps * expected.abs().max() + 5e-7 * terms[name].abs().max()
+        tolerance = 8 * torch.finfo(dtype).eps * expected.abs().max()
+        if name == "scale":
+            tolerance = scale_gradient_bound(expected, 8 * torch.finfo(dtype).eps, tensors, grad_output)
         assert (got[name].double() - expected).abs().max() <= tolerance, name
 
 
@@ -398,7 +401,7 @@ def test_quantized_scale_gradient_is_exact_and_reproducible(device, storage, dty
     stored, plain = quantized(tensors, storage)
     want = exact(plain, grad_output)["scale"]
     runs = [outputs(cross_modal_linear, stored, grad_output)["scale"] for _ in range(2)]
-    assert (runs[0].double() - want).abs() <= 2 * moved_by_rounded_accumulators(plain, grad_output)
+    assert (runs[0].double() - want).abs() <= scale_gradient_bound(want, 1e-5, plain, grad_output)
     assert torch.equal(*runs)
 
 
@@ -479,9 +482,11 @@ def test_gradients_of_weights_are_rounded_once(device, dtype, models):
 def test_gradients_of_float32_parameters_are_not_rounded_to_half(device, dtype):
     tensors, grad_output = operands(37, 24, 33, dtype, torch.float32, device, needs_grad=NAMES[1:])
     got, want = outputs(cross_modal_linear, tensors, grad_output), exact(tensors, grad_output)
-    terms = without_cancellation(tensors, grad_output)
     for name in NAMES[1:]:
-        assert (got[name].double() - want[name]).abs().max() <= 1e-6 * terms[name].abs().max(), name
+        tolerance = 1e-5 * want[name].abs().max()
+        if name == "scale":
+            tolerance = scale_gradient_bound(want[name], 1e-5, tensors, grad_output)
+        assert (got[name].double() - want[name]).abs().max() <= tolerance, name
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -519,7 +524,7 @@ def test_scale_gradient_is_exact_and_reproducible(device, dtype, seed):
     tensors, grad_output = operands(*sizes, dtype, dtype, device, needs_grad=("scale",))
     want = exact(tensors, grad_output)["scale"]
     runs = [outputs(cross_modal_linear, tensors, grad_output)["scale"] for _ in range(3)]
-    assert (runs[0].double() - want).abs() <= 2 * moved_by_rounded_accumulators(tensors, grad_output)
+    assert (runs[0].double() - want).abs() <= scale_gradient_bound(want, 1e-5, tensors, grad_output)
     assert all(torch.equal(run, runs[0]) for run in runs)
 
 
@@ -562,14 +567,14 @@ def test_empty_features(device):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", NAMES)
 def test_nan_and_inf_spread_as_in_torch(device, name, value):
-    """But of an infinite scale: tiles reach past the matrices, where it times zero is NaN, and torch has infinity."""
+    """On a GPU an infinite scale may give NaN for torch's infinity: tiles reach past the matrices, to zeros."""
     tensors, grad_output = operands(17, 12, 9, device=device, needs_grad=())
     tensors[name].view(-1)[0] = value
     for tensor in tensors.values():
         tensor.requires_grad_()
     got, torch_got = (outputs(f, tensors, grad_output) for f in (cross_modal_linear, published))
     for key in got:
-        if name == "scale":
+        if name == "scale" and math.isinf(value) and device == "cuda":
             assert torch.equal(got[key].isfinite(), torch_got[key].isfinite())
             got[key], torch_got[key] = (
                 values[key].masked_fill(~values[key].isfinite(), 0) for values in (got, torch_got)
