@@ -1,4 +1,4 @@
-"""The command line: `m2pt train`, `pretrain`, `eval`, `matrix`, `merge`, `convert` and `demo`."""
+"""The command line: `m2pt train`, `pretrain`, `eval`, `matrix`, `merge`, `convert`, `check` and `demo`."""
 
 import argparse
 import sys
@@ -16,7 +16,8 @@ AUX_DTYPES = ("bfloat16", "int8", "int4", "float8_e4m3fn")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status.
 
-    0: done; 2: refused, or stopped by a loss that is not finite, with a line on stderr that says why; 130: interrupted.
+    0: done; 1: `check` found a faulty kernel; 2: refused, or stopped by a loss that is not finite, and a line on stderr
+    says why; 130: interrupted.
 
     Raises:
         SystemExit: help or the version was printed (0), the arguments are not understood (2), or SIGTERM came during
@@ -30,13 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         arguments.replaced = rest
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except KeyboardInterrupt:
         return 130
     except (ArithmeticError, ImportError, OSError, TypeError, ValueError) as error:
         print("m2pt: error:", *str(error).split(), file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,6 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("checkpoint", metavar="IN", help="checkpoint of any of these: .safetensors, or a torch file")
     convert.add_argument("converted", metavar="OUT", help="converted checkpoint to write: .safetensors")
     convert.set_defaults(run=_convert)
+
+    check = commands.add_parser(
+        "check",
+        help="compare every kernel with float64 on this GPU, and time it",
+        description="Compute every product by every kernel on this GPU, compare with float64 and time it; what is "
+        "faulty is not used any more on such a GPU. Without a GPU Triton's interpreter runs the kernels.",
+    )
+    check.add_argument("--model", metavar="NAME", help="check the linear layers of this timm model instead")
+    check.add_argument("--batch", type=int, default=64, help="inputs of that model at a time (default: 64)")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write every row to this file")
+    check.set_defaults(run=_check)
 
     _add_training(commands)
     return parser
@@ -184,6 +195,12 @@ def _convert(arguments: argparse.Namespace) -> None:
     state_dict, report = read_checkpoint(arguments.checkpoint)
     save_state_dict(state_dict, arguments.converted)
     print(f"{report}\nwritten to {arguments.converted}")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from m2pt_kernels.check import run
+
+    return run(arguments.model, arguments.batch, arguments.json)
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from m2pt_kernels import implementation
+from m2pt_kernels import implementation, records
 from m2pt_kernels.configs import INTERPRETED, UNTUNED
 
 if INTERPRETED:
@@ -51,6 +51,8 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
-def _choose_plans_anew():
-    """As tests change what they depend on."""
+def _choose_plans_anew(tmp_path, monkeypatch):
+    """As tests change what they depend on; what the user's folder says of this GPU is not read."""
+    monkeypatch.setenv("M2PT_CACHE_DIR", str(tmp_path / "m2pt_kernels"))
     UNTUNED.clear()
+    records.faults.cache_clear()

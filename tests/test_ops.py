@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from m2pt_kernels import cross_modal_linear, dequantize, implementation, quantize
 from m2pt_kernels.configs import INTERPRETED
+from m2pt_kernels.verification import Bound
 
 HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 DTYPES = [(torch.float32, torch.float32), *((half, half) for half in HALF), *((half, torch.float32) for half in HALF)]
@@ -107,34 +108,18 @@ def in_torch(tensors, grad_output):
 
 
 def assert_as_good_as_torch(got, tensors, grad_output, torch_got=None):
-    """No error is above 1.5 times plain torch's plus a rounding, wherever torch's result is finite.
-
-    A rounding is one of the largest entry, one of the combined weight, and one in float32 of the terms, for where they
-    cancel; or the smallest number for each term. An infinity counts as the largest number, which it may stand beside.
-    """
+    """No error is above what `Bound` accepts, roundings of the combined weight included."""
     want, terms = exact(tensors, grad_output), without_cancellation(tensors, grad_output)
     moved = moved_by_combined_rounding(tensors, grad_output)
     torch_got = in_torch(tensors, grad_output) if torch_got is None else torch_got
     assert got.keys() == want.keys()
     for name, expected in want.items():
         assert got[name].dtype == torch_got[name].dtype and got[name].shape == expected.shape, name
-        limits = torch.finfo(got[name].dtype)
-        compared = torch_got[name].isfinite()
-        if name in moved:
-            compared &= moved[name].isfinite()
-        if not compared.any():
-            continue
-
-        def largest(values, compared=compared):
-            return values[compared].abs().max()
-
-        error = largest(got[name].clamp(limits.min, limits.max).double() - expected)
-        torch_error = largest(torch_got[name].double() - expected)
-        floor = limits.eps * largest(expected) + limits.smallest_normal * limits.eps * tensors["x"].shape[-1]
-        floor += torch.finfo(torch.promote_types(got[name].dtype, torch.float32)).eps * largest(terms[name])
-        if name in moved:
-            floor += limits.eps * largest(moved[name])
-        assert error <= 1.5 * torch_error + floor, f"{name}: {error:.2e}, torch {torch_error:.2e}, floor {floor:.2e}"
+        if expected.numel():
+            bound = Bound(got[name].dtype, tensors["x"].shape[-1])
+            rounded = torch.finfo(got[name].dtype).eps * moved[name] if name in moved else None
+            bound.add(got[name], torch_got[name], expected, terms[name], rounded)
+            assert bound.error <= bound.accepted, f"{name}: {bound.error:.2e}, torch {bound.plain_error:.2e}"
 
 
 @pytest.mark.parametrize("dtype,weight_dtype", DTYPES, ids=str)

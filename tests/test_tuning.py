@@ -15,6 +15,7 @@ from benchmarks.offline import TARGETS, compiling_for
 from m2pt import FusedCrossModalLinear
 from m2pt_kernels import configs, cross_modal_linear, gemm, quantize, tuning, warmup
 from m2pt_kernels.configs import TUNED
+from m2pt_kernels.verification import Finding
 from m2pt_kernels.versions import HAS_HOPPER_LOOPS
 
 EAGER = "eager"
@@ -46,6 +47,7 @@ def sample():
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("M2PT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "verify", lambda *_: Finding(None, 1.0))  # the driver computes nothing
     TUNED.clear()
     yield tmp_path / "cache"
     TUNED.clear()
@@ -145,7 +147,7 @@ def test_each_gpu_and_state_of_the_kernels_has_its_own_times(model, sample, time
         monkeypatch.setattr(configs, "device_name", lambda device, name=name: name)
         monkeypatch.setattr(tuning, "device_name", lambda device, name=name: name)
         if count == 3:
-            changed = SimpleNamespace(cache_key="changed", device_caches={})
+            changed = type("ChangedKernel", (), {"cache_key": "changed", "device_caches": {}})
             monkeypatch.setattr(gemm, "KERNELS", (*gemm.KERNELS[:3], changed))
         timed = len(times[None])
         tune(model, sample)
@@ -274,6 +276,34 @@ def test_a_candidate_that_fails_is_left_out_with_a_warning_and_tried_again_next_
     assert record.plan != first and first not in record.milliseconds
     failing.clear()
     assert tune(model, sample)[0].plan == first
+
+
+def test_a_candidate_whose_result_is_wrong_is_never_used_again(model, sample, times, cache, monkeypatch):
+    first = tune(model, sample)[0].plan
+    for file in cache.iterdir():
+        file.unlink()
+
+    def verify(plan, product, *arguments):
+        return Finding("error of the output 0.3" if product == "forward" and str(plan) == first else None, 1.0)
+
+    monkeypatch.setattr(tuning, "verify", verify)
+    times[first] = 0.5
+    with pytest.warns(UserWarning, match=f"^warmup: forward by {first} of .* is wrong .*: error of the output 0.3"):
+        record = tune(model, sample)[0]
+    assert record.plan != first and first not in record.milliseconds
+    monkeypatch.setattr(tuning, "verify", None)
+    with pytest.warns(UserWarning, match=f"^forward by {first} of .* was found faulty .*: next is"):
+        assert tune(model, sample)[0] == record
+    monkeypatch.setattr(tuning, "verify", verify)
+    larger = tune(model, torch.cat([sample, sample]))[0]
+    assert first not in larger.milliseconds
+
+
+def test_every_candidate_but_plain_torch_is_verified_before_it_is_timed(model, sample, times, monkeypatch):
+    verified = []
+    monkeypatch.setattr(tuning, "verify", lambda plan, *_: verified.append(str(plan)) or Finding(None, 1.0))
+    tune(model, sample)
+    assert verified == [plan for plan in times[None] if plan != EAGER]
 
 
 def test_a_product_for_which_no_kernel_has_the_resources_is_left_to_plain_torch(model, sample, monkeypatch):

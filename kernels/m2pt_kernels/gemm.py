@@ -4,10 +4,12 @@ Two kernels make the three products. Forward and input gradient are one GEMM tha
 `left (W + s * W_aux)` with the combined weight formed tile by tile; the parameter gradients are the other.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from . import gemm_tma, reference
+from . import gemm_tma, records, reference
 from .configs import (
     EAGER,
     GROUP,
@@ -30,12 +32,14 @@ from .configs import (
     active_target,
     architecture,
     ceil_div,
+    device_name,
     input_precision,
     is_aligned,
     is_small,
     problem,
     tile_configs,
 )
+from .quantization import DTYPES as QUANTIZED
 from .tiles import (
     GROUP_SIZE,
     aux_strides,
@@ -293,7 +297,7 @@ def _computed(product: str, *arguments: Tensor | torch.dtype | None) -> Any:
         if plan is None:
             if len(UNTUNED) >= MOST_UNTUNED:  # of sizes that keep changing
                 UNTUNED.clear()
-            plan = UNTUNED[key] = next(plans(product, *arguments))
+            plan = UNTUNED[key] = next(usable_plans(product, *arguments))
         return compute(plan, product, *arguments)
 
 
@@ -334,6 +338,37 @@ def plans(product: str, *arguments: Any) -> Iterator[Plan]:
     if product == "forward":
         return _combined_matmul_plans(left, weight.t(), aux_weight.mT, aux_weight_scale, False, *bias)
     return _combined_matmul_plans(left, weight, aux_weight, aux_weight_scale, True)
+
+
+def usable_plans(product: str, *arguments: Any) -> Iterator[Plan]:
+    """`plans`, and at last plain torch, without those that were found faulty on such a GPU: a warning names them."""
+    faults = records.faults(device_name(arguments[0].device), KERNELS)
+    left_out = []
+    for plan in chain(plans(product, *arguments), [EAGER]):
+        name = variant(plan, product, *arguments)
+        if name in faults:
+            left_out.append(f"{name} was found faulty on this GPU ({faults[name]}) and is not used")
+            continue
+        while left_out:
+            _warn_once(f"{left_out.pop(0)}: next is {plan}. `python -m m2pt_kernels.check` checks it again")
+        yield plan
+
+
+def variant(plan: Plan, product: str, *arguments: Any) -> str:
+    """What a plan compiles for such arguments, up to sizes, layouts and which outputs are asked for, in words."""
+    first, second, aux_weight, _, *others = arguments
+    dtypes = [first.dtype, others[0] if product == "grad_parameters" else second.dtype]
+    if aux_weight is not None:
+        dtypes += [aux_weight.dtype] * reference.models_in(aux_weight)
+    names = [QUANTIZED.get(dtype) or str(dtype).removeprefix("torch.") for dtype in dtypes]
+    if input_precision(first.dtype, active_target()) == "tf32":
+        names.append("as tf32")
+    return f"{product} by {plan} of {' '.join(names)}"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def compute(plan: Plan, product: str, *arguments: Any) -> Any:

@@ -3,18 +3,12 @@
 Nothing is timed unless `warmup` is called: a product that was not takes the first of its candidates.
 """
 
-import hashlib
-import json
 import math
-import os
-import re
-import secrets
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from . import gemm, ops
+from . import gemm, ops, records
 from .configs import EAGER, TUNED, Plan, device_name, problem
+from .verification import verify
 
 _OPERATORS = {
     torch.ops.m2pt_kernels.cross_modal_linear.default: "forward",
@@ -58,9 +53,9 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
     """Time every way to compute the products of a training step, and use the fastest from now on in this process.
 
     Runs the model forward and backward once, within the caller's autocast; parameters, gradients, buffers and random
-    numbers are left as they were. Times are kept in `$M2PT_CACHE_DIR`, by default `~/.cache/m2pt_kernels`, in a file
-    for each GPU's name, release of torch and Triton, and state of the kernels; what is found there is not timed again.
-    A candidate that fails is left out, with a warning; if no kernel runs, plain torch computes. Call it before
+    numbers are left as they were. Before a candidate is timed its result is compared with float64. Times are kept as
+    `records` says; what is found there is not timed again. A candidate that fails is left out, with a warning, and one
+    whose result is wrong is never used again on such a GPU; if no kernel is left, plain torch computes. Call it before
     `torch.compile` and distributed wrappers.
 
     Args:
@@ -82,12 +77,13 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
     if not calls:
         raise ValueError(f"model: expected a model on a GPU with fused layers, got a {type(model).__name__} without")
     devices = {device_name(first.device) for _, (first, *_) in calls.values()}
-    caches = {device: _read(_cache_path(device)) for device in devices}
+    paths = {device: records.path_of("times", device, gemm.KERNELS) for device in devices}
+    caches = {device: _times(records.read(path)) for device, path in paths.items()}
     tuned = []
     for key, (product, arguments) in tqdm(calls.items(), desc="tuning", unit="product"):
         cache = caches[device_name(arguments[0].device)]
         with gemm.device_of(arguments[0]):
-            plans = {str(plan): plan for plan in (*gemm.plans(product, *arguments), EAGER)}
+            plans = {str(plan): plan for plan in gemm.usable_plans(product, *arguments)}
             known = cache.get(str(key), {})
             if not known.keys() >= plans.keys():
                 known = cache[str(key)] = _time(product, arguments, plans)
@@ -97,7 +93,7 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
         TUNED[key] = plans[fastest]
         tuned.append(Tuned(key, known, fastest))
     for device, cache in caches.items():
-        _write(_cache_path(device), cache)
+        records.write(paths[device], cache)
     winning = sum(record.eager_wins for record in tuned)
     if winning and not use_eager:
         message = "would be faster with a transient combined weight: warmup(..., use_eager=True) allows it"
@@ -142,11 +138,24 @@ def _products(model: nn.Module, sample: Tensor | tuple[Any, ...]) -> Calls:
     return recorder.calls
 
 
+def _times(content: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What was timed before; nothing, if it is not that."""
+    try:
+        return {str(key): {str(name): float(time) for name, time in times.items()} for key, times in content.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+
+
 def _time(product: str, arguments: tuple, plans: dict[str, Plan]) -> dict[str, float]:
-    """Milliseconds of the plans that run; infinite where the device has too few resources."""
+    """Milliseconds of the plans that run and are right; infinite where the device has too few resources."""
     milliseconds = {}
     for name, plan in plans.items():
         try:
+            if plan != EAGER and (fault := verify(plan, product, *arguments).fault):
+                variant = gemm.variant(plan, product, *arguments)
+                records.remember(device_name(arguments[0].device), gemm.KERNELS, {variant: fault})
+                _warn(f"{variant} is wrong and is not used any more: {fault}")
+                continue
             with torch.no_grad():
                 milliseconds[name] = _milliseconds(partial(gemm.compute, plan, product, *arguments))
         except triton.OutOfResources:
@@ -154,42 +163,13 @@ def _time(product: str, arguments: tuple, plans: dict[str, Plan]) -> dict[str, f
         except Exception as error:
             if arguments[0].is_cuda:
                 torch.cuda.synchronize()  # raises where the failure has left the device unusable
-            reason = f"{type(error).__name__}: {error}"
-            warnings.warn(f"warmup: {product} by {name} failed and is left out: {reason}", stacklevel=3)
+            _warn(f"{product} by {name} failed and is left out: {type(error).__name__}: {error}")
     return milliseconds
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"warmup: {message}", stacklevel=4)
 
 
 def _milliseconds(function: Callable[[], object]) -> float:
     return triton.testing.do_bench(function, return_mode="median")
-
-
-def _cache_path(device: str) -> Path:
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("M2PT_CACHE_DIR") or Path(caches) / "m2pt_kernels")
-    code = "".join((torch.__version__, *(kernel.cache_key for kernel in gemm.KERNELS)))
-    digest = hashlib.sha256(code.encode()).hexdigest()[:12]
-    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', device)}-triton-{triton.__version__}-{digest}.json"
-
-
-def _read(path: Path) -> dict[str, dict[str, float]]:
-    """What was timed before; nothing, if there is no such file or it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-        return {str(key): {str(name): float(time) for name, time in times.items()} for key, times in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def _write(path: Path, cache: dict[str, dict[str, float]]) -> None:
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(json.dumps(cache, indent=1))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        warnings.warn(
-            f"M2PT_CACHE_DIR: cannot write {path} ({error}); products are timed again next time", stacklevel=3
-        )

@@ -1,0 +1,186 @@
+"""What `check` computes: operands of every kind and size, in a process for each product and kind of operands.
+
+Such a process (`python -m m2pt_kernels.cases`) reads requests from stdin, each a line, and answers line by line, so
+that whoever started it knows what it was at when it was lost.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import gemm
+from .configs import INTERPRETED, Plan
+from .quantization import DTYPES, quantize
+from .verification import verify
+
+PRODUCTS = ("forward", "grad_input", "grad_parameters")
+
+
+class Kind(NamedTuple):
+    """Dtypes of the activations and the weights; how many auxiliary models; whether float32 is multiplied as TF32."""
+
+    x: str
+    weight: str
+    aux_weight: str
+    models: int = 1
+    tf32: bool = False
+
+
+KINDS = {
+    "bf16": Kind("bfloat16", "bfloat16", "bfloat16"),
+    "bf16, int8": Kind("bfloat16", "bfloat16", "int8"),
+    "bf16, int4": Kind("bfloat16", "bfloat16", "int4"),
+    "bf16, float8": Kind("bfloat16", "bfloat16", "float8_e4m3fn"),
+    "bf16, two models": Kind("bfloat16", "bfloat16", "bfloat16", models=2),
+    "fp16": Kind("float16", "float16", "float16"),
+    "fp32": Kind("float32", "float32", "float32"),
+    "tf32": Kind("float32", "float32", "float32", tf32=True),
+    "autocast": Kind("bfloat16", "float32", "float32"),
+    "autocast, bf16": Kind("bfloat16", "float32", "bfloat16"),
+    "autocast, int8": Kind("bfloat16", "float32", "int8"),
+    "autocast, int4": Kind("bfloat16", "float32", "int4"),
+    "autocast, float8": Kind("bfloat16", "float32", "float8_e4m3fn"),
+    "autocast, two models": Kind("bfloat16", "float32", "bfloat16", models=2),
+}
+"""By precision and, if it differs, W_aux."""
+
+
+class Shape(NamedTuple):
+    tokens: int
+    in_features: int
+    out_features: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} x {self.in_features} -> {self.out_features}"
+
+
+GPU_SHAPES = (Shape(2048, 512, 1024), Shape(3001, 656, 1296), Shape(1001, 203, 137), Shape(12608, 768, 3072))
+"""Aligned; ragged, in rows that TMA can read; ragged, in rows that it cannot; large."""
+SMALL_SHAPES = (Shape(64, 64, 64), Shape(45, 48, 80), Shape(37, 23, 29))
+
+
+@dataclass
+class Row:
+    """What was found of a plan at a shape; times in milliseconds, of the plain product too."""
+
+    kind: str
+    product: str
+    shape: Shape
+    inputs: str
+    plan: str
+    variant: str
+    fault: str | None = None
+    error_ratio: float | None = None
+    milliseconds: float | None = None
+    plain_milliseconds: float | None = None
+
+    @property
+    def place(self) -> str:
+        """What tells a row from others of its kind and product."""
+        return f"{self.shape}, {self.inputs}, {self.plan}"
+
+
+class Case(NamedTuple):
+    """The arguments of a product in `gemm`, and the same product without a pathway."""
+
+    inputs: str
+    arguments: tuple
+    plain: Callable[[], Tensor]
+
+
+def cases(kind: Kind, product: str, shape: Shape, device: str) -> list[Case]:
+    """With a bias and without one; with W_aux frozen and, if it is not quantised, trained."""
+    torch.manual_seed(0)
+    x_dtype, weight_dtype = (getattr(torch, _runnable(name)) for name in (kind.x, kind.weight))
+    stored = kind.aux_weight if kind.aux_weight in DTYPES.values() else None
+    tokens, in_features, out_features = shape
+    if stored == "int4":
+        in_features = -(-in_features // 64) * 64
+    draw = partial(torch.randn, device=device)
+    x, grad_output = (draw(tokens, features).to(x_dtype) for features in (in_features, out_features))
+    weights = draw(1 + kind.models, out_features, in_features) / in_features**0.5
+    weight, aux_weight = weights[0].to(weight_dtype), weights[1:].squeeze(0) if kind.models == 1 else weights[1:]
+    aux_weight_scale = None
+    if stored:
+        aux_weight, aux_weight_scale = quantize(aux_weight, stored)
+    else:
+        aux_weight = aux_weight.to(getattr(torch, _runnable(kind.aux_weight)))
+    scale, bias = torch.linspace(0.4, -0.3, kind.models, device=device), draw(out_features).to(weight_dtype)
+    half, half_bias, transposed = weight.to(x_dtype), bias.to(x_dtype), grad_output.t()
+    plain = partial(F.linear, x, half, half_bias)
+    if product == "forward":
+        found = [
+            ("bias", (x, weight, aux_weight, scale, bias, aux_weight_scale), plain),
+            ("no bias", (x, weight, aux_weight, scale, None, aux_weight_scale), partial(F.linear, x, half)),
+        ]
+    elif product == "grad_input":
+        arguments = grad_output, weight, aux_weight, scale, aux_weight_scale
+        found = [("", arguments, partial(torch.mm, grad_output, half))]
+    else:
+        wide = {} if weight_dtype == x_dtype else {"out_dtype": weight_dtype}
+        plain = partial(torch.mm, transposed, x, **wide)
+        found = [("", (grad_output, x, aux_weight, None, weight_dtype, None, aux_weight_scale), plain)]
+        if not stored:
+            trained = grad_output, x, aux_weight, scale, weight_dtype, aux_weight.dtype, None
+            found.append(("W_aux trained", trained, plain))
+    return [Case(inputs, gemm.prepared(product, *arguments), plain) for inputs, arguments, plain in found]
+
+
+def _runnable(dtype: str) -> str:
+    return "float16" if INTERPRETED and dtype == "bfloat16" else dtype
+
+
+def _rows(request: dict[str, Any]) -> Iterator[tuple[Row, Case, Plan]]:
+    kind, product = KINDS[request["kind"]], request["product"]
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if kind.tf32 else "ieee"
+    for shape in (Shape(*sizes) for sizes in request["shapes"]):
+        for case in cases(kind, product, shape, "cpu" if INTERPRETED else "cuda"):
+            for plan in gemm.plans(product, *case.arguments):
+                variant = gemm.variant(plan, product, *case.arguments)
+                yield Row(request["kind"], product, shape, case.inputs, str(plan), variant), case, plan
+
+
+def _verify(row: Row, case: Case, plan: Plan) -> None:
+    try:
+        row.fault, row.error_ratio = verify(plan, row.product, *case.arguments)
+    except Exception as error:
+        row.fault = f"{type(error).__name__}: {error}"
+
+
+def _time(row: Row, case: Case, plan: Plan) -> None:
+    measure = partial(triton.testing.do_bench, warmup=5, rep=20, return_mode="median")
+    row.milliseconds = measure(partial(gemm.compute, plan, row.product, *case.arguments))
+    row.plain_milliseconds = measure(case.plain)
+
+
+def answer(request: dict[str, Any]) -> None:
+    """Print a line when a row is begun, and another when it is done."""
+    for row, case, plan in _rows(request):
+        if request["timed"]:
+            wanted, work = row.place in request["places"], _time
+        else:
+            wanted, work = row.place not in request["places"] and row.plan not in request["lost"], _verify
+        if wanted:
+            print(json.dumps({"begun": asdict(row)}), flush=True)
+            work(row, case, plan)
+            print(json.dumps({"done": asdict(row)}), flush=True)
+            if row.fault and not INTERPRETED:
+                torch.cuda.synchronize()  # raises where the fault has left the device unusable
+
+
+def main() -> None:
+    """Answer what stdin asks for."""
+    for line in sys.stdin:
+        answer(json.loads(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Whether a plan computes a product right: against float64, with plain torch's own error as the measure.
+
+The memory that a kernel writes to is poisoned before, and repeated runs must give the same bits.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import gemm
+from .configs import EAGER, Plan, active_target, input_precision
+from .quantization import dequantize
+
+RUNS = 3
+_BLOCK_ENTRIES = 2**22
+"""Of a float64 result, which is made a block at a time: 32 MiB."""
+
+
+class Finding(NamedTuple):
+    """What is wrong with a plan, None if nothing is, and `Bound.error_ratio` of its worst output."""
+
+    fault: str | None
+    error_ratio: float
+
+
+class Bound:
+    """The largest error of a result, and the largest that is accepted: 1.5 times plain torch's plus a rounding.
+
+    A rounding is one of the largest entry, one of the operands, and one in float32 of the terms, for where they cancel;
+    or the smallest number for each term. Entries count where torch's result is finite. An infinity counts as the
+    largest number, which it may stand beside.
+
+    Args:
+        dtype: of the result.
+        depth: how many terms an entry is the sum of.
+        eps: of the largest entry; by default the dtype's.
+        sums: how many more float32 roundings of the largest entry are accepted, of sums on the way to it.
+    """
+
+    def __init__(self, dtype: torch.dtype, depth: int, eps: float | None = None, sums: float = 0) -> None:
+        self._limits, self._depth, self._sums = torch.finfo(dtype), depth, sums
+        self._eps = self._limits.eps if eps is None else eps
+        self._wide_eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        self._largest: dict[str, Tensor] = {}
+
+    def add(self, got: Tensor, plain: Tensor, exact: Tensor, terms: Tensor, moved: Tensor | None = None) -> None:
+        """Count a block of the result.
+
+        Args:
+            got: the block.
+            plain: as plain torch computes it.
+            exact: in float64.
+            terms: of the terms' absolute values.
+            moved: how far rounded operands move it; infinite where they may overflow.
+        """
+        counted = plain.isfinite() if moved is None else plain.isfinite() & moved.isfinite()
+        blocks = {
+            "error": got.clamp(self._limits.min, self._limits.max).double() - exact,
+            "plain": plain.double() - exact,
+            "exact": exact,
+            "terms": terms.double(),
+            "moved": torch.zeros_like(exact) if moved is None else moved.double(),
+        }
+        for name, block in blocks.items():
+            largest = torch.where(counted, block.abs(), 0).max()
+            self._largest[name] = torch.maximum(self._largest.get(name, largest), largest)
+
+    @property
+    def error(self) -> float:
+        return self._largest["error"].item()
+
+    @property
+    def plain_error(self) -> float:
+        return self._largest["plain"].item()
+
+    @property
+    def accepted(self) -> float:
+        largest = {name: value.item() for name, value in self._largest.items()}
+        rounding = (self._eps + self._sums * self._wide_eps) * largest["exact"] + largest["moved"]
+        rounding += self._wide_eps * largest["terms"] + self._limits.smallest_normal * self._limits.eps * self._depth
+        return 1.5 * self.plain_error + rounding
+
+    @property
+    def error_ratio(self) -> float:
+        """The error over plain torch's, or over a rounding of the largest entry, if that is more."""
+        return self.error / max(self.plain_error, self._eps * self._largest["exact"].item(), self._limits.tiny)
+
+
+def verify(plan: Plan, product: str, *arguments: Any) -> Finding:
+    """Compute a product by a plan on the current device, RUNS times, and compare.
+
+    Args:
+        arguments: of the product, not empty, as `gemm.prepared` returns them.
+
+    Raises:
+        Exception: whatever the kernel raises.
+    """
+    with torch.no_grad():
+        with poisoned():
+            first, *others = (_outputs(gemm.compute(plan, product, *arguments)) for _ in range(RUNS))
+        if not all(_have_same_bits(first, other) for other in others):
+            return Finding("repeated runs give different bits", float("nan"))
+        plain = _outputs(gemm.compute(EAGER, product, *arguments))
+        compare = _compare_gradients if product == "grad_parameters" else _compare_combined
+        bounds = compare(first, plain, product, *arguments)
+    faults = [
+        f"error of {name} {bound.error:.2e}, of plain torch {bound.plain_error:.2e}, accepted {bound.accepted:.2e}"
+        for name, bound in bounds.items()
+        if not bound.error <= bound.accepted  # as none of NaN is
+    ]
+    return Finding("; ".join(faults) or None, max(bound.error_ratio for bound in bounds.values()))
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Floating tensors that are created empty inside the block hold NaN."""
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def _outputs(result: Any) -> list[Tensor | None]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _have_same_bits(first: list[Tensor | None], second: list[Tensor | None]) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(one is None or torch.equal(one.view(torch.uint8), other.view(torch.uint8)) for one, other in pairs)
+
+
+def _compare_combined(
+    got: list[Tensor],
+    plain: list[Tensor],
+    product: str,
+    left: Tensor,
+    weight: Tensor,
+    aux_weight: Tensor,
+    scale: Tensor,
+    *others: Tensor | None,
+) -> dict[str, Bound]:
+    *bias, aux_weight_scale = others
+    aux_weight = _values(aux_weight, aux_weight_scale)
+    if product == "forward":
+        weight, aux_weight = weight.t(), aux_weight.mT
+    depth, limits = len(weight), torch.finfo(left.dtype)
+    bias = bias[0] if bias and bias[0] is not None else left.new_zeros(weight.shape[1])
+    bound = Bound(left.dtype, depth, _operand_eps(left), _sums(depth))
+    for columns in _blocks(weight.shape[1], depth):
+        summands = torch.cat((weight[None, :, columns].double(), _scaled(aux_weight[..., columns], scale)))
+        combined, absolute = summands.sum(0), summands.abs().sum(0).float()
+        finite = combined.abs() <= limits.max * (1 - limits.eps)
+        squares = torch.where(finite, combined.square(), torch.inf).float()
+        for rows in _blocks(len(left), absolute.shape[1]):
+            block = left[rows].double()
+            bound.add(
+                got[0][rows, columns],
+                plain[0][rows, columns],
+                block @ combined + bias[columns].double(),
+                block.float().abs() @ absolute + bias[columns].float().abs(),
+                _operand_eps(left) * (block.square().float() @ squares).sqrt(),
+            )
+    return {"the output": bound}
+
+
+def _compare_gradients(
+    got: list[Tensor | None],
+    plain: list[Tensor | None],
+    product: str,
+    grad_output: Tensor,
+    x: Tensor,
+    aux_weight: Tensor | None,
+    scale: Tensor | None,
+    weight_dtype: torch.dtype | None,
+    aux_dtype: torch.dtype | None,
+    aux_weight_scale: Tensor | None,
+) -> dict[str, Bound]:
+    tokens, columns = x.shape
+    eps = _operand_eps(x) if x.dtype == torch.float32 else 0.0  # what is not float32 is multiplied as it is
+    names = ("the gradient of weight", "the gradient of aux_weight", "the gradient of scale")
+    bounds = {
+        name: Bound(output.dtype, tokens, max(eps, torch.finfo(output.dtype).eps), _sums(tokens))
+        for name, output in zip(names, got, strict=True)
+        if output is not None
+    }
+    aux_weight = None if aux_weight is None else _values(aux_weight, aux_weight_scale)
+    of_scales = []
+    for rows in _blocks(grad_output.shape[1], columns):
+        exact, terms, squares = _sums_over_tokens(grad_output[:, rows], x)
+        if got[0] is not None:
+            bounds[names[0]].add(got[0][rows], plain[0][rows], exact, terms, eps * squares.sqrt())
+        if got[1] is not None:
+            factors = scale.double().view(-1, *(1,) * (got[1].dim() - 1))
+            sums = factors * exact, factors.abs() * terms, factors.abs() * eps * squares.sqrt()
+            bounds[names[1]].add(got[1][..., rows, :], plain[1][..., rows, :], *sums)
+        if aux_weight is not None:
+            aux = aux_weight[..., rows, :].double()
+            weighted = exact * aux, terms * aux.abs(), squares * aux.square()
+            of_scales.append([sums.sum((-2, -1)).view(-1) for sums in weighted])
+    if aux_weight is not None:
+        exact, terms, squares = (sum(blocks) for blocks in zip(*of_scales, strict=True))
+        bounds[names[2]].add(got[2], plain[2], exact, terms, eps * squares.sqrt())
+    return bounds
+
+
+def _values(aux_weight: Tensor, aux_weight_scale: Tensor | None) -> Tensor:
+    return aux_weight if aux_weight_scale is None else dequantize(aux_weight, aux_weight_scale)
+
+
+def _scaled(aux_weight: Tensor, scale: Tensor) -> Tensor:
+    """(N, K) or (n, N, K) -> (n, N, K), in float64."""
+    return scale.double().view(-1, 1, 1) * aux_weight.double()
+
+
+def _sums_over_tokens(grad_output: Tensor, x: Tensor) -> list[Tensor]:
+    """dY^T x in float64, of what it adds up, of the absolute values and of the squares."""
+    sums = [x.new_zeros(grad_output.shape[1], x.shape[1], dtype=torch.float64) for _ in range(3)]
+    for tokens in _blocks(len(x), max(grad_output.shape[1], x.shape[1])):
+        grad, block = grad_output[tokens].t().double(), x[tokens].double()
+        for total, function in zip(sums, (torch.clone, torch.abs, torch.square), strict=True):
+            total.addmm_(function(grad), function(block))
+    return sums
+
+
+def _operand_eps(operand: Tensor) -> float:
+    """What an operand is rounded to before it is multiplied, relative to its size."""
+    tf32 = operand.dtype == torch.float32 and input_precision(operand.dtype, active_target()) == "tf32"
+    return 2.0**-10 if tf32 else torch.finfo(operand.dtype).eps
+
+
+def _sums(depth: int) -> float:
+    """Tensor cores add up to 16 products at once and cut off what does not fit beside the sum so far."""
+    return depth / 16
+
+
+def _blocks(size: int, width: int) -> list[slice]:
+    """Blocks of rows of such a width."""
+    step = max(1, _BLOCK_ENTRIES // width)
+    return [slice(start, start + step) for start in range(0, size, step)]

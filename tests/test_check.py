@@ -1,0 +1,282 @@
+"""`m2pt check`: in Triton's interpreter, and with processes that answer, fail, die and hang as the tests dictate."""
+
+import json
+import sys
+
+import pytest
+import torch
+from test_compilation import by_tma
+
+from benchmarks.offline import TARGETS, compiling_for
+from m2pt.cli import main
+from m2pt_kernels import check, configs, cross_modal_linear, gemm, records
+from m2pt_kernels.cases import KINDS, Row, Shape
+from m2pt_kernels.configs import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="it starts the interpreter itself")
+
+SHAPES = (Shape(48, 64, 80), Shape(37, 23, 29))
+
+ANSWERING = """
+import json, os, signal, sys, time
+from m2pt_kernels_double import behaviour
+for line in sys.stdin:
+    request = json.loads(line)
+    for shape in request["shapes"]:
+        for plan in ("pointers a", "pointers b", "pointers c"):
+            row = dict(kind=request["kind"], product=request["product"], shape=shape, inputs="", plan=plan, fault=None,
+                variant=f"{request['product']} by {plan} of {request['kind']}", error_ratio=1.0)
+            place = f"{shape[0]} x {shape[1]} -> {shape[2]}, , {plan}"
+            if request["timed"] != (place in request["places"]) or plan in request.get("lost", ()):
+                continue
+            print(json.dumps({"begun": row}), flush=True)
+            behaviour(request, row)
+            print(json.dumps({"done": row}), flush=True)
+"""
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, tmp_path):
+    """Have the command find a GPU of two kinds of operands, and its processes behave as the code that is given."""
+
+    def pretend(behaviour):
+        lines = "".join(f"    {line}\n" for line in behaviour.splitlines() or ["pass"])
+        (tmp_path / "m2pt_kernels_double.py").write_text(
+            f"import os, signal, sys, time\n\ndef behaviour(request, row):\n{lines}"
+        )
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setattr(check, "WORKER", [sys.executable, "-c", ANSWERING])
+        monkeypatch.setattr(check, "KINDS", {name: KINDS[name] for name in ("bf16", "autocast, int8")})
+        monkeypatch.setattr(check, "GPU_SHAPES", SHAPES)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**33, 2**34))
+        monkeypatch.setattr(gemm, "supports", lambda device: True)
+        monkeypatch.setattr(check, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+
+    return pretend
+
+
+def rows_of(path):
+    return [Row(**fields | {"shape": Shape(*fields["shape"])}) for fields in json.loads(path.read_text())]
+
+
+@pytest.fixture
+def in_interpreter(monkeypatch):
+    def choose(*kinds, shapes=SHAPES):
+        monkeypatch.setattr(check, "KINDS", {name: KINDS[name] for name in kinds})
+        monkeypatch.setattr(check, "SMALL_SHAPES", shapes)
+
+    return choose
+
+
+def test_without_a_gpu_the_interpreter_runs_the_kernels(in_interpreter, tmp_path, capsys):
+    in_interpreter("bf16, two models", "tf32")
+    assert main(["check", "--json", str(tmp_path / "check.json")]) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("No GPU was found: ") and "100%" in output.err
+    assert output.out.endswith("\n3 of 3 kernels are right\n")
+    rows = rows_of(tmp_path / "check.json")
+    assert [(row.product, row.shape, row.inputs) for row in rows] == [
+        (product, shape, inputs)
+        for product, of_product in {
+            "forward": ("bias", "no bias"),
+            "grad_input": ("",),
+            "grad_parameters": ("", "W_aux trained"),
+        }.items()
+        for shape in sorted(SHAPES)
+        for inputs in of_product
+    ]
+    assert {row.kind for row in rows} == {"bf16, two models"} and {row.fault for row in rows} == {None}
+    assert all(row.plan.startswith("pointers") and row.error_ratio > 0 for row in rows)
+    assert not records.path_of("findings", "cpu", gemm.KERNELS).exists()
+
+
+def test_everything_right_on_a_gpu(on_gpu, tmp_path, capsys):
+    on_gpu("if request['timed']: row['milliseconds'], row['plain_milliseconds'] = 0.3, 0.2")
+    assert main(["check", "--json", str(tmp_path / "check.json")]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith(f"NVIDIA H100 80GB HBM3, torch {torch.__version__}, Triton ")
+    assert output.endswith("\n18 of 18 kernels are right\n")
+    assert ["grad_input", "by", "pointers", "b", "of", "bf16", "1.00", "0.300", "1.50"] in map(
+        str.split, output.split("\n")
+    )
+    rows = rows_of(tmp_path / "check.json")
+    assert len(rows) == 2 * 3 * 2 * 3
+    assert {row.milliseconds for row in rows if row.shape == SHAPES[0]} == {0.3}
+    assert {row.milliseconds for row in rows if row.shape == SHAPES[1]} == {None}
+    known = records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS))
+    assert known == {row.variant: None for row in rows}
+
+
+FAULTS = {
+    "row['fault'] = 'error of the output 3.0e-01'": "error of the output 3.0e-01",
+    "os._exit(3)": "status 3: ",
+    "raise RuntimeError('an illegal memory access')": "status 1: RuntimeError: an illegal memory access",
+    "os.kill(os.getpid(), signal.SIGSEGV)": "ended by SIGSEGV",
+    "time.sleep(60)": "no end in 3 s",
+}
+
+
+@pytest.mark.parametrize("fault, message", FAULTS.items())
+def test_a_fault_is_a_row_and_not_the_end(on_gpu, monkeypatch, tmp_path, capsys, fault, message):
+    on_gpu(f"if row['plan'] == 'pointers b' and row['kind'] == 'bf16' and row['product'] == 'forward': {fault}")
+    monkeypatch.setattr(check, "PATIENCE", 3.0)
+    assert main(["check", "--json", str(tmp_path / "check.json")]) == 1
+    faulty = "forward by pointers b of bf16"
+    output = capsys.readouterr().out
+    assert "\n17 of 18 kernels are right\n" in output and output.splitlines()[-1].startswith(f"{faulty}: {message}")
+    (line,) = (line for line in output.splitlines() if line.endswith("FAULTY"))
+    assert line.startswith(f"{faulty} ")
+    rows = rows_of(tmp_path / "check.json")
+    places = [(row.kind, row.product, row.place) for row in rows]
+    ends_the_process = "row[" not in fault
+    assert len(set(places)) == len(places) == 36 - ends_the_process
+    assert {row.variant for row in rows if row.fault} == {faulty}
+    known = records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS))
+    assert {variant for variant, fault in known.items() if fault} == {faulty} and len(known) == 18
+
+
+def test_a_process_that_cannot_start_is_a_row(on_gpu, monkeypatch, capsys):
+    on_gpu("")
+    monkeypatch.setattr(check, "WORKER", [sys.executable, "-c", "import no_such_module"])
+    assert main(["check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        lines[-1]
+        == "grad_parameters of autocast, int8: status 1: ModuleNotFoundError: No module named 'no_such_module'"
+    )
+    assert lines[-7] == "0 of 6 kernels are right"
+
+
+def test_losing_the_times_loses_no_finding(on_gpu, capsys):
+    on_gpu("if request['timed'] and row['plan'] == 'pointers b': os._exit(3)")
+    assert main(["check"]) == 0
+    output = capsys.readouterr()
+    assert "Timing ended at forward by pointers b of bf16, 48 x 64 -> 80: status 3" in output.err
+    assert output.out.endswith("\n18 of 18 kernels are right\n")
+
+
+def test_a_plan_that_is_right_again_is_used_again(on_gpu):
+    path = records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS)
+    on_gpu("if row['plan'] == 'pointers b': row['fault'] = 'wrong'")
+    assert main(["check"]) == 1
+    faults = records.faults("NVIDIA H100 80GB HBM3", gemm.KERNELS)
+    assert len(faults) == 6 and sum(fault is not None for fault in records.read(path).values()) == 6
+    on_gpu("")
+    assert main(["check"]) == 0
+    assert records.faults("NVIDIA H100 80GB HBM3", gemm.KERNELS) == {} and len(records.read(path)) == 18
+
+
+def test_an_old_gpu_has_nothing_to_check(on_gpu, monkeypatch, capsys):
+    on_gpu("")
+    monkeypatch.setattr(gemm, "supports", lambda device: False)
+    assert main(["check"]) == 0
+    assert "below 8.0" in capsys.readouterr().out
+
+
+def test_layers_of_a_model():
+    shapes = [Shape(394, 192, 192), Shape(394, 192, 576), Shape(394, 192, 768), Shape(394, 768, 192)]
+    assert check.layers("vit_tiny_patch16_224", 2) == shapes
+
+
+def test_a_model_is_checked_instead(in_interpreter, tmp_path):
+    in_interpreter("fp16")
+    assert main(["check", "--model", "vit_tiny_patch16_224", "--batch", "1", "--json", str(tmp_path / "c.json")]) == 0
+    assert {row.shape for row in rows_of(tmp_path / "c.json")} == {Shape(96, 96, 96)}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "no_such_model"], "--model: expected the name of a timm model, got 'no_such_model'"),
+        (["--batch", "0"], "--batch: expected a positive number, got 0"),
+        (["--json", "no/such/folder/check.json"], "--json: expected a file in a folder that exists"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys):
+    assert main(["check", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"m2pt: error: {message}") and error.count("\n") == 1
+
+
+@pytest.fixture
+def weights():
+    return {name: torch.randn(1024, 512, dtype=torch.bfloat16) for name in ("weight", "aux_weight")}
+
+
+def kernels(x, weights):
+    """What computes a forward pass."""
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        cross_modal_linear(x, **weights, scale=torch.ones(1))
+    return [kernel.metadata.name for kernel in compiled]
+
+
+@pytest.fixture
+def plans(weights):
+    """Those of that forward pass."""
+    x = torch.randn(1024, 512, dtype=torch.bfloat16)
+    arguments = gemm.prepared("forward", x, *weights.values(), torch.ones(1), None, None)
+    with compiling_for(TARGETS["sm_90"]):
+        return {gemm.variant(plan, "forward", *arguments): plan for plan in gemm.plans("forward", *arguments)}
+
+
+@by_tma
+def test_a_faulty_plan_is_not_used_and_one_warning_names_the_next(weights, plans):
+    x = torch.randn(1024, 512, dtype=torch.bfloat16)
+    first, second = list(plans)[:2]
+    records.remember("cpu", gemm.KERNELS, {first: "error of the output 0.3"})
+    with pytest.warns(UserWarning) as caught:
+        kernels(x, weights)
+        kernels(x[:900], weights)
+    (warning,) = caught
+    expected = (
+        f"{first} was found faulty on this GPU (error of the output 0.3) and is not used: next is {plans[second]}."
+    )
+    assert str(warning.message).startswith(expected)
+    assert plans[first] not in configs.UNTUNED.values()
+
+
+@by_tma
+def test_kernels_without_a_right_plan_leave_the_product_to_plain_torch(weights, plans):
+    records.remember("cpu", gemm.KERNELS, {variant: "no end in 90 s" for variant in plans})
+    with pytest.warns(UserWarning, match="next is eager"):
+        assert kernels(torch.randn(1024, 512, dtype=torch.bfloat16), weights) == []
+
+
+@by_tma
+def test_other_dtypes_and_gpus_keep_the_plan(weights, plans, monkeypatch):
+    x = torch.randn(1024, 512, dtype=torch.bfloat16)
+    usual = kernels(x, weights)
+    faulty = {variant: "wrong" for variant in plans}
+    records.remember("NVIDIA H100 80GB HBM3", gemm.KERNELS, faulty)
+    assert kernels(x, weights) == usual
+    records.remember("cpu", gemm.KERNELS, faulty)
+    assert kernels(x.half(), {name: weight.half() for name, weight in weights.items()}) == usual
+
+
+def test_a_product_reads_what_was_found_once_and_verifies_nothing(weights, monkeypatch):
+    read, x = [], torch.randn(1024, 512, dtype=torch.bfloat16)
+    monkeypatch.setattr(records, "read", lambda path: read.append(path) or {})
+    monkeypatch.setattr(gemm.reference, "forward", None)
+    for rows in (1024, 900, 800):
+        assert len(kernels(x[:rows], weights)) == 1
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}', '"forward"'])
+def test_damaged_findings_are_none(weights, content):
+    path = records.path_of("findings", "cpu", gemm.KERNELS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    assert records.faults("cpu", gemm.KERNELS) == {}
+    records.remember("cpu", gemm.KERNELS, {"forward by pointers": "wrong"})
+    assert records.read(path)["forward by pointers"] == "wrong"
+
+
+def test_findings_that_cannot_be_written_hold_in_this_process(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("M2PT_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="M2PT_CACHE_DIR: cannot write"):
+        records.remember("cpu", gemm.KERNELS, {"forward by pointers": "wrong"})
+    assert records.faults("cpu", gemm.KERNELS) == {"forward by pointers": "wrong"}

@@ -1,0 +1,239 @@
+"""What tells a right result from a wrong one: results that plain torch makes, with faults made on purpose."""
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks.offline import TARGETS, compiling_for
+from m2pt_kernels import gemm, reference, verification
+from m2pt_kernels.cases import KINDS, PRODUCTS, Shape, cases
+from m2pt_kernels.configs import EAGER, INTERPRETED, Plan
+from m2pt_kernels.verification import Bound, poisoned, verify
+
+PLAN = Plan("pointers", "under test")
+SHAPE = Shape(70, 128, 96)
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="no kernel runs here")
+
+
+@pytest.fixture(autouse=True)
+def _on_hopper():
+    with compiling_for(TARGETS["sm_90"]):
+        yield
+
+
+@pytest.fixture
+def computing_by(monkeypatch):
+    """Have PLAN computed by a function of the product and its arguments."""
+
+    def replace(function):
+        def compute(plan, product, *arguments):
+            return function(product, *arguments) if plan == PLAN else in_torch(product, *arguments)
+
+        monkeypatch.setattr(gemm, "compute", compute)
+
+    return replace
+
+
+def in_torch(product, *arguments):
+    return getattr(reference, product)(*arguments)
+
+
+def exactly(product, first, second, aux_weight, scale, *others):
+    """In float64, rounded once."""
+    *others, aux_weight_scale = others
+    if aux_weight_scale is not None:
+        aux_weight, aux_weight_scale = verification.dequantize(aux_weight, aux_weight_scale), None
+    wide = [
+        value.double() if isinstance(value, torch.Tensor) else torch.float64 if value is not None else None
+        for value in (first, second, aux_weight, scale, *others, aux_weight_scale)
+    ]
+    result = in_torch(product, *wide)
+    if product != "grad_parameters":
+        return result.to(first.dtype)
+    dtypes = *others, torch.float32
+    return tuple(None if value is None else value.to(dtype) for value, dtype in zip(result, dtypes, strict=True))
+
+
+def outputs(result):
+    return [result] if isinstance(result, torch.Tensor) else [output for output in result if output is not None]
+
+
+ALL = list(itertools.product(KINDS, PRODUCTS))
+
+
+@pytest.mark.parametrize("shape", [SHAPE, Shape(1, 64, 3), Shape(45, 23, 29)], ids=str)
+@pytest.mark.parametrize("kind, product", ALL)
+def test_right_results_have_no_fault(computing_by, kind, product, shape):
+    computing_by(exactly)
+    for case in cases(KINDS[kind], product, shape, "cpu"):
+        finding = verify(PLAN, product, *case.arguments)
+        assert finding.fault is None and 0 <= finding.error_ratio <= 1.01
+
+
+@pytest.mark.parametrize("kind, product", ALL)
+def test_plain_torch_has_no_fault(kind, product):
+    for case in cases(KINDS[kind], product, SHAPE, "cpu"):
+        assert verify(EAGER, product, *case.arguments) == (None, pytest.approx(1, abs=1))
+
+
+def a_row_too_few(product, *arguments):
+    result = in_torch(product, *arguments)
+    outputs(result)[0][-1] = 0
+    return result
+
+
+def the_last_terms_left_out(product, first, second, aux_weight, scale, *others):
+    if product == "grad_parameters":
+        return in_torch(product, first[:-4], second[:-4], aux_weight, scale, *others)
+    first = first.clone()
+    first[:, -4:] = 0
+    return in_torch(product, first, second, aux_weight, scale, *others)
+
+
+def two_entries_changed_places(product, *arguments):
+    result = in_torch(product, *arguments)
+    output = outputs(result)[0]
+    output[[0, 1], 5] = output[[1, 0], 5]
+    return result
+
+
+def left_empty(product, *arguments):
+    result = in_torch(product, *arguments)
+    outputs(result)[-1].view(-1)[-1:] = torch.empty(1)
+    return result
+
+
+def another_scale(product, first, second, aux_weight, scale, *others):
+    return in_torch(product, first, second, aux_weight, None if scale is None else 1.1 * scale, *others)
+
+
+FAULTS = [a_row_too_few, the_last_terms_left_out, two_entries_changed_places, left_empty]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("kind, product", ALL)
+def test_a_wrong_result_is_a_fault(computing_by, kind, product, fault):
+    computing_by(fault)
+    for case in cases(KINDS[kind], product, SHAPE, "cpu"):
+        assert "plain torch" in verify(PLAN, product, *case.arguments).fault
+
+
+@pytest.mark.parametrize("kind, product", ALL)
+def test_another_scale_is_a_fault(computing_by, kind, product):
+    computing_by(another_scale)
+    for case in cases(KINDS[kind], product, SHAPE, "cpu"):
+        fault = verify(PLAN, product, *case.arguments).fault
+        assert (fault is None) == (case.arguments[3] is None)
+        assert fault is None or product != "grad_parameters" or fault.startswith("error of the gradient of aux_weight")
+
+
+@pytest.mark.parametrize("output, name", list(enumerate(["weight", "aux_weight", "scale"])))
+def test_each_gradient_counts(computing_by, output, name):
+    def fault(product, *arguments):
+        result = in_torch(product, *arguments)
+        result[output].view(-1)[-1] *= 1.2
+        return result
+
+    computing_by(fault)
+    case = cases(KINDS["autocast, two models"], "grad_parameters", SHAPE, "cpu")[1]
+    found = verify(PLAN, "grad_parameters", *case.arguments).fault
+    assert found.startswith(f"error of the gradient of {name}") and ";" not in found
+
+
+def test_a_scale_gradient_of_a_rounded_gradient_is_a_fault(computing_by):
+    def fault(product, grad_output, x, aux_weight, *others):
+        total = in_torch(product, grad_output, x, aux_weight, *others)
+        return *total[:2], (total[0].bfloat16().float() * aux_weight.float() * 1.004).sum().view(1)
+
+    computing_by(fault)
+    case = cases(KINDS["autocast"], "grad_parameters", Shape(4, 128, 96), "cpu")[0]
+    x, aux_weight = case.arguments[1].abs(), case.arguments[2].abs()  # so that nothing cancels
+    arguments = case.arguments[0].abs(), x, aux_weight, *case.arguments[3:]
+    assert "the gradient of scale" in verify(PLAN, "grad_parameters", *arguments).fault
+
+
+def test_different_bits_are_a_fault(computing_by):
+    runs = itertools.count()
+
+    def fault(product, *arguments):
+        result = in_torch(product, *arguments)
+        if next(runs) == 2:
+            result[-1, -1] = torch.nextafter(result[-1, -1], torch.tensor(9.0))
+        return result
+
+    computing_by(fault)
+    (case,) = cases(KINDS["fp32"], "grad_input", SHAPE, "cpu")
+    assert "different bits" in verify(PLAN, "grad_input", *case.arguments).fault
+
+
+@pytest.fixture(params=["tf32", "ieee"])
+def precision(request):
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = request.param
+    yield request.param
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_operands_cut_to_tf32_are_right_if_torch_allows_tf32(computing_by, precision, product):
+    def fault(product, first, second, *others):
+        cut = ((tensor.view(torch.int32) & -(2**13)).view(torch.float32) for tensor in (first, second))
+        return in_torch(product, *cut, *others)
+
+    computing_by(fault)
+    for case in cases(KINDS["tf32"], product, SHAPE, "cpu"):
+        assert (verify(PLAN, product, *case.arguments).fault is None) == (precision == "tf32")
+
+
+def test_an_error_is_raised(computing_by):
+    def fault(product, *arguments):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    computing_by(fault)
+    (case,) = cases(KINDS["fp32"], "grad_input", SHAPE, "cpu")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        verify(PLAN, "grad_input", *case.arguments)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("kind, product", ALL)
+def test_blocks_are_the_whole(monkeypatch, kind, product):
+    case = cases(KINDS[kind], product, SHAPE, "cpu")[-1]
+    got = verification._outputs(in_torch(product, *case.arguments))
+    compare = verification._compare_gradients if product == "grad_parameters" else verification._compare_combined
+    whole = compare(got, got, product, *case.arguments)
+    monkeypatch.setattr(verification, "_BLOCK_ENTRIES", 1000)
+    blocks = compare(got, got, product, *case.arguments)
+    assert whole.keys() == blocks.keys()
+    for name, bound in whole.items():
+        assert blocks[name].error == pytest.approx(bound.error, rel=1e-9)
+        assert blocks[name].accepted == pytest.approx(bound.accepted, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", [(False, False), (True, False), (True, True)], ids=str)
+def test_poison_is_taken_away(mode):
+    torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+    try:
+        with poisoned():
+            assert torch.zeros(3).new_empty(2, dtype=torch.float16).isnan().all()
+        assert torch.are_deterministic_algorithms_enabled() == mode[0]
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == mode[1]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_bound_counts_what_torch_has_finite():
+    bound, ones = Bound(torch.float16, 4), torch.ones(2, dtype=torch.float64)
+    bound.add(torch.tensor([9.0, 1.0]).half(), torch.tensor([torch.inf, 1.0]).half(), ones, ones)
+    assert bound.error == 0
+    bound.add(torch.tensor([1.0, torch.nan]).half(), ones.half(), ones, ones)
+    assert not bound.error <= bound.accepted
+
+
+def test_an_infinity_beside_the_largest_number_is_an_error_of_its_rounding():
+    largest = torch.full((1,), torch.finfo(torch.float16).max, dtype=torch.float16)
+    bound = Bound(torch.float16, 4)
+    bound.add(largest * 2, largest, largest.double() + 8, largest.double() + 8)
+    assert bound.error <= bound.accepted
