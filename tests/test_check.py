@@ -18,16 +18,16 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="it starts the interpreter i
 SHAPES = (Shape(48, 64, 80), Shape(37, 23, 29))
 
 ANSWERING = """
-import json, os, signal, sys, time
+import itertools, json, os, signal, sys, time
 from m2pt_kernels_double import behaviour
 for line in sys.stdin:
     request = json.loads(line)
-    for shape in request["shapes"]:
-        for plan in ("pointers a", "pointers b", "pointers c"):
-            row = dict(kind=request["kind"], product=request["product"], shape=shape, inputs="", plan=plan, fault=None,
-                variant=f"{request['product']} by {plan} of {request['kind']}", error_ratio=1.0)
-            place = f"{shape[0]} x {shape[1]} -> {shape[2]}, , {plan}"
-            if request["timed"] != (place in request["places"]) or plan in request.get("lost", ()):
+    for product in request["products"]:
+        for shape, plan in itertools.product(request["shapes"], ("pointers a", "pointers b", "pointers c")):
+            row = dict(kind=request["kind"], product=product, shape=shape, inputs="", plan=plan, fault=None,
+                variant=f"{product} by {plan} of {request['kind']}", error_ratio=1.0)
+            place = f"{product}, {shape[0]} x {shape[1]} -> {shape[2]}, , {plan}"
+            if request["timed"] != (place in request["places"]) or row["variant"] in request.get("lost", ()):
                 continue
             print(json.dumps({"begun": row}), flush=True)
             behaviour(request, row)

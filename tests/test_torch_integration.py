@@ -1,6 +1,5 @@
 """The operators inside torch's own machinery, on the eager path: opcheck, gradcheck, compile, checkpointing, FLOPs."""
 
-import copy
 import io
 import itertools
 import shutil
@@ -388,23 +387,3 @@ def test_torchscript_by_tracing(deploy):
     gradients = {name: parameter.grad for name, parameter in loaded.named_parameters()}
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad)
-
-
-if torch.cuda.is_available():
-
-    @pytest.mark.parametrize("name", ["eager", "triton"])
-    def test_cuda_graph_of_forward_and_backward(name):
-        layer = FusedCrossModalLinear(64, 64, aux_weight=torch.randn(64, 64)).to("cuda", torch.float16)
-        twin = copy.deepcopy(layer)
-        with implementation(name):
-            graphed = torch.cuda.make_graphed_callables(twin, (torch.randn(32, 64).to(layer.weight).requires_grad_(),))
-            for scale in (0.5, -1.0):
-                x, results = torch.randn(32, 64).to(layer.weight), []
-                for module in (layer, graphed):
-                    torch.nn.init.constant_(module.cross_modal_scale, scale)
-                    module.zero_grad()
-                    leaf = x.clone().requires_grad_()
-                    y = module(leaf)
-                    y.backward(torch.ones_like(y))
-                    results.append((y, leaf.grad, {name: p.grad for name, p in module.named_parameters()}))
-                torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""What `check` computes: operands of every kind and size, in a process for each product and kind of operands.
+"""What `check` computes: products of operands of every kind and size, some in a process.
 
 Such a process (`python -m m2pt_kernels.cases`) reads requests from stdin, each a line, and answers line by line, so
 that whoever started it knows what it was at when it was lost.
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product as pairs
 from typing import Any, NamedTuple
 
 import torch
@@ -84,8 +85,8 @@ class Row:
 
     @property
     def place(self) -> str:
-        """What tells a row from others of its kind and product."""
-        return f"{self.shape}, {self.inputs}, {self.plan}"
+        """What tells a row from others of its kind."""
+        return f"{self.product}, {self.shape}, {self.inputs}, {self.plan}"
 
 
 class Case(NamedTuple):
@@ -139,9 +140,10 @@ def _runnable(dtype: str) -> str:
 
 
 def _rows(request: dict[str, Any]) -> Iterator[tuple[Row, Case, Plan]]:
-    kind, product = KINDS[request["kind"]], request["product"]
+    kind = KINDS[request["kind"]]
     torch.backends.cuda.matmul.fp32_precision = "tf32" if kind.tf32 else "ieee"
-    for shape in (Shape(*sizes) for sizes in request["shapes"]):
+    for product, sizes in pairs(request["products"], request["shapes"]):
+        shape = Shape(*sizes)
         for case in cases(kind, product, shape, "cpu" if INTERPRETED else "cuda"):
             for plan in gemm.plans(product, *case.arguments):
                 variant = gemm.variant(plan, product, *case.arguments)
@@ -167,7 +169,7 @@ def answer(request: dict[str, Any]) -> None:
         if request["timed"]:
             wanted, work = row.place in request["places"], _time
         else:
-            wanted, work = row.place not in request["places"] and row.plan not in request["lost"], _verify
+            wanted, work = row.place not in request["places"] and row.variant not in request["lost"], _verify
         if wanted:
             print(json.dumps({"begun": asdict(row)}), flush=True)
             work(row, case, plan)

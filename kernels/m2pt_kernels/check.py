@@ -1,4 +1,4 @@
-"""Every kernel on this GPU against float64, each product and kind of operands in a process of its own, and its time.
+"""Every kernel on this GPU against float64, in a process for each product and kind of operands, and its time.
 
 `python -m m2pt_kernels.check`, or `m2pt check`. What is found faulty is not used any more on such a GPU. Without a GPU
 Triton's interpreter runs the kernels, at small sizes.
@@ -66,7 +66,7 @@ def run(model: str | None = None, batch: int = 64, json_file: Path | None = None
     if on_gpu:
         print(f"{device_name(device)}, torch {torch.__version__}, Triton {triton.__version__}")
     else:
-        print("No GPU was found: Triton's interpreter runs the kernels, at small sizes and with float16 for bfloat16.")
+        print("No GPU was found: Triton's interpreter runs the portable kernels, at small sizes, bfloat16 as float16.")
         kinds = [name for name in kinds if not KINDS[name].tf32]
         shapes = sorted({Shape(*(min(size, _LARGEST_SMALL) for size in shape)) for shape in shapes})
     rows = check(kinds, shapes, on_gpu)
@@ -110,7 +110,8 @@ def layers(model: str, batch: int) -> list[Shape]:
 
 def check(kinds: Sequence[str], shapes: Sequence[Shape], on_gpu: bool) -> list[Row]:
     """Verify every plan in processes side by side, then time those that are right at the largest shape, one by one."""
-    groups = list(pairs(kinds, PRODUCTS))
+    # On a GPU the processes take their time to compile, forward the longest; in the interpreter they take it to start.
+    groups = list(pairs([[product] for product in PRODUCTS] if on_gpu else [PRODUCTS], kinds))
     rows: list[Row] = []
     with ThreadPoolExecutor(_workers(on_gpu)) as pool, tqdm(total=len(groups), desc="checking", unit="group") as bar:
         for found in pool.map(lambda group: _verified(*group, shapes, on_gpu), groups):
@@ -128,13 +129,13 @@ def _workers(on_gpu: bool) -> int:
     return max(1, min(cores, torch.cuda.mem_get_info()[0] // _BYTES_PER_PROCESS)) if on_gpu else cores
 
 
-def _verified(kind: str, product: str, shapes: Sequence[Shape], on_gpu: bool) -> list[Row]:
+def _verified(products: Sequence[str], kind: str, shapes: Sequence[Shape], on_gpu: bool) -> list[Row]:
     """The rows of a group. A plan that ends its process, or never ends, is left out at the shapes that follow."""
     rows: list[Row] = []
     lost: list[str] = []
     while True:
         before, begun = len(rows), None
-        request = {"kind": kind, "product": product, "shapes": shapes, "timed": False, "lost": lost}
+        request = {"kind": kind, "products": products, "shapes": shapes, "timed": False, "lost": lost}
         try:
             for event, row in _answers([request | {"places": [row.place for row in rows]}], on_gpu):
                 begun = row if event == "begun" else None
@@ -143,20 +144,21 @@ def _verified(kind: str, product: str, shapes: Sequence[Shape], on_gpu: bool) ->
             return rows
         except _LostError as error:
             if begun is None and len(rows) == before:
-                return [*rows, Row(kind, product, shapes[0], "", "", f"{product} of {kind}", str(error))]
+                name = " and ".join(products)
+                return [*rows, Row(kind, name, shapes[0], "", "", f"{name} of {kind}", str(error))]
             if begun is not None:
                 begun.fault = str(error)
                 rows.append(begun)
-                lost.append(begun.plan)
+                lost.append(begun.variant)
 
 
 def _add_times(rows: list[Row]) -> None:
-    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    kinds: dict[str, dict[str, Row]] = {}
     for row in rows:
-        groups.setdefault((row.kind, row.product), {})[row.place] = row
+        kinds.setdefault(row.kind, {})[row.place] = row
     requests = [
-        {"kind": kind, "product": product, "shapes": [rows[0].shape], "timed": True, "places": list(places)}
-        for (kind, product), places in groups.items()
+        {"kind": kind, "products": PRODUCTS, "shapes": [rows[0].shape], "timed": True, "places": list(places)}
+        for kind, places in kinds.items()
     ]
     begun = None
     try:
@@ -164,7 +166,7 @@ def _add_times(rows: list[Row]) -> None:
             for event, row in _answers(requests, on_gpu=True):
                 begun = row
                 if event == "done":
-                    timed = groups[row.kind, row.product][row.place]
+                    timed = kinds[row.kind][row.place]
                     timed.milliseconds, timed.plain_milliseconds = row.milliseconds, row.plain_milliseconds
                     bar.update()
     except _LostError as error:

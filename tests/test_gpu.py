@@ -1,0 +1,242 @@
+"""What only makes sense on a GPU: graphs, streams, threads, several devices, its memory, and its own check."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from test_ops import assert_as_good_as_torch, operands, outputs
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from m2pt import FusedCrossModalLinear
+from m2pt_kernels import check, cross_modal_linear, gemm, implementation, records, reference, tuning, warmup
+from m2pt_kernels.cases import KINDS, Shape
+from m2pt_kernels.configs import TUNED
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+
+MIB = 2**20
+SIZES = {"small": (32, 64, 64, torch.float16), "large": (1024, 1536, 768, torch.bfloat16)}
+"""Rows, output and input features: of the kernels that read by pointers; of those that read by TMA, where there are."""
+
+
+@pytest.fixture(params=SIZES)
+def size(request):
+    return SIZES[request.param]
+
+
+def layer_of(size, device="cuda"):
+    _, out_features, in_features, dtype = size
+    aux_weight = torch.randn(out_features, in_features) / in_features**0.5
+    layer = FusedCrossModalLinear(in_features, out_features, aux_weight=aux_weight).to(device, dtype)
+    nn.init.constant_(layer.cross_modal_scale, 0.5)
+    return layer
+
+
+def input_of(size, device="cuda"):
+    rows, _, in_features, dtype = size
+    return torch.randn(rows, in_features, device=device, dtype=dtype)
+
+
+def step(layer, x):
+    """The output, the gradient of x and those of the parameters."""
+    layer.zero_grad()
+    leaf = x.detach().requires_grad_()
+    y = layer(leaf)
+    y.backward(torch.ones_like(y))
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    return y.detach(), leaf.grad, gradients
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["eager", "triton"])
+def test_cuda_graph_of_forward_and_backward(size, name):
+    layer = layer_of(size)
+    twin = copy.deepcopy(layer)
+    with implementation(name):
+        graphed = torch.cuda.make_graphed_callables(twin, (input_of(size).requires_grad_(),))
+        for scale in (0.5, -1.0):
+            x = input_of(size)
+            for module in (layer, graphed):
+                nn.init.constant_(module.cross_modal_scale, scale)
+            assert_same(step(graphed, x), step(layer, x))
+
+
+def test_a_product_runs_on_the_current_stream(size):
+    layer, x = layer_of(size), input_of(size)
+    expected = step(layer, x)
+    late, side = torch.zeros_like(x), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x)
+        found = step(layer, late)
+    side.synchronize()
+    assert_same(found, expected)
+
+
+def test_nothing_waits_for_the_device(size):
+    layer, x = layer_of(size), input_of(size)
+    step(layer, x)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(layer, x)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def test_a_product_is_one_kernel(size):
+    layer, x = layer_of(size), input_of(size)
+    with torch.no_grad():
+        layer(x)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            layer(x)
+            torch.cuda.synchronize()
+    kernels = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 1 and kernels[0].startswith("combined_matmul")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_another_device_than_the_current_one(size):
+    layer, x = layer_of(size), input_of(size)
+    expected = step(layer, x)
+    other = copy.deepcopy(layer).to("cuda:1")
+    found = step(other, x.to("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(found, expected, check_device=False)
+
+
+def peak_above(function):
+    """The most bytes that a call holds at a time, besides those there were."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function()
+    torch.cuda.synchronize()
+    return result, torch.cuda.max_memory_allocated() - before
+
+
+def test_the_combined_weight_is_never_in_memory():
+    size = (1024, 4096, 4096, torch.bfloat16)
+    layer, x = layer_of(size), input_of(size).requires_grad_()
+    step(layer, x)
+    layer.zero_grad()
+    y, forward = peak_above(lambda: layer(x))
+    assert y.nbytes <= forward < y.nbytes + 2 * MIB < layer.weight.nbytes
+    trained = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+    gradients, backward = peak_above(lambda: torch.autograd.grad(y, trained, torch.ones_like(y)))
+    kept = y.nbytes + sum(gradient.nbytes for gradient in gradients)
+    assert backward < kept + 4 * MIB
+
+
+def test_steps_leave_no_memory_behind(size):
+    layer, x, allocated = layer_of(size), input_of(size), []
+    for _ in range(50):
+        step(layer, x)
+        allocated.append(torch.cuda.memory_allocated())
+    assert len(set(allocated[2:])) == 1
+
+
+def needs_memory(gib):
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < gib * 2**30:
+        pytest.skip(f"needs {gib} GiB of free GPU memory")
+
+
+FAR = 2**31 // 4096 + 64
+"""Rows of 4,096 entries, of which the last are more than 2**31 from the first."""
+
+
+def draw(*shape, divided_by=1.0):
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).div_(divided_by)
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("in_features, out_features", [(4096, 64), (64, 4096)])
+def test_activations_of_more_than_2_31_entries(in_features, out_features):
+    needs_memory(24)
+    x, grad_output = draw(FAR, in_features), draw(FAR, out_features)
+    weight, aux_weight = (draw(out_features, in_features, divided_by=in_features**0.5) for _ in range(2))
+    scale, last = torch.full((1,), 0.5, device="cuda"), slice(-100, None)
+    y = gemm.forward(x, weight, aux_weight, scale, None)
+    assert_close(y[last], reference.forward(x[last], weight, aux_weight, scale, None))
+    del y
+    grad_x = gemm.grad_input(grad_output, weight, aux_weight, scale)
+    assert_close(grad_x[last], reference.grad_input(grad_output[last], weight, aux_weight, scale))
+    del grad_x
+    grad_output[:-100], x[:-100] = 0, 0
+    found = gemm.grad_parameters(grad_output, x, aux_weight, None, torch.float32, None)
+    expected = reference.grad_parameters(grad_output[last], x[last], aux_weight, None, torch.float32, None)
+    assert_close(found[0], expected[0])
+    assert_close(found[2], expected[2])
+
+
+def test_weights_of_more_than_2_31_entries():
+    needs_memory(32)
+    x, grad_output = draw(512, 4096), draw(512, FAR)
+    weight, aux_weight = draw(FAR, 4096, divided_by=64), draw(FAR, 4096, divided_by=64)
+    scale, last = torch.full((1,), 0.5, device="cuda"), slice(-100, None)
+    y = gemm.forward(x, weight, aux_weight, scale, None)
+    assert_close(y[:, last], reference.forward(x, weight[last], aux_weight[last], scale, None))
+    grad_output[:, :-100] = 0
+    grad_x = gemm.grad_input(grad_output, weight, aux_weight, scale)
+    assert_close(grad_x, reference.grad_input(grad_output[:, last].contiguous(), weight[last], aux_weight[last], scale))
+    grad_weight, _, _ = gemm.grad_parameters(grad_output, x, None, None, torch.bfloat16, None)
+    assert_close(grad_weight[last], reference.grad_weight(grad_output[:, last].contiguous(), x))
+    assert not grad_weight[:-100].any()
+
+
+def test_threads_that_race_for_the_first_product():
+    """Each with sizes of its own, so that they compile, choose plans and make descriptors at the same time."""
+    sizes = [(512 + 64 * index, 256, 128 + 64 * index, torch.bfloat16) for index in range(8)]
+    pairs = [(layer_of(size), input_of(size)) for size in sizes]
+    torch.cuda.synchronize()
+
+    def run(pair):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [step(*pair) for _ in range(5)]
+            torch.cuda.current_stream().synchronize()
+            return results
+
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        found = list(pool.map(run, pairs))
+    for pair, results in zip(pairs, found, strict=True):
+        for result in results:
+            assert_same(result, step(*pair))
+
+
+@pytest.fixture
+def _tuned_anew():
+    TUNED.clear()
+    yield
+    TUNED.clear()
+
+
+@pytest.mark.usefixtures("_tuned_anew")
+def test_warmup_times_right_kernels_and_keeps_the_times(size, monkeypatch):
+    layer, x = layer_of(size), input_of(size).requires_grad_()
+    tuned = warmup(layer, x)
+    assert [record.problem[0] for record in tuned] == ["forward", "grad_input", "grad_parameters"]
+    assert all(record.milliseconds[record.plan] > 0 for record in tuned)
+    assert records.faults(torch.cuda.get_device_name(), gemm.KERNELS) == {}
+    monkeypatch.setattr(tuning, "_milliseconds", None)
+    assert warmup(layer, x) == tuned
+    tensors, grad_output = operands(size[0], size[1], size[2], size[3], size[3], "cuda")
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+
+
+def test_the_check_finds_every_kernel_right(monkeypatch, capsys):
+    monkeypatch.setattr(check, "KINDS", {"autocast, bf16": KINDS["autocast, bf16"]})
+    monkeypatch.setattr(check, "GPU_SHAPES", (Shape(1001, 203, 137), Shape(1024, 768, 1536)))
+    assert check.run() == 0
+    output = capsys.readouterr().out
+    assert "kernels are right" in output and "FAULTY" not in output
+    assert records.read(records.path_of("findings", torch.cuda.get_device_name(), gemm.KERNELS))
