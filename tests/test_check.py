@@ -1,7 +1,11 @@
 """`m2pt check`: in Triton's interpreter, and with processes that answer, fail, die and hang as the tests dictate."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,6 +151,36 @@ def test_a_process_that_cannot_start_is_a_row(on_gpu, monkeypatch, capsys):
         == "grad_parameters of autocast, int8: status 1: ModuleNotFoundError: No module named 'no_such_module'"
     )
     assert lines[-7] == "0 of 6 kernels are right"
+
+
+INTERRUPTED = """
+import signal, sys
+from m2pt.cli import main
+from m2pt_kernels import check
+check.WORKER = ["sleep", "600"]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background ignores
+print("ready", flush=True)
+sys.exit(main(["check"]))
+"""
+
+
+def test_an_interrupt_ends_it_and_its_processes():
+    command = [sys.executable, "-c", INTERRUPTED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + 60
+        while not (children := children_of(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+    assert children and not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def children_of(pid):
+    return [child for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
 
 
 def test_losing_the_times_loses_no_finding(on_gpu, capsys):

@@ -113,23 +113,93 @@ def check(kinds: Sequence[str], shapes: Sequence[Shape], on_gpu: bool) -> list[R
     # On a GPU the processes take their time to compile, forward the longest; in the interpreter they take it to start.
     groups = list(pairs([[product] for product in PRODUCTS] if on_gpu else [PRODUCTS], kinds))
     rows: list[Row] = []
-    with ThreadPoolExecutor(_workers(on_gpu)) as pool, tqdm(total=len(groups), desc="checking", unit="group") as bar:
-        for found in pool.map(lambda group: _verified(*group, shapes, on_gpu), groups):
-            rows += found
-            bar.set_postfix(faulty=sum(row.fault is not None for row in rows))
-            bar.update()
-    if on_gpu:
-        largest = max(shapes, key=lambda shape: shape.tokens * shape.in_features * shape.out_features)
-        _add_times([row for row in rows if row.shape == largest and row.fault is None])
+    with ThreadPoolExecutor(_side_by_side(on_gpu)) as pool, _Workers(on_gpu) as workers:
+        with tqdm(total=len(groups), desc="checking", unit="group") as bar:
+            for found in pool.map(lambda group: _verified(workers, *group, shapes), groups):
+                rows += found
+                bar.set_postfix(faulty=sum(row.fault is not None for row in rows))
+                bar.update()
+        if on_gpu:
+            largest = max(shapes, key=lambda shape: shape.tokens * shape.in_features * shape.out_features)
+            _add_times(workers, [row for row in rows if row.shape == largest and row.fault is None])
     return rows
 
 
-def _workers(on_gpu: bool) -> int:
+def _side_by_side(on_gpu: bool) -> int:
     cores = len(os.sched_getaffinity(0))
     return max(1, min(cores, torch.cuda.mem_get_info()[0] // _BYTES_PER_PROCESS)) if on_gpu else cores
 
 
-def _verified(products: Sequence[str], kind: str, shapes: Sequence[Shape], on_gpu: bool) -> list[Row]:
+class _LostError(Exception):
+    """A process that did not end as it should, and how."""
+
+
+class _Workers:
+    """Processes that compute cases; none outlives the block."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if on_gpu else {"TRITON_INTERPRET": "1"})
+        self._running: set[subprocess.Popen[str]] = set()
+        self._ended = False
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = True
+        for process in tuple(self._running):
+            process.kill()
+
+    def answers(self, requests: list[dict[str, Any]]) -> Iterator[tuple[str, Row]]:
+        """What a new process says of each row, "begun" or "done".
+
+        Raises:
+            _LostError: after its last words.
+        """
+        with tempfile.TemporaryFile("w+") as stdin, tempfile.TemporaryFile("w+") as stderr:
+            stdin.writelines(f"{json.dumps(request)}\n" for request in requests)
+            stdin.seek(0)
+            process = subprocess.Popen(
+                WORKER, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, text=True, env=self._environment
+            )
+            self._running.add(process)
+            try:
+                while not self._ended and (line := _line(process)):
+                    ((event, fields),) = json.loads(line).items()
+                    yield event, Row(**fields | {"shape": Shape(*fields["shape"])})
+                status = None if self._ended else process.wait()
+            finally:
+                process.kill()
+                process.stdout.close()
+                self._running.discard(process)
+            if status is None or status < 0:
+                raise _LostError("stopped" if status is None else f"ended by {signal.Signals(-status).name}")
+            if status > 0:
+                stderr.seek(0)
+                raise _LostError(f"status {status}: {(stderr.read().strip().splitlines() or [''])[-1]}")
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    """The next line, or an empty one when the process has ended.
+
+    Raises:
+        _LostError: neither happened in time.
+    """
+    late = Event()
+    timer = Timer(PATIENCE, lambda: (late.set(), process.kill()))
+    timer.start()
+    try:
+        line = process.stdout.readline()
+        if not line:
+            process.wait()
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise _LostError(f"no end in {PATIENCE:.0f} s")
+    return line
+
+
+def _verified(workers: _Workers, products: Sequence[str], kind: str, shapes: Sequence[Shape]) -> list[Row]:
     """The rows of a group. A plan that ends its process, or never ends, is left out at the shapes that follow."""
     rows: list[Row] = []
     lost: list[str] = []
@@ -137,7 +207,7 @@ def _verified(products: Sequence[str], kind: str, shapes: Sequence[Shape], on_gp
         before, begun = len(rows), None
         request = {"kind": kind, "products": products, "shapes": shapes, "timed": False, "lost": lost}
         try:
-            for event, row in _answers([request | {"places": [row.place for row in rows]}], on_gpu):
+            for event, row in workers.answers([request | {"places": [row.place for row in rows]}]):
                 begun = row if event == "begun" else None
                 if event == "done":
                     rows.append(row)
@@ -152,7 +222,7 @@ def _verified(products: Sequence[str], kind: str, shapes: Sequence[Shape], on_gp
                 lost.append(begun.variant)
 
 
-def _add_times(rows: list[Row]) -> None:
+def _add_times(workers: _Workers, rows: list[Row]) -> None:
     kinds: dict[str, dict[str, Row]] = {}
     for row in rows:
         kinds.setdefault(row.kind, {})[row.place] = row
@@ -160,68 +230,18 @@ def _add_times(rows: list[Row]) -> None:
         {"kind": kind, "products": PRODUCTS, "shapes": [rows[0].shape], "timed": True, "places": list(places)}
         for kind, places in kinds.items()
     ]
-    begun = None
+    last = None
     try:
         with tqdm(total=len(rows), desc="timing", unit="plan") as bar:
-            for event, row in _answers(requests, on_gpu=True):
-                begun = row
+            for event, row in workers.answers(requests):
+                last = row
                 if event == "done":
                     timed = kinds[row.kind][row.place]
                     timed.milliseconds, timed.plain_milliseconds = row.milliseconds, row.plain_milliseconds
                     bar.update()
     except _LostError as error:
-        place = "before the first plan" if begun is None else f"at {begun.variant}, {begun.shape}"
+        place = "before the first plan" if last is None else f"at {last.variant}, {last.shape}"
         print(f"Timing ended {place}: {error}", file=sys.stderr)
-
-
-class _LostError(Exception):
-    """A process that did not end as it should, and how."""
-
-
-def _answers(requests: list[dict[str, Any]], on_gpu: bool) -> Iterator[tuple[str, Row]]:
-    """What a new process says of each row, "begun" or "done".
-
-    Raises:
-        _LostError: after its last words.
-    """
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if on_gpu else {"TRITON_INTERPRET": "1"})
-    with tempfile.TemporaryFile("w+") as stdin, tempfile.TemporaryFile("w+") as stderr:
-        stdin.writelines(f"{json.dumps(request)}\n" for request in requests)
-        stdin.seek(0)
-        process = subprocess.Popen(
-            WORKER, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
-        )
-        try:
-            while line := _line(process):
-                ((event, fields),) = json.loads(line).items()
-                yield event, Row(**fields | {"shape": Shape(*fields["shape"])})
-            status = process.wait(PATIENCE)
-        finally:
-            process.kill()
-            process.stdout.close()
-        if status > 0:
-            stderr.seek(0)
-            raise _LostError(f"status {status}: {(stderr.read().strip().splitlines() or [''])[-1]}")
-        if status < 0:
-            raise _LostError(f"ended by {signal.Signals(-status).name}")
-
-
-def _line(process: subprocess.Popen[str]) -> str:
-    """The next line, or an empty one at the end.
-
-    Raises:
-        _LostError: none came in time.
-    """
-    lost = Event()
-    timer = Timer(PATIENCE, lambda: (lost.set(), process.kill()))
-    timer.start()
-    try:
-        line = process.stdout.readline()
-    finally:
-        timer.cancel()
-    if lost.is_set():
-        raise _LostError(f"no end in {PATIENCE:.0f} s")
-    return line
 
 
 def table(rows: Sequence[Row]) -> str:
