@@ -5,15 +5,13 @@ bfloat16 autocast: W, the gradients that are there together when AdamW updates, 
 scales.
 """
 
-from collections.abc import Iterable
-
 import torch
 from bitsandbytes.optim import AdamW8bit
-from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import results
 from benchmarks.results import Row
+from benchmarks.timing import nbytes
 from benchmarks.variants import (
     FUSED,
     FUSED_BFLOAT16,
@@ -65,21 +63,14 @@ def bytes_per_parameter(
     return {part: count / entries for part, count in counts.items()}
 
 
-def nbytes(values: Iterable[object]) -> int:
-    """Of the tensors among them, what they share counted once."""
-    storages = (value.untyped_storage() for value in values if isinstance(value, Tensor))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
 def row(variant: str, added: str, levers: Levers) -> Row:
     found = bytes_per_parameter(variant, levers)
     return {"bytes per parameter": variant + added, **found, "total": sum(found.values())}
 
 
-def main() -> None:
-    rows = [row(*setting) for setting in tqdm(SETTINGS)]
-    print(results.write("bytes-per-parameter", "cpu", rows, __doc__).read_text())
+def count() -> list[Row]:
+    return [row(*setting) for setting in tqdm(SETTINGS)]
 
 
 if __name__ == "__main__":
-    main()
+    results.run("bytes-per-parameter", "cpu", count, __doc__)

@@ -68,7 +68,7 @@ def row(batch: int, quantity: str, fused: tuple[float, ...], published: tuple[fl
     }
 
 
-def main() -> None:
+def compare() -> list[Row]:
     rows = []
     with tqdm(total=2 * PAIRS * len(BATCHES), unit="process") as progress:
         for batch in BATCHES:
@@ -79,11 +79,11 @@ def main() -> None:
                     progress.update()
             columns = (zip(*values, strict=True) for values in found.values())
             rows += map(row, repeat(batch), QUANTITIES, *columns)
-    print(results.write("cpu-step", "cpu", rows, __doc__).read_text())
+    return rows
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         print(*measure(sys.argv[1], int(sys.argv[2])))
     else:
-        main()
+        results.run("cpu-step", "cpu", compare, __doc__)

@@ -2,7 +2,8 @@
 
 Run as `python -m benchmarks.memory`. Nothing is computed: fake tensors are allocated and freed as by the operators of
 the step. Simulated as on a GPU, where this package's operators need no scratch memory and AdamW is fused; the
-allocator's rounding and fragmentation, the CUDA context and cuBLAS workspaces are left out.
+allocator's rounding and fragmentation, the CUDA context and cuBLAS workspaces are left out. The levers are those of
+`python -m benchmarks.memory_levers`; without activation checkpointing, nothing goes to the host.
 """
 
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
+from bitsandbytes.optim import AdamW8bit
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -18,30 +20,40 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from tqdm import tqdm
 
 from benchmarks import results
-from benchmarks.results import FOLDER, Row
+from benchmarks.results import Row
 from benchmarks.variants import (
+    FUSED_ADAMW,
     FUSED_INT4,
     FUSED_INT8,
+    FUSED_LEVERS,
+    FUSED_LEVERS_ADAMW,
+    MODELS,
     NO_LEVERS,
     PUBLISHED_TRAINED,
     VARIANTS,
     Levers,
     adamw,
+    every_lever,
     training_step,
     vision_transformer,
 )
 
 MEMORY_VARIANTS = (*VARIANTS, FUSED_INT8, FUSED_INT4)
-
-MODELS = {
-    "ViT-B": "vit_base_patch16_224",
-    "ViT-L": "vit_large_patch16_224",
-    "ViT-H": "vit_huge_patch14_224",
-    "ViT-g": "vit_giant_patch14_224",
-    "ViT-G": "vit_gigantic_patch14_224",
-}
-BATCHES = (4, 64)
+BATCHES = (4, 16, 64)
 GIB = 2**30
+
+
+class SimulatedAdamW8bit(AdamW8bit):
+    """bitsandbytes' optimizer for fake tensors: the states are its own, the numbers are left out."""
+
+    def fill_qmap(self) -> None:
+        self.name2qmap = {"dynamic": torch.empty(256), "udynamic": torch.empty(256)}
+
+    def update_step(self, *arguments: object) -> None:
+        pass
+
+
+OPTIMIZERS = {FUSED_LEVERS: SimulatedAdamW8bit, FUSED_LEVERS_ADAMW: FUSED_ADAMW}
 
 
 class PeakTracker(MemTracker):
@@ -105,30 +117,33 @@ def row(step: Step, peaks: dict[str, float]) -> Row:
     }
 
 
-def plot(peaks: dict[Step, dict[str, float]]) -> Figure:
+def plot(rows: list[Row]) -> Figure:
     """Simulated GiB: a panel a batch and checkpointing, a group of bars a model, a bar a variant."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 10), layout="constrained")
     figure.suptitle("Simulated peak memory of a training step, float32 weights, bfloat16 autocast, AdamW")
-    settings = list(product(BATCHES, (False, True)))
-    for axes, (batch, checkpointing) in zip(figure.subplots(2, 2).flat, settings, strict=True):
+    settings = list(product(BATCHES, ("no", "yes")))
+    for axes, (batch, checkpointing) in zip(figure.subplots(len(BATCHES), 2).flat, settings, strict=True):
+        shown = [row for row in rows if (row["batch"], row["checkpointing"]) == (batch, checkpointing)]
         for index, variant in enumerate(MEMORY_VARIANTS):
-            heights = [peaks[Step(model, batch, checkpointing)][variant] for model in MODELS]
+            heights = [row[f"{variant}, simulated GiB"] for row in shown]
             axes.bar([place + 0.12 * index for place in range(len(MODELS))], heights, 0.12, label=variant)
-        axes.set_title(f"batch {batch}, {'activation' if checkpointing else 'no'} checkpointing")
+        axes.set_title(f"batch {batch}, {'activation' if checkpointing == 'yes' else 'no'} checkpointing")
         axes.set_xticks([place + 0.36 for place in range(len(MODELS))], MODELS)
         axes.set_ylabel("simulated GiB")
     figure.axes[0].legend()
     return figure
 
 
-def main() -> None:
-    peaks: dict[Step, dict[str, float]] = {step: {} for step in STEPS}
-    for step, variant in tqdm(list(product(STEPS, MEMORY_VARIANTS)), unit="step"):
-        peaks[step][variant] = peak_gib(step, variant)
-    rows = [row(step, found) for step, found in peaks.items()]
-    print(results.write("memory", "simulated", rows, __doc__).read_text())
-    plot(peaks).savefig(FOLDER / "memory-simulated.png", dpi=80)
+def simulate() -> list[Row]:
+    rows = []
+    for step in tqdm(STEPS, unit="step"):
+        peaks = {variant: peak_gib(step, variant) for variant in MEMORY_VARIANTS}
+        for name, optimizer in OPTIMIZERS.items():
+            peaks[name] = peak_gib(step, name, every_lever(step.checkpointing, optimizer))
+        rows.append(row(step, peaks))
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    written = results.run("memory", "simulated", simulate, __doc__)
+    plot(results.read(written)).savefig(written.with_suffix(".png"), dpi=80)

@@ -9,26 +9,14 @@ time of the copies are not counted.
 
 from itertools import product
 
-import torch
-from bitsandbytes.optim import AdamW8bit
 from tqdm import tqdm
 
 from benchmarks import results
-from benchmarks.memory import BATCHES, Step, peak_gib
+from benchmarks.memory import SimulatedAdamW8bit, Step, peak_gib
 from benchmarks.results import Row
 from benchmarks.variants import FUSED_INT8, NO_LEVERS, PUBLISHED_TRAINED, Levers
 
-STEPS = [Step(model, batch, checkpointing=True) for model, batch in product(("ViT-g", "ViT-G"), BATCHES)]
-
-
-class SimulatedAdamW8bit(AdamW8bit):
-    """bitsandbytes' optimizer for fake tensors: the states are its own, the numbers are left out."""
-
-    def fill_qmap(self) -> None:
-        self.name2qmap = {"dynamic": torch.empty(256), "udynamic": torch.empty(256)}
-
-    def update_step(self, *arguments: object) -> None:
-        pass
+STEPS = [Step(model, batch, checkpointing=True) for model, batch in product(("ViT-g", "ViT-G"), (4, 64))]
 
 
 LEVERS = {
@@ -48,14 +36,14 @@ def row(name: str, peaks: list[float], published: list[float]) -> Row:
     return {"with activation checkpointing": name, **figures}
 
 
-def main() -> None:
+def simulate() -> list[Row]:
     published = [peak_gib(step, PUBLISHED_TRAINED) for step in tqdm(STEPS)]
     rows = [row(PUBLISHED_TRAINED, published, published)]
     for name, levers in LEVERS.items():
         peaks = [peak_gib(step, FUSED_INT8, levers) for step in tqdm(STEPS)]
         rows.append(row(FUSED_INT8 + name, peaks, published))
-    print(results.write("memory-levers", "simulated", rows, __doc__).read_text())
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    results.run("memory-levers", "simulated", simulate, __doc__)

@@ -61,6 +61,9 @@ def rows(arch: int, tokens: int) -> list[Row]:
     ]
 
 
+def predict() -> list[Row]:
+    return [row for arch in tqdm(HBM_BYTES) for tokens in (M // 16, M) for row in rows(arch, tokens)]
+
+
 if __name__ == "__main__":
-    table = [row for arch in tqdm(HBM_BYTES) for tokens in (M // 16, M) for row in rows(arch, tokens)]
-    print(results.write("opponents", "offline", table, __doc__).read_text())
+    results.run("opponents", "offline", predict, __doc__)

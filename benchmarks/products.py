@@ -113,8 +113,11 @@ def report(layer: Layer, weights: str, emptied: Tensor) -> list[Row]:
     return rows
 
 
-if __name__ == "__main__":
+def measure() -> list[Row]:
     memory = torch.empty(2**28, dtype=torch.int8, device="cuda")
     cases = [(layer, weights) for weights in WEIGHTS for layer in LAYERS]
-    table = [row for case in tqdm(cases, unit="layer") for row in report(*case, memory)]
-    print(results.write("products", results.device_slug(), table, __doc__).read_text())
+    return [row for case in tqdm(cases, unit="layer") for row in report(*case, memory)]
+
+
+if __name__ == "__main__":
+    results.run("products", results.device_slug(), measure, __doc__)

@@ -1,12 +1,16 @@
-"""Tables of results: JSON and Markdown in `results/`, one pair of files a benchmark and device, and in README.md.
+"""Tables of results: JSON and Markdown, one pair of files a benchmark and device.
 
-`python -m benchmarks.results` puts the newest tables into README.md.
+They are written to `runs/benchmarks/`, which git ignores, and with `--record` to `results/`, which it tracks.
+`python -m benchmarks.results` puts the tracked ones into README.md.
 """
 
 import json
 import os
 import platform
 import re
+import subprocess
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -14,8 +18,10 @@ import timm
 import torch
 import triton
 
-FOLDER = Path(__file__).parent / "results"
+IGNORED = Path(__file__).parents[1] / "runs" / "benchmarks"
+TRACKED = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
+RECORD = f"write complete tables to {TRACKED.relative_to(TRACKED.parents[1])}, which git tracks"
 
 Row = dict[str, str | float]
 """A line of a table by its column names, which state the units."""
@@ -30,6 +36,19 @@ def device_name() -> str:
     return f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores"
 
 
+def clocks() -> str:
+    """Of the GPU at this moment, and what bounds them."""
+    gpu = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    query = "--query-gpu=clocks.sm,clocks.max.sm,power.limit"
+    command = ["nvidia-smi", f"--id={gpu}", query, "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        clock, highest, power = output.strip().split(", ")
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return "clocks unknown"
+    return f"SM clock {clock} of {highest} MHz, power limit {power} W"
+
+
 def device_slug() -> str:
     """ "cpu", or the model of the GPU: "h100" of "NVIDIA H100 80GB HBM3"."""
     if not torch.cuda.is_available():
@@ -39,40 +58,72 @@ def device_slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", (model[0] if model else name).lower())
 
 
-def write(benchmark: str, device: str, rows: list[Row], notes: str) -> Path:
-    """Write `results/<benchmark>-<device>.json` and `.md` and return the latter; `notes` says what was measured."""
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def made_with(machine: str) -> str:
+    """A line that names the machine, the versions and the day."""
+    names = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"{machine}; {names}; {date.today().isoformat()}"
+
+
+def write(benchmark: str, device: str, rows: list[Row], notes: str, record: bool, expected: int | None = None) -> Path:
+    """Write `<benchmark>-<device>.json` and `.md` and return the latter; `notes` says what was measured.
+
+    A table of fewer rows than are expected is partial: it says so, in its name too, and is never recorded.
+    """
+    partial = expected is not None and len(rows) < expected
+    folder = TRACKED if record and not partial else IGNORED
     details = {
         "benchmark": benchmark,
         "device": device,
+        **({"partial": True} if partial else {}),
         "machine": device_name(),
         "date": date.today().isoformat(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "timm": timm.__version__,
-        },
+        "versions": versions(),
         "notes": notes.strip(),
     }
-    versions = ", ".join(f"{name} {version}" for name, version in details["versions"].items())
-    path = FOLDER / f"{benchmark}-{device}.md"
-    FOLDER.mkdir(exist_ok=True)
+    path = folder / f"{benchmark}-{device}{'-partial' if partial else ''}.md"
+    folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     path.with_suffix(".json").write_text(f'{json.dumps(details, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
-    path.write_text(f"{notes.strip()}\n\n{table(rows)}\n\n{details['machine']}; {versions}; {details['date']}.\n")
+    warning = f"Partial: {len(rows)} of {expected} measurements.\n\n" if partial else ""
+    path.write_text(f"{notes.strip()}\n\n{warning}{table(rows)}\n\n{made_with(details['machine'])}.\n")
     return path
+
+
+def run(benchmark: str, device: str, measure: Callable[[], list[Row]], notes: str) -> Path:
+    """Run a benchmark that is a script: its arguments, its table, and where that was written, which is returned."""
+    parser = ArgumentParser(description=notes, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help=RECORD)
+    record = parser.parse_args().record
+    path = write(benchmark, device, measure(), notes, record)
+    print(path.read_text())
+    print(f"Written to {path}")
+    return path
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a table."""
+    return json.loads(path.with_suffix(".json").read_text())["rows"]
 
 
 def table(rows: list[Row]) -> str:
     """Rows as a Markdown table; numbers are rounded to three digits."""
     columns = list(rows[0])
-    numeric = [isinstance(rows[0][column], (int, float)) for column in columns]
+    numeric = [any(isinstance(row[column], (int, float)) for row in rows) for column in columns]
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join("---:" if right else "---" for right in numeric) + "|"]
-    lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell(row[column]) for column in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _cell(value: str | float) -> str:
+def cell(value: str | float) -> str:
     if isinstance(value, str):
         return value
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -80,7 +131,7 @@ def _cell(value: str | float) -> str:
 
 def insert_tables(text: str) -> str:
     """README.md with what stands between `<!-- name -->` and `<!-- end -->` replaced by each `results/name.md`."""
-    for path in FOLDER.glob("*.md"):
+    for path in TRACKED.glob("*.md"):
         begin, found, rest = text.partition(f"<!-- {path.stem} -->\n")
         if found:
             text = begin + found + path.read_text() + rest[rest.index("<!-- end -->") :]

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.timing import DEVICE, STOPWATCH, run_paired
+from benchmarks.timing import DEVICE, time_paired
 from benchmarks.variants import PLAIN, PUBLISHED_TRAINED, VARIANTS, computing_as
 from m2pt import FusedCrossModalLinear
 
 CALLS = 20
+MOST_ROUNDS = 200
 SIZE = 16
 
 
@@ -39,17 +40,8 @@ def calls(variant: str) -> Iterator[Callable[[], None]]:
         yield run
 
 
-@pytest.mark.benchmark(timer=STOPWATCH)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_host_overhead(benchmark, record, variant):
+def test_host_overhead(record, variant):
     with calls(variant) as subject, calls(PUBLISHED_TRAINED) as reference:
-        timing = run_paired(benchmark, lambda: subject, lambda: reference, rounds=200, warmup_rounds=10)
-    record(
-        {
-            "layer": variant,
-            "p20, us": timing.p20 / CALLS * 1e6,
-            "median, us": timing.p50 / CALLS * 1e6,
-            "p80, us": timing.p80 / CALLS * 1e6,
-            "time / published, trained": timing.ratio,
-        }
-    )
+        timing, ratio = time_paired(lambda: subject, lambda: reference, MOST_ROUNDS)
+    record({"layer": variant, **timing.columns("us", CALLS), "time / published, trained": ratio}, timing)

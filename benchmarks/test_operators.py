@@ -1,20 +1,22 @@
 """One layer of a ViT: time, memory and bytes saved for backward of every way to compute `x (W + s W_aux)^T + b`.
 
-W, s, b and x are trained, W_aux is frozen. Ratios are to `F.linear(x, W, b)`, the ceiling; TFLOP/s count its FLOPs, so
-they are comparable. Memory is the peak a forward and backward add to the layer and its input.
+W_aux is frozen. Forward and the whole step, which is forward and backward, are those of training, where x, W, s and b
+ask for gradients; of the gradients the backward is timed, with only x asking, or only W, s and b. Ratios are to
+`F.linear(x, W, b)`, the ceiling; TFLOP/s count its FLOPs, so they are comparable. Memory is the peak a forward and
+backward add to the layer and its input. Rounds end when the medians of time and ratio are known to 2 %, or at a limit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.timing import DEVICE, ON_GPU, STOPWATCH, Prepare, peak_bytes, run_paired
+from benchmarks.timing import DEVICE, ON_GPU, Prepare, peak_bytes, time_paired
 from m2pt.saved_bytes import saved_for_backward_bytes
 from m2pt_kernels import cross_modal_linear, implementation
 
@@ -36,6 +38,9 @@ class Shape:
         """Of one product."""
         return 2 * self.batch * self.tokens * self.in_features * self.out_features
 
+    def __str__(self) -> str:
+        return f"{self.name}, {self.batch}"
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -47,26 +52,54 @@ class Precision:
     def autocast(self) -> bool:
         return self.x != self.weights
 
+    def __str__(self) -> str:
+        return self.name
 
-GPU_SHAPES = (
-    Shape("ViT-B attn.qkv", 64, 197, 768, 2304),
-    Shape("ViT-B attn.proj", 64, 197, 768, 768),
-    Shape("ViT-B mlp.fc1", 64, 197, 768, 3072),
-    Shape("ViT-B mlp.fc2", 64, 197, 3072, 768),
-    Shape("ViT-L mlp.fc1", 64, 197, 1024, 4096),
-    Shape("ViT-L mlp.fc2", 64, 197, 4096, 1024),
-    Shape("ViT-g mlp.fc1", 64, 257, 1408, 6144),
-    Shape("ViT-22B mlp.fc1", 64, 256, 6144, 24576),
-)
-CPU_SHAPES = (Shape("ViT-Ti attn.proj", 1, 197, 192, 192),)
-SHAPES, ROUNDS = (GPU_SHAPES, 20) if ON_GPU else (CPU_SHAPES, 10)
 
-PRECISIONS = (
+@dataclass(frozen=True)
+class Pass:
+    """What is timed, how many products it is, and which operands ask for gradients."""
+
+    name: str
+    products: int
+    asking: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def layers(batch: int, model: str, tokens: int, width: int, hidden: int) -> list[Shape]:
+    """Of a block of a ViT."""
+    return [
+        Shape(f"{model} attn.qkv", batch, tokens, width, 3 * width),
+        Shape(f"{model} attn.proj", batch, tokens, width, width),
+        Shape(f"{model} mlp.fc1", batch, tokens, width, hidden),
+        Shape(f"{model} mlp.fc2", batch, tokens, hidden, width),
+    ]
+
+
+MODELS = (("ViT-B", 197, 768, 3072), ("ViT-L", 197, 1024, 4096), ("ViT-g", 257, 1408, 6144))
+LARGEST = Shape("ViT-22B mlp.fc1", 64, 256, 6144, 24576)
+GPU_SHAPES = [*(layer for batch in (64, 8) for model in MODELS for layer in layers(batch, *model)), LARGEST]
+CPU_SHAPES = [Shape("ViT-Ti attn.proj", 1, 197, 192, 192)]
+SHAPES, MOST_ROUNDS = (GPU_SHAPES, 40) if ON_GPU else (CPU_SHAPES, 15)
+
+FLOAT16 = Precision("float16", torch.float16, torch.float16)
+FLOAT32 = Precision("float32", torch.float32, torch.float32)
+PRECISIONS = [
     Precision("bfloat16", torch.bfloat16, torch.bfloat16),
-    Precision("float16", torch.float16, torch.float16),
-    Precision("float32", torch.float32, torch.float32),
     Precision("autocast", torch.bfloat16, torch.float32),
-)
+    FLOAT16,
+    FLOAT32,
+]
+
+TRAINED = ("x", "weight", "scale", "bias")
+PASSES = [
+    Pass("forward", 1, TRAINED),
+    Pass("input gradient", 1, ("x",)),
+    Pass("parameter gradients", 1, ("weight", "scale", "bias")),
+    Pass("whole step", 3, TRAINED),
+]
 
 Function = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -83,88 +116,96 @@ def two_products(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, b
     return F.linear(x, weight, bias) + scale * F.linear(x, aux_weight)
 
 
+def compiled(x: Tensor, weight: Tensor, aux_weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    torch.compiler.cudagraph_mark_step_begin()
+    return _compiled_published()(x, weight, aux_weight, scale, bias)
+
+
+@cache
+def _compiled_published() -> Function:
+    return torch.compile(published, mode="max-autotune", dynamic=False)
+
+
+TRANSIENT = "transient copy"
+COMPILED = "published, torch.compile"
 FUNCTIONS: dict[str, Function] = {
     "F.linear": plain_linear,
     "published": published,
+    **({TRANSIENT: cross_modal_linear} if ON_GPU else {}),
     "two GEMMs": two_products,
     "this package": cross_modal_linear,
+    COMPILED: compiled,
 }
-TRANSIENT = "copy made again in backward"
-COMPILED = "published, torch.compile"
-if ON_GPU:
-    FUNCTIONS[TRANSIENT] = cross_modal_linear
-    FUNCTIONS[COMPILED] = torch.compile(published, mode="max-autotune", dynamic=False)
 
 
 class Layer(nn.Module):
-    """The operands of a shape in a precision, and how to combine them."""
+    """The operands of a shape in a precision, and how to combine them; those that are named ask for gradients."""
 
-    def __init__(self, function: Function, shape: Shape, precision: Precision) -> None:
+    def __init__(self, function: Function, shape: Shape, precision: Precision, asking: Iterable[str]) -> None:
         super().__init__()
         self.function, self.autocast = function, precision.autocast
         weight = torch.randn(2, shape.out_features, shape.in_features, device=DEVICE) / shape.in_features**0.5
         self.weight = nn.Parameter(weight[0].to(precision.weights))
-        self.aux_weight = nn.Parameter(weight[1].to(precision.weights), requires_grad=False)
+        self.aux_weight = nn.Parameter(weight[1].to(precision.weights))
         self.scale = nn.Parameter(torch.full((1,), 0.1, device=DEVICE, dtype=precision.weights))
         self.bias = nn.Parameter(torch.zeros(shape.out_features, device=DEVICE, dtype=precision.weights))
         size = (shape.batch, shape.tokens)
-        self.x = torch.randn(*size, shape.in_features, device=DEVICE, dtype=precision.x, requires_grad=True)
+        self.x = torch.randn(*size, shape.in_features, device=DEVICE, dtype=precision.x)
         self.grad_output = torch.randn(*size, shape.out_features, device=DEVICE, dtype=precision.x)
+        self.requires_grad_(False)
+        self.asking = [getattr(self, name).requires_grad_() for name in asking]
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=self.autocast):
             return self.function(x, self.weight, self.aux_weight, self.scale, self.bias)
 
     def backward(self, y: Tensor) -> None:
-        trained = (self.x, self.weight, self.scale, self.bias)
-        torch.autograd.grad(y, trained, self.grad_output, allow_unused=True)
+        torch.autograd.grad(y, self.asking, self.grad_output, allow_unused=True)
 
-    def forward_backward(self) -> None:
+    def whole_step(self) -> None:
         self.backward(self(self.x))
 
-    def prepare(self, direction: str) -> Prepare:
+    def prepare(self, timed: Pass) -> Prepare:
         return {
             "forward": lambda: partial(self, self.x),
-            "backward": lambda: partial(self.backward, self(self.x)),
-            "both": lambda: self.forward_backward,
-        }[direction]
+            "whole step": lambda: self.whole_step,
+        }.get(timed.name, lambda: partial(self.backward, self(self.x)))
 
 
-def only_in_full(values, left_out):
-    """Values, of which those whose name is among `left_out` are for a full run on a GPU."""
-    names = {value if isinstance(value, str) else value.name: value for value in values}
-    return [
-        pytest.param(value, id=name, marks=pytest.mark.full if ON_GPU and name in left_out else ())
-        for name, value in names.items()
-    ]
+def parameters(values: Iterable[object], mark: pytest.MarkDecorator, marked: Iterable[object]) -> list:
+    """Each under its name, and the marked ones left out unless they are asked for."""
+    return [pytest.param(value, id=str(value), marks=mark if value in marked else ()) for value in values]
 
 
-@pytest.mark.benchmark(timer=STOPWATCH)
-@pytest.mark.parametrize("name", only_in_full(FUNCTIONS, [COMPILED]))
-@pytest.mark.parametrize(("direction", "products"), [("forward", 1), ("backward", 2), ("both", 3)])
-@pytest.mark.parametrize("precision", only_in_full(PRECISIONS, ["float16", "float32"]))
-@pytest.mark.parametrize("shape", only_in_full(SHAPES, ["ViT-22B mlp.fc1"]))
-def test_operator(benchmark, record, shape, precision, direction, products, name):
-    layer = Layer(FUNCTIONS[name], shape, precision)
-    ceiling = Layer(plain_linear, shape, precision)
+ONLY_IN_FULL = [LARGEST, FLOAT16, FLOAT32] if ON_GPU else []
+
+
+@pytest.mark.parametrize("name", parameters(FUNCTIONS, pytest.mark.compile, [COMPILED]))
+@pytest.mark.parametrize("timed", PASSES, ids=str)
+@pytest.mark.parametrize("precision", parameters(PRECISIONS, pytest.mark.full, ONLY_IN_FULL))
+@pytest.mark.parametrize("shape", parameters(SHAPES, pytest.mark.full, ONLY_IN_FULL))
+def test_operator(record, shape, precision, timed, name):
+    if name == COMPILED:
+        torch.compiler.reset()  # or it would give up compiling after a few shapes
+    layer = Layer(FUNCTIONS[name], shape, precision, timed.asking)
+    ceiling = Layer(plain_linear, shape, precision, timed.asking)
     with implementation("eager") if name == TRANSIENT else nullcontext():
-        layer.forward_backward()
-        peak = peak_bytes(layer.forward_backward)
+        layer.whole_step()
+        peak = peak_bytes(layer.whole_step)
         saved = saved_for_backward_bytes(layer, layer.x)
-        timing = run_paired(benchmark, layer.prepare(direction), ceiling.prepare(direction), ROUNDS, warmup_rounds=2)
+        timing, ratio = time_paired(layer.prepare(timed), ceiling.prepare(timed), MOST_ROUNDS)
     record(
         {
             "layer": shape.name,
             "tokens": f"{shape.batch} x {shape.tokens}",
             "precision": precision.name,
-            "pass": direction,
+            "pass": timed.name,
             "implementation": name,
-            "p20, ms": timing.p20 * 1e3,
-            "median, ms": timing.p50 * 1e3,
-            "p80, ms": timing.p80 * 1e3,
-            "time / F.linear": timing.ratio,
-            "TFLOP/s": products * shape.flops / timing.p50 / 1e12,
+            **timing.columns("ms"),
+            "time / F.linear": ratio,
+            "TFLOP/s": timed.products * shape.flops / timing.median / 1e12,
             "peak, MiB": peak / MIB,
             "saved, MiB": saved / MIB,
-        }
+        },
+        timing,
     )

@@ -1,86 +1,120 @@
-"""Time and memory of single calls, on the GPU where there is one and on the CPU elsewhere."""
+"""Time and memory of single calls, on the GPU where there is one and on the CPU elsewhere.
 
-from collections.abc import Callable
+A call is timed again and again until a confidence interval of 95 % lies within 2 % of the median on both sides.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
-from operator import truediv
+from math import comb
 from statistics import median, quantiles
 from time import perf_counter
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
+PRECISION = 0.02
+CONFIDENCE = 0.95
+WARMUP_ROUNDS = 2
+LEAST_ROUNDS = 6
+"""With fewer, not even the shortest and the longest time enclose the median with that confidence."""
+
+UNITS = {"ms": 1e3, "us": 1e6}
+
 Prepare = Callable[[], Callable[[], object]]
 """Does what is not to be timed and returns what is."""
 
 
-class Stopwatch:
-    """Seconds spent inside `time` so far: a timer for pytest-benchmark that sees the device's time and nothing else.
+@dataclass(frozen=True)
+class Timing:
+    """The seconds of every round."""
 
-    On a GPU a call is timed by events on the stream, behind a kernel that empties the L2 cache and keeps the device
-    busy while the call is being launched.
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    def columns(self, unit: str, calls: int = 1) -> dict[str, float]:
+        """Of a table: quantiles for one of so many calls a round."""
+        p20, _, _, p80 = quantiles(self.seconds, n=5)
+        named = {"p20": p20, "median": self.median, "p80": p80}
+        figures = {f"{name}, {unit}": seconds / calls * UNITS[unit] for name, seconds in named.items()}
+        return {**figures, "rounds": len(self.seconds)}
+
+
+def time_alone(subject: Callable[[], object], most: int) -> Timing:
+    """In at most so many rounds; the subject has run before."""
+    rounds = until_known(lambda: (seconds_of(subject),), most)
+    return Timing(tuple(seconds for (seconds,) in rounds))
+
+
+def time_paired(subject: Prepare, reference: Prepare, most: int) -> tuple[Timing, float]:
+    """In at most so many rounds, each with a call of the reference first; and the median of the ratios to that."""
+
+    def pair() -> tuple[float, float]:
+        expected = seconds_of(reference())
+        seconds = seconds_of(subject())
+        return seconds, seconds / expected
+
+    for _ in range(WARMUP_ROUNDS):
+        pair()
+    seconds, ratios = zip(*until_known(pair, most), strict=True)
+    return Timing(seconds), median(ratios)
+
+
+def until_known(measure: Callable[[], tuple[float, ...]], most: int) -> list[tuple[float, ...]]:
+    """Rounds of measurements, until the median of each quantity is known or there are as many as allowed."""
+    rounds: list[tuple[float, ...]] = []
+    while len(rounds) < most and not (len(rounds) >= LEAST_ROUNDS and all(map(is_known, zip(*rounds, strict=True)))):
+        rounds.append(measure())
+    return rounds
+
+
+def is_known(samples: Sequence[float]) -> bool:
+    """Whether the confidence interval of the median ends within PRECISION of it on both sides."""
+    middle = median(samples)
+    return all(abs(end - middle) <= PRECISION * middle for end in median_interval(samples))
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """Two of the samples between which the median lies with CONFIDENCE, whatever their distribution.
+
+    How many samples are below the median is binomial, so the same number may be left out at both ends.
     """
+    count, left_out = len(samples), 0
+    outside = 2 / 2**count  # the chance that the median is beyond either end
+    while outside + 2 * comb(count, left_out + 1) / 2**count <= 1 - CONFIDENCE:
+        left_out += 1
+        outside += 2 * comb(count, left_out) / 2**count
+    ordered = sorted(samples)
+    return ordered[left_out], ordered[-1 - left_out]
 
-    def __init__(self) -> None:
-        self.total = 0.0
-        self._cache = torch.empty(2**28 if ON_GPU else 0, dtype=torch.int8, device=DEVICE)
 
-    def __call__(self) -> float:
-        return self.total
-
-    def time(self, function: Callable[[], object]) -> float:
-        """The seconds of one call, which are added to the total."""
-        seconds = self._on_gpu(function) if ON_GPU else self._on_cpu(function)
-        self.total += seconds
-        return seconds
-
-    def _on_gpu(self, function: Callable[[], object]) -> float:
+def seconds_of(function: Callable[[], object]) -> float:
+    """Of one call: on a GPU by events on the stream, behind a kernel that empties the L2 cache and keeps the device
+    busy while the call is being launched."""
+    if ON_GPU:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._cache.zero_()
+        _larger_than_l2().zero_()
         start.record()
         function()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
-
-    def _on_cpu(self, function: Callable[[], object]) -> float:
-        start = perf_counter()
-        function()
-        return perf_counter() - start
+    began = perf_counter()
+    function()
+    return perf_counter() - began
 
 
-STOPWATCH = Stopwatch()
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Quantiles in seconds; `ratio` is the median of the ratios to the reference's call just before."""
-
-    p20: float
-    p50: float
-    p80: float
-    ratio: float
-
-
-def run_paired(
-    benchmark: BenchmarkFixture, subject: Prepare, reference: Prepare, rounds: int, warmup_rounds: int
-) -> Timing:
-    """Run a benchmark whose timer is STOPWATCH, with a call of the reference before each call of the subject."""
-    reference_seconds: list[float] = []
-
-    def setup():
-        reference_seconds.append(STOPWATCH.time(reference()))
-        return (subject(),), {}
-
-    benchmark.pedantic(STOPWATCH.time, setup=setup, rounds=rounds, warmup_rounds=warmup_rounds)
-    seconds = benchmark.stats.stats.data
-    p20, _, _, p80 = quantiles(seconds, n=5)
-    ratio = median(map(truediv, seconds, reference_seconds[warmup_rounds:]))
-    return Timing(p20, median(seconds), p80, ratio)
+@cache
+def _larger_than_l2() -> Tensor:
+    return torch.empty(2**28, dtype=torch.int8, device=DEVICE)
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
@@ -94,3 +128,9 @@ def peak_bytes(function: Callable[[], object]) -> int:
         function()
     changes = (event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
     return max(accumulate(changes), default=0)
+
+
+def nbytes(values: Iterable[object]) -> int:
+    """Of the tensors among them, what they share counted once."""
+    storages = (value.untyped_storage() for value in values if isinstance(value, Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

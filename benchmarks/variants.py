@@ -14,6 +14,14 @@ from torch.optim import AdamW, Optimizer
 from m2pt import reparameterize_aux_into_target_model, step_in_backward
 from m2pt.saved_bytes import published_formulation
 
+MODELS = {
+    "ViT-B": "vit_base_patch16_224",
+    "ViT-L": "vit_large_patch16_224",
+    "ViT-H": "vit_huge_patch14_224",
+    "ViT-g": "vit_giant_patch14_224",
+    "ViT-G": "vit_gigantic_patch14_224",
+}
+
 PLAIN = "plain"
 PUBLISHED_TRAINED = "published, W_aux trained"
 PUBLISHED_FROZEN = "published, W_aux frozen"
@@ -22,6 +30,9 @@ VARIANTS = (PLAIN, PUBLISHED_TRAINED, PUBLISHED_FROZEN, FUSED)
 
 AUX_DTYPES = {f"this package, W_aux {dtype}": dtype for dtype in ("bfloat16", "int8", "float8_e4m3fn", "int4")}
 FUSED_BFLOAT16, FUSED_INT8, FUSED_FLOAT8, FUSED_INT4 = AUX_DTYPES
+FUSED_LEVERS = f"{FUSED_INT8}, every lever"
+FUSED_LEVERS_ADAMW = f"{FUSED_INT8}, every lever but 8-bit Adam"
+AUX_DTYPES |= {FUSED_LEVERS: "int8", FUSED_LEVERS_ADAMW: "int8"}
 
 
 @contextmanager
@@ -60,6 +71,11 @@ class Levers:
 
 
 NO_LEVERS = Levers()
+
+
+def every_lever(checkpointing: bool, create_optimizer: Callable[[list[nn.Parameter]], Optimizer]) -> Levers:
+    """The blocks' inputs go to the host where nothing else is saved, which is with activation checkpointing."""
+    return Levers(create_optimizer, in_backward=True, on_host=checkpointing)
 
 
 def adamw(model: nn.Module, levers: Levers = NO_LEVERS) -> Optimizer:

@@ -1,0 +1,321 @@
+"""What `pytest benchmarks/` does around its measurements; the benchmarks of a GPU, with a made-up one."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from benchmarks import conftest, results, summary
+from benchmarks.timing import LEAST_ROUNDS, is_known, median_interval, until_known
+
+pytest_plugins = "pytester"
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_interval_contains_the_median_as_often_as_it_says():
+    generator = random.Random(0)
+    samples = [[generator.expovariate(1.0) for _ in range(25)] for _ in range(2000)]
+    intervals = map(median_interval, samples)
+    inside = sum(low <= 0.6931 <= high for low, high in intervals)
+    assert 0.95 < inside / len(samples) < 0.98
+
+
+@pytest.mark.parametrize(
+    ("count", "left_out"), [(LEAST_ROUNDS, 0), (8, 0), (9, 1), (11, 1), (12, 2), (20, 5), (25, 7), (60, 21)]
+)
+def test_interval_leaves_out_as_many_at_both_ends_as_the_binomial_distribution_allows(count, left_out):
+    samples = list(range(count))
+    random.Random(0).shuffle(samples)
+    assert median_interval(samples) == (left_out, count - 1 - left_out)
+
+
+def test_median_is_known_if_both_ends_are_near():
+    assert is_known([0.99, 1.0, 1.0, 1.0, 1.0, 1.01])
+    assert not is_known([0.97, 1.0, 1.0, 1.0, 1.0, 1.0])
+    assert not is_known([1.0, 1.0, 1.0, 1.0, 1.0, 1.03])
+    assert is_known([0.5, *[1.0] * 7, 9.0])
+
+
+def dictated(*quantities):
+    rounds = zip(*quantities, strict=True)
+    return lambda: next(rounds)
+
+
+def test_rounds_end_when_every_median_is_known():
+    steady, wild = [1.0] * 100, [1.0, 2.0] * 50
+    assert len(until_known(dictated(steady), 100)) == LEAST_ROUNDS
+    assert len(until_known(dictated(steady, steady), 100)) == LEAST_ROUNDS
+    assert len(until_known(dictated(wild), 40)) == 40
+    assert len(until_known(dictated(steady, wild), 40)) == 40
+    settling = [5.0] * 3 + [1.0] * 97
+    found = until_known(dictated(steady, settling), 100)
+    assert LEAST_ROUNDS < len(found) < 20
+    assert median(second for _, second in found) == 1.0
+
+
+def operator_rows(layer, published, ours, tokens="64 x 197", names=("published", "transient copy", "two GEMMs")):
+    times = {"F.linear": 1.0, **dict.fromkeys(names, published), "this package": ours}
+    return [
+        {
+            "layer": layer,
+            "tokens": tokens,
+            "precision": "bfloat16",
+            "pass": each,
+            "implementation": name,
+            "time / F.linear": time,
+            "TFLOP/s": 567.8,
+        }
+        for name, time in times.items()
+        for each in summary.PASSES
+    ]
+
+
+def test_summary_of_operators_marks_rows_and_figures_that_lose():
+    rows = [*operator_rows("ViT-B mlp.fc1", 1.1, 1.25), *operator_rows("ViT-B mlp.fc2", 1.1, 1.05)]
+    *_, _, input_gradient, _, whole_step = rows
+    input_gradient["time / F.linear"] = 12.34
+    whole_step["layer"] = "ViT-B attn.proj"  # of which nothing else was measured
+    *_, loses, wins, partial = summary.operators(rows).splitlines()
+    assert loses.startswith("*ViT-B mlp.fc1   64x197 bfloat16|1.10 1.10 1.10 1.10|")
+    assert loses.endswith("|1.25*1.25*1.25*1.25*    568")
+    assert wins.startswith(" ViT-B mlp.fc2 ") and wins.endswith("|1.05 12.3*1.05    -       -")
+    assert partial.startswith(" ViT-B attn.proj ") and partial.endswith("|   -    -    - 1.05     568")
+
+
+def test_summary_fits_a_terminal():
+    names = ("published", "transient copy", "two GEMMs", "published, torch.compile")
+    rows = operator_rows("ViT-22B mlp.fc1", 1.1, 1.25, names=names)
+    assert max(map(len, summary.operators(rows).splitlines())) <= 140
+    rows = [step_row("this package, W_aux int8, every lever but 8-bit Adam", "out of memory", "-", "-")]
+    assert max(map(len, summary.training_steps(rows).splitlines())) <= 140
+
+
+def step_row(variant, milliseconds, ratio, peak):
+    return {
+        "model": "ViT-B",
+        "batch": 64,
+        "precision": "autocast",
+        "checkpointing": "yes",
+        "variant": variant,
+        "median, ms": milliseconds,
+        "time / published": ratio,
+        "peak, MiB": peak,
+        "simulated peak, MiB": 2048.0,
+        "measured / simulated": "-" if peak == "-" else peak / 2048,
+    }
+
+
+def test_summary_of_training_steps():
+    rows = [
+        step_row("published, W_aux frozen", 123.4, 1.0, 3072.0),
+        step_row("plain", 200.0, 1.62, 3072.0),
+        step_row("this package, W_aux frozen", 111.0, 0.9, 2048.0),
+        step_row("this package, W_aux int8", 150.0, 1.2, 1024.0),
+        step_row("this package, W_aux int8, every lever", "out of memory", "-", "-"),
+    ]
+    *_, published, plain, ours, loses, out_of_memory = map(str.split, summary.training_steps(rows).splitlines())
+    assert published[-5:] == ["123", "1", "3", "2", "1.5"]
+    assert [line[0] for line in (plain, ours, loses, out_of_memory)] == ["ViT-B", "ViT-B", "*ViT-B", "ViT-B"]
+    assert out_of_memory[-7:] == ["out", "of", "memory", "-", "-", "2", "-"]
+    for row in rows:
+        del row["simulated peak, MiB"], row["measured / simulated"]
+    assert "simulated" not in summary.training_steps(rows)
+
+
+MADE_UP = '''"""What is made up."""
+
+import signal
+import weakref
+
+import pytest
+
+from benchmarks.timing import Timing
+
+
+@pytest.mark.parametrize("number", range(3), ids=["zero", "one", "two"])
+def test_made_up(record, number):
+    {action}
+    timing = Timing((1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
+    record({{"number": number, **timing.columns("ms")}}, timing)
+'''
+
+
+@pytest.fixture
+def run(pytester, monkeypatch):
+    """Runs made-up files by the rules of the benchmarks; returns the result, and the folders of tables."""
+    pytester.makeini("[pytest]")
+    monkeypatch.setattr(results, "IGNORED", pytester.path / "ignored")
+    monkeypatch.setattr(results, "TRACKED", pytester.path / "tracked")
+    monkeypatch.setattr(results, "device_slug", lambda: "cpu")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+    def run_pytest(*arguments, **files):
+        for name, text in files.items():
+            pytester.makepyfile(**{name: text})
+            monkeypatch.delitem(sys.modules, name, raising=False)  # the benchmark of that name
+        options = ("-p", conftest.__name__, "-p", "no:xdist")
+        return pytester.runpytest_inprocess(*options, *arguments, no_reraise_ctrlc=True)
+
+    return run_pytest
+
+
+def written(folder):
+    return {path.name: path.read_text() for path in folder.glob("*")}
+
+
+def test_results_are_ignored_by_git_unless_they_are_recorded(run):
+    result = run(test_made_up=MADE_UP.format(action="pass"))
+    result.assert_outcomes(passed=3)
+    tables = written(results.IGNORED)
+    assert tables.keys() == {"made-up-cpu.md", "made-up-cpu.json"} and not results.TRACKED.exists()
+    assert tables["made-up-cpu.md"].startswith(
+        "What is made up.\n\n| number | p20, ms | median, ms | p80, ms | rounds |"
+    )
+    content = json.loads(tables["made-up-cpu.json"])
+    assert "partial" not in content and [row["number"] for row in content["rows"]] == [0, 1, 2]
+    assert content["rows"][0]["median, ms"] == 3500.0
+    result.stdout.fnmatch_lines(["*= results =*", "*torch *", str(results.IGNORED / "made-up-cpu.md")])
+    assert "Median" not in result.stdout.str()
+    run("--record")
+    assert written(results.TRACKED).keys() == tables.keys()
+    ignored = subprocess.run(["git", "check-ignore", "runs/benchmarks/x.md"], cwd=ROOT, capture_output=True)
+    assert ignored.returncode in (0, 128)  # 128: not a checkout
+
+
+@pytest.mark.parametrize(
+    ("action", "arguments", "count"),
+    [
+        ("pass", ["-k", "zero or one"], 2),
+        ("pass", ["test_made_up.py::test_made_up[one]"], 1),
+        ("assert number != 1", [], 2),
+        ("if number == 2: raise KeyboardInterrupt", [], 2),
+        ("if number == 1: signal.raise_signal(signal.SIGTERM)", [], 1),
+        ("if number == 1: weakref.finalize(Timing(()), signal.raise_signal, signal.SIGTERM)", [], 2),
+    ],
+    ids=["-k", "::", "failed", "Ctrl-C", "SIGTERM", "SIGTERM in a callback"],
+)
+def test_partial_results_say_so_and_are_never_recorded(run, action, arguments, count):
+    result = run("--record", *arguments, test_made_up=MADE_UP.format(action=action))
+    tables = written(results.IGNORED)
+    assert tables.keys() == {"made-up-cpu-partial.md", "made-up-cpu-partial.json"} and not results.TRACKED.exists()
+    assert f"\n\nPartial: {count} of 3 measurements.\n\n|" in tables["made-up-cpu-partial.md"]
+    content = json.loads(tables["made-up-cpu-partial.json"])
+    assert content["partial"] is True and len(content["rows"]) == count
+    result.stdout.fnmatch_lines([str(results.IGNORED / "made-up-cpu-partial.md")])
+
+
+def test_files_run_in_the_order_of_their_importance(run):
+    names = ("test_another", *reversed(conftest.IMPORTANCE))
+    result = run("-v", **{name: MADE_UP.format(action="pass") for name in names})
+    found = [line.partition(".py::")[0] for line in result.outlines if " PASSED" in line]
+    assert list(dict.fromkeys(found)) == [*conftest.IMPORTANCE, "test_another"]
+
+
+def test_what_has_to_be_asked_for_is_left_out_and_not_missed(run):
+    text = "\n\n@pytest.mark.{}\ndef test_{}(record):\n    record({{'number': 3}}, None)\n"
+    file = MADE_UP.format(action="return record({'number': number}, None)") + "".join(
+        text.format(name, name) for name in conftest.LEFT_OUT
+    )
+    run(test_made_up=file).assert_outcomes(passed=3, deselected=2)
+    assert "made-up-cpu.md" in written(results.IGNORED)
+    run("--compile").assert_outcomes(passed=4, deselected=1)
+    run("--compile", "--full").assert_outcomes(passed=5)
+    assert "made-up-cpu-full.md" in written(results.IGNORED)
+
+
+def test_a_table_of_pytest_benchmark_is_shown_to_those_who_use_its_options(run):
+    assert "Median" in run("--benchmark-columns=median", test_made_up=MADE_UP.format(action="pass")).stdout.str()
+
+
+@pytest.mark.parametrize(("arguments", "folder"), [([], "IGNORED"), (["--record"], "TRACKED")])
+def test_scripts_record_when_told_to(tmp_path, monkeypatch, capsys, arguments, folder):
+    for each in ("IGNORED", "TRACKED"):
+        monkeypatch.setattr(results, each, tmp_path / each)
+    monkeypatch.setattr(sys, "argv", ["made_up.py", *arguments])
+    path = results.run("made-up", "cpu", lambda: [{"number": 1.0, "text": "-"}], "What is made up.")
+    assert path == tmp_path / folder / "made-up-cpu.md"
+    assert results.read(path) == [{"number": 1.0, "text": "-"}]
+    assert capsys.readouterr().out == f"{path.read_text()}\nWritten to {path}\n"
+
+
+AS_ON_A_GPU = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+
+from benchmarks import results, timing
+
+
+class Event:
+    def __init__(self, enable_timing):
+        pass
+
+    def record(self):
+        pass
+
+    synchronize = record
+
+    def elapsed_time(self, end):
+        return 2.0
+
+
+def create_model(name, small=timm.create_model):
+    if "large" in name:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return small("vit_tiny_patch16_224", depth=1, embed_dim=48, num_heads=3)
+
+
+timing.ON_GPU, timing.DEVICE = True, "cpu"
+timing._larger_than_l2 = lambda: torch.empty(1)
+torch.cuda.Event = Event
+torch.cuda.reset_peak_memory_stats = lambda: None
+torch.cuda.memory_allocated = lambda: 0
+torch.cuda.max_memory_allocated = lambda: 2**30
+torch.cuda.current_device = lambda: 0
+torch.cuda.get_device_properties = lambda device: SimpleNamespace(uuid="0123")
+results.device_name = lambda: "made-up GPU"
+results.device_slug = lambda: "made-up"
+results.IGNORED = Path(sys.argv[1])
+timm.create_model = create_model
+raise SystemExit(pytest.main(sys.argv[2:]))
+"""
+
+
+def test_benchmarks_of_a_gpu_run(tmp_path):
+    """On the CPU, with made-up times and memory: everything but the measuring."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\ntest "$1" = --id=GPU-0123 && echo "1755, 1980, 700.00"\n')
+    smi.chmod(0o755)
+    paths = os.pathsep.join((str(ROOT), *sys.path))
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": paths}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    chosen = (
+        "(test_operator and ViT-B and attn.proj and 8 and not 64 and autocast and (transient or step))"
+        " or (test_training_step and ViT-B and 16 and checkpointing)"
+        " or (test_training_step and ViT-L and 16 and frozen)"
+    )
+    command = [sys.executable, "-c", AS_ON_A_GPU, str(tmp_path / "ignored"), "benchmarks", "-p", "no:cacheprovider"]
+    result = subprocess.run([*command, "-k", chosen], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "No GPU was found" not in result.stdout
+    assert "made-up GPU; SM clock 1755 of 1980 MHz, power limit 700.00 W; python" in result.stdout
+    operators = results.read(tmp_path / "ignored" / "operators-made-up-partial.md")
+    steps = results.read(tmp_path / "ignored" / "training-step-made-up-partial.md")
+    assert {row["implementation"] for row in operators} >= {"F.linear", "transient copy", "this package"}
+    assert {row["pass"] for row in operators} == set(summary.PASSES)
+    out_of_memory = [row for row in steps if row["model"] == "ViT-L"]
+    assert out_of_memory and {row["median, ms"] for row in out_of_memory} == {"out of memory"}
+    trained = [row for row in steps if row["model"] == "ViT-B"]
+    assert len(trained) == 5 and any("every lever" in row["variant"] for row in trained)
+    assert all(row["time / published"] == 1.0 for row in trained)
+    assert all(row["peak, MiB"] / row["simulated peak, MiB"] == row["measured / simulated"] for row in trained)
