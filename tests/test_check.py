@@ -13,7 +13,7 @@ from test_compilation import by_tma
 
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt.cli import main
-from m2pt_kernels import check, configs, cross_modal_linear, gemm, records
+from m2pt_kernels import cases, check, configs, cross_modal_linear, gemm, records
 from m2pt_kernels.cases import KINDS, Row, Shape
 from m2pt_kernels.configs import INTERPRETED
 
@@ -94,6 +94,19 @@ def test_without_a_gpu_the_interpreter_runs_the_kernels(in_interpreter, tmp_path
     assert {row.kind for row in rows} == {"bf16, two models"} and {row.fault for row in rows} == {None}
     assert all(row.plan.startswith("pointers") and row.error_ratio > 0 for row in rows)
     assert not records.path_of("findings", "cpu", gemm.KERNELS).exists()
+
+
+def test_an_exception_is_a_fault_of_one_line(monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("\nno such layout\n\nat line 3:\n  ...")
+
+    monkeypatch.setattr(cases, "INTERPRETED", True)
+    monkeypatch.setattr(cases, "verify", fail)
+    with compiling_for(TARGETS["sm_90"]):
+        request = {"kind": "fp16", "products": ["grad_input"], "shapes": [[64, 64, 64]], "timed": False}
+        cases.answer(request | {"places": [], "lost": []})
+    begun, done = map(json.loads, capsys.readouterr().out.splitlines()[:2])
+    assert begun["begun"]["fault"] is None and done["done"]["fault"] == "ValueError: no such layout"
 
 
 def test_everything_right_on_a_gpu(on_gpu, tmp_path, capsys):

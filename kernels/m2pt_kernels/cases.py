@@ -154,7 +154,8 @@ def _verify(row: Row, case: Case, plan: Plan) -> None:
     try:
         row.fault, row.error_ratio = verify(plan, row.product, *case.arguments)
     except Exception as error:
-        row.fault = f"{type(error).__name__}: {error}"
+        message = str(error).strip() or "no message"
+        row.fault = f"{type(error).__name__}: {message.splitlines()[0]}"
 
 
 def _time(row: Row, case: Case, plan: Plan) -> None:
