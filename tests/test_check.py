@@ -268,6 +268,24 @@ def plans(weights):
         return {gemm.variant(plan, "forward", *arguments): plan for plan in gemm.plans("forward", *arguments)}
 
 
+@pytest.mark.parametrize(
+    "kind, product, precision, expected",
+    [
+        ("bf16", "forward", "ieee", "forward by P of bfloat16 bfloat16 bfloat16"),
+        ("bf16, int4", "forward", "ieee", "forward by P of bfloat16 bfloat16 int4"),
+        ("autocast, two models", "grad_input", "ieee", "grad_input by P of bfloat16 float32 bfloat16 bfloat16"),
+        ("autocast, float8", "grad_parameters", "ieee", "grad_parameters by P of bfloat16 float32 float8_e4m3fn"),
+        ("tf32", "forward", "ieee", "forward by P of float32 float32 float32"),
+        ("tf32", "forward", "tf32", "forward by P of float32 float32 float32 as tf32"),
+    ],
+)
+def test_a_variant_names_what_decides_which_kernel_is_compiled(monkeypatch, kind, product, precision, expected):
+    monkeypatch.setattr(gemm, "input_precision", lambda dtype, target: precision)
+    with compiling_for(TARGETS["sm_90"]):
+        for case in cases.cases(KINDS[kind], product, SHAPES[0], "cpu"):
+            assert gemm.variant(configs.Plan("P"), product, *case.arguments) == expected
+
+
 @by_tma
 def test_a_faulty_plan_is_not_used_and_one_warning_names_the_next(weights, plans):
     x = torch.randn(1024, 512, dtype=torch.bfloat16)
@@ -282,6 +300,19 @@ def test_a_faulty_plan_is_not_used_and_one_warning_names_the_next(weights, plans
     )
     assert str(warning.message).startswith(expected)
     assert plans[first] not in configs.UNTUNED.values()
+
+
+@by_tma
+@pytest.mark.filterwarnings("ignore:.*was found faulty")
+def test_a_plan_that_is_found_faulty_later_is_given_up(weights, plans):
+    x = torch.randn(1024, 512, dtype=torch.bfloat16)
+    kernels(x, weights)
+    for count, variant in enumerate(plans, 1):
+        assert list(configs.UNTUNED.values()) == [plans[variant]]
+        records.remember("cpu", gemm.KERNELS, {variant: "wrong"})
+        assert len(records.read(records.path_of("findings", "cpu", gemm.KERNELS))) == count
+        kernels(x, weights)
+    assert list(configs.UNTUNED.values()) == [configs.EAGER]
 
 
 @by_tma

@@ -212,6 +212,18 @@ def test_blocks_are_the_whole(monkeypatch, kind, product):
         assert blocks[name].accepted == pytest.approx(bound.accepted, rel=1e-5)
 
 
+def test_a_combined_weight_that_may_overflow_is_no_fault(computing_by):
+    def overflowing(product, grad_output, weight, *others):
+        return in_torch(product, grad_output, torch.where(weight == largest, torch.inf, weight), *others)
+
+    computing_by(overflowing)
+    largest = torch.finfo(torch.float16).max
+    (case,) = cases(KINDS["fp16"], "grad_input", SHAPE, "cpu")
+    grad_output, weight, aux_weight, *_ = case.arguments
+    weight[3, 5], aux_weight[3, 5], grad_output[:, 3] = largest, 0, 0.1
+    assert verify(PLAN, "grad_input", *case.arguments).fault is None
+
+
 @pytest.mark.parametrize("mode", [(False, False), (True, False), (True, True)], ids=str)
 def test_poison_is_taken_away(mode):
     torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
