@@ -1,6 +1,8 @@
 """`m2pt check`: in Triton's interpreter, and with processes that answer, fail, die and hang as the tests dictate."""
 
+import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,9 +15,10 @@ from test_compilation import by_tma
 
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt.cli import main
-from m2pt_kernels import cases, check, configs, cross_modal_linear, gemm, records
+from m2pt_kernels import cases, check, configs, cross_modal_linear, gemm, processes, records
 from m2pt_kernels.cases import KINDS, Row, Shape
 from m2pt_kernels.configs import INTERPRETED
+from m2pt_kernels.versions import HAS_HOPPER_LOOPS
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="it starts the interpreter itself")
 
@@ -31,7 +34,7 @@ for line in sys.stdin:
             row = dict(kind=request["kind"], product=product, shape=shape, inputs="", plan=plan, fault=None,
                 variant=f"{product} by {plan} of {request['kind']}", error_ratio=1.0)
             place = f"{product}, {shape[0]} x {shape[1]} -> {shape[2]}, , {plan}"
-            if request["timed"] != (place in request["places"]) or row["variant"] in request.get("lost", ()):
+            if request["timed"] != (place in request["places"]) or row["variant"] in request["lost"]:
                 continue
             print(json.dumps({"begun": row}), flush=True)
             behaviour(request, row)
@@ -49,7 +52,7 @@ def on_gpu(monkeypatch, tmp_path):
             f"import os, signal, sys, time\n\ndef behaviour(request, row):\n{lines}"
         )
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        monkeypatch.setattr(check, "WORKER", [sys.executable, "-c", ANSWERING])
+        monkeypatch.setattr(processes, "WORKER", [sys.executable, "-c", ANSWERING])
         monkeypatch.setattr(check, "KINDS", {name: KINDS[name] for name in ("bf16", "autocast, int8")})
         monkeypatch.setattr(check, "GPU_SHAPES", SHAPES)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -67,6 +70,8 @@ def rows_of(path):
 
 @pytest.fixture
 def in_interpreter(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
     def choose(*kinds, shapes=SHAPES):
         monkeypatch.setattr(check, "KINDS", {name: KINDS[name] for name in kinds})
         monkeypatch.setattr(check, "SMALL_SHAPES", shapes)
@@ -98,15 +103,31 @@ def test_without_a_gpu_the_interpreter_runs_the_kernels(in_interpreter, tmp_path
 
 def test_an_exception_is_a_fault_of_one_line(monkeypatch, capsys):
     def fail(*_):
-        raise ValueError("\nno such layout\n\nat line 3:\n  ...")
+        raise ValueError("\nno such layout\n\nat line 3:\n...")
 
     monkeypatch.setattr(cases, "INTERPRETED", True)
     monkeypatch.setattr(cases, "verify", fail)
     with compiling_for(TARGETS["sm_90"]):
         request = {"kind": "fp16", "products": ["grad_input"], "shapes": [[64, 64, 64]], "timed": False}
-        cases.answer(request | {"places": [], "lost": []})
+        cases.answer(request | {"places": [], "lost": []}, sys.stdout)
     begun, done = map(json.loads, capsys.readouterr().out.splitlines()[:2])
-    assert begun["begun"]["fault"] is None and done["done"]["fault"] == "ValueError: no such layout"
+    assert begun["begun"]["fault"] is None and done["done"]["fault"] == "ValueError: no such layout ... ..."
+
+
+def test_what_compilers_print_is_no_answer():
+    script = (
+        "from m2pt_kernels import cases\ncases.verify = lambda *_: print('a banner') or (None, 1.0)\ncases.main()\n"
+    )
+    request = {"kind": "fp16", "products": ["grad_input"], "shapes": [[16, 16, 16]], "timed": False}
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(request | {"places": [], "lost": []}) + "\n",
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert [list(json.loads(line)) for line in result.stdout.splitlines()] == [["begun"], ["done"]]
+    assert result.returncode == 0 and "a banner" in result.stderr
 
 
 def test_everything_right_on_a_gpu(on_gpu, tmp_path, capsys):
@@ -123,12 +144,16 @@ def test_everything_right_on_a_gpu(on_gpu, tmp_path, capsys):
     assert {row.milliseconds for row in rows if row.shape == SHAPES[0]} == {0.3}
     assert {row.milliseconds for row in rows if row.shape == SHAPES[1]} == {None}
     known = records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS))
-    assert known == {row.variant: None for row in rows}
+    assert known.keys() == {row.variant for row in rows}
+    assert {place: fault for tried in known.values() for place, fault in tried.items()} == {
+        row.place: None for row in rows
+    }
 
 
 FAULTS = {
     "row['fault'] = 'error of the output 3.0e-01'": "error of the output 3.0e-01",
     "os._exit(3)": "status 3: ",
+    "print('ptxas fatal: unsupported')": "unexpected output: ptxas fatal: unsupported",
     "raise RuntimeError('an illegal memory access')": "status 1: RuntimeError: an illegal memory access",
     "os.kill(os.getpid(), signal.SIGSEGV)": "ended by SIGSEGV",
     "time.sleep(60)": "no end in 3 s",
@@ -138,7 +163,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault, message", FAULTS.items())
 def test_a_fault_is_a_row_and_not_the_end(on_gpu, monkeypatch, tmp_path, capsys, fault, message):
     on_gpu(f"if row['plan'] == 'pointers b' and row['kind'] == 'bf16' and row['product'] == 'forward': {fault}")
-    monkeypatch.setattr(check, "PATIENCE", 3.0)
+    monkeypatch.setattr(processes, "PATIENCE", 3.0)
     assert main(["check", "--json", str(tmp_path / "check.json")]) == 1
     faulty = "forward by pointers b of bf16"
     output = capsys.readouterr().out
@@ -151,12 +176,12 @@ def test_a_fault_is_a_row_and_not_the_end(on_gpu, monkeypatch, tmp_path, capsys,
     assert len(set(places)) == len(places) == 36 - ends_the_process
     assert {row.variant for row in rows if row.fault} == {faulty}
     known = records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS))
-    assert {variant for variant, fault in known.items() if fault} == {faulty} and len(known) == 18
+    assert records._faults(known).keys() == {faulty} and len(known) == 18
 
 
 def test_a_process_that_cannot_start_is_a_row(on_gpu, monkeypatch, capsys):
     on_gpu("")
-    monkeypatch.setattr(check, "WORKER", [sys.executable, "-c", "import no_such_module"])
+    monkeypatch.setattr(processes, "WORKER", [sys.executable, "-c", "import no_such_module"])
     assert main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert (
@@ -169,24 +194,25 @@ def test_a_process_that_cannot_start_is_a_row(on_gpu, monkeypatch, capsys):
 INTERRUPTED = """
 import signal, sys
 from m2pt.cli import main
-from m2pt_kernels import check
-check.WORKER = ["sleep", "600"]
+from m2pt_kernels import processes
+processes.WORKER = ["sleep", "600"]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background ignores
 print("ready", flush=True)
 sys.exit(main(["check"]))
 """
 
 
-def test_an_interrupt_ends_it_and_its_processes():
+@pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_and_its_processes(sent, status):
     command = [sys.executable, "-c", INTERRUPTED]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         deadline = time.monotonic() + 60
         while not (children := children_of(process.pid)) and time.monotonic() < deadline:
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         try:
-            assert process.wait(60) == 130
+            assert process.wait(60) == status
         finally:
             process.kill()
     assert children and not any(Path(f"/proc/{child}").exists() for child in children)
@@ -196,23 +222,48 @@ def children_of(pid):
     return [child for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
 
 
-def test_losing_the_times_loses_no_finding(on_gpu, capsys):
-    on_gpu("if request['timed'] and row['plan'] == 'pointers b': os._exit(3)")
+def test_a_plan_that_ends_its_process_while_it_is_timed_is_faulty_after_all(on_gpu, tmp_path, capsys):
+    on_gpu("""
+if request['timed'] and row['plan'] == 'pointers b' and row['product'] == 'forward': os._exit(3)
+if request['timed']: row['milliseconds'] = row['plain_milliseconds'] = 0.2
+""")
+    assert main(["check", "--json", str(tmp_path / "check.json")]) == 1
+    output = capsys.readouterr().out
+    assert "16 of 18 kernels are right\nforward by pointers b of bf16: while it was timed: status 3" in output
+    timed = [row for row in rows_of(tmp_path / "check.json") if row.milliseconds]
+    assert len(timed) == 16
+    assert len(records.faults("NVIDIA H100 80GB HBM3", gemm.KERNELS)) == 2
+
+
+def test_times_that_cannot_be_had_are_no_fault(on_gpu, capsys):
+    on_gpu("if request['timed']: row['not_run'] = 'CUDA out of memory'")
     assert main(["check"]) == 0
-    output = capsys.readouterr()
-    assert "Timing ended at forward by pointers b of bf16, 48 x 64 -> 80: status 3" in output.err
-    assert output.out.endswith("\n18 of 18 kernels are right\n")
+    output = capsys.readouterr().out
+    assert output.endswith("18 of 18 kernels are right\n18 of 36 cases were not run: CUDA out of memory\n")
 
 
-def test_a_plan_that_is_right_again_is_used_again(on_gpu):
+def test_what_could_not_be_run_is_not_remembered(on_gpu, capsys):
+    on_gpu("if row['plan'] == 'pointers b': row['not_run'], row['error_ratio'] = 'CUDA out of memory', None")
+    assert main(["check"]) == 0
+    output = capsys.readouterr().out
+    assert output.endswith("12 of 36 cases were not run: CUDA out of memory\n") and "not run\n" in output
+    known = records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS))
+    assert len(known) == 12 and not any("pointers b" in variant for variant in known)
+
+
+def test_a_fault_is_forgotten_where_it_was_found_alone(on_gpu):
     path = records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS)
     on_gpu("if row['plan'] == 'pointers b': row['fault'] = 'wrong'")
     assert main(["check"]) == 1
+    elsewhere = {"forward by pointers b of bf16": {"(788, 768)": "wrong at another size"}}
+    records.remember("NVIDIA H100 80GB HBM3", gemm.KERNELS, elsewhere)
     faults = records.faults("NVIDIA H100 80GB HBM3", gemm.KERNELS)
-    assert len(faults) == 6 and sum(fault is not None for fault in records.read(path).values()) == 6
+    assert len(faults) == len(records._faults(records.read(path))) == 6
     on_gpu("")
     assert main(["check"]) == 0
-    assert records.faults("NVIDIA H100 80GB HBM3", gemm.KERNELS) == {} and len(records.read(path)) == 18
+    expected = {"forward by pointers b of bf16": "wrong at another size"}
+    assert records.faults("NVIDIA H100 80GB HBM3", gemm.KERNELS) == expected
+    assert len(records.read(path)) == 18 and records._faults(records.read(path)) == expected
 
 
 def test_an_old_gpu_has_nothing_to_check(on_gpu, monkeypatch, capsys):
@@ -237,8 +288,13 @@ def test_a_model_is_checked_instead(in_interpreter, tmp_path):
     "arguments, message",
     [
         (["--model", "no_such_model"], "--model: expected the name of a timm model, got 'no_such_model'"),
+        (
+            ["--model", "resnet18"],
+            "--model: expected a model with linear layers besides its classifier, got 'resnet18'",
+        ),
         (["--batch", "0"], "--batch: expected a positive number, got 0"),
         (["--json", "no/such/folder/check.json"], "--json: expected a file in a folder that exists"),
+        (["--json", "/"], "--json: expected a file in a folder that exists"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, capsys):
@@ -261,11 +317,16 @@ def kernels(x, weights):
 
 @pytest.fixture
 def plans(weights):
-    """Those of that forward pass."""
+    """Those of that forward pass, by variant."""
     x = torch.randn(1024, 512, dtype=torch.bfloat16)
     arguments = gemm.prepared("forward", x, *weights.values(), torch.ones(1), None, None)
     with compiling_for(TARGETS["sm_90"]):
-        return {gemm.variant(plan, "forward", *arguments): plan for plan in gemm.plans("forward", *arguments)}
+        key = configs.problem("forward", *arguments)
+        return {configs.variant(plan, key): plan for plan in gemm.plans("forward", *arguments)}
+
+
+def wrong(*variants):
+    return {variant: {"at 1024": "error of the output 0.3"} for variant in variants}
 
 
 @pytest.mark.parametrize(
@@ -280,23 +341,23 @@ def plans(weights):
     ],
 )
 def test_a_variant_names_what_decides_which_kernel_is_compiled(monkeypatch, kind, product, precision, expected):
-    monkeypatch.setattr(gemm, "input_precision", lambda dtype, target: precision)
+    monkeypatch.setattr(configs, "input_precision", lambda dtype, target: precision)
     with compiling_for(TARGETS["sm_90"]):
         for case in cases.cases(KINDS[kind], product, SHAPES[0], "cpu"):
-            assert gemm.variant(configs.Plan("P"), product, *case.arguments) == expected
+            assert configs.variant(configs.Plan("P"), configs.problem(product, *case.arguments)) == expected
 
 
 @by_tma
 def test_a_faulty_plan_is_not_used_and_one_warning_names_the_next(weights, plans):
     x = torch.randn(1024, 512, dtype=torch.bfloat16)
     first, second = list(plans)[:2]
-    records.remember("cpu", gemm.KERNELS, {first: "error of the output 0.3"})
+    records.remember("cpu", gemm.KERNELS, wrong(first))
     with pytest.warns(UserWarning) as caught:
         kernels(x, weights)
         kernels(x[:900], weights)
     (warning,) = caught
     expected = (
-        f"{first} was found faulty on this GPU (error of the output 0.3) and is not used: next is {plans[second]}."
+        f"{first} was found faulty on this GPU (error of the output 0.3) and is not used: next is {plans[second]}; "
     )
     assert str(warning.message).startswith(expected)
     assert plans[first] not in configs.UNTUNED.values()
@@ -309,7 +370,7 @@ def test_a_plan_that_is_found_faulty_later_is_given_up(weights, plans):
     kernels(x, weights)
     for count, variant in enumerate(plans, 1):
         assert list(configs.UNTUNED.values()) == [plans[variant]]
-        records.remember("cpu", gemm.KERNELS, {variant: "wrong"})
+        records.remember("cpu", gemm.KERNELS, wrong(variant))
         assert len(records.read(records.path_of("findings", "cpu", gemm.KERNELS))) == count
         kernels(x, weights)
     assert list(configs.UNTUNED.values()) == [configs.EAGER]
@@ -317,7 +378,7 @@ def test_a_plan_that_is_found_faulty_later_is_given_up(weights, plans):
 
 @by_tma
 def test_kernels_without_a_right_plan_leave_the_product_to_plain_torch(weights, plans):
-    records.remember("cpu", gemm.KERNELS, {variant: "no end in 90 s" for variant in plans})
+    records.remember("cpu", gemm.KERNELS, wrong(*plans))
     with pytest.warns(UserWarning, match="next is eager"):
         assert kernels(torch.randn(1024, 512, dtype=torch.bfloat16), weights) == []
 
@@ -326,10 +387,9 @@ def test_kernels_without_a_right_plan_leave_the_product_to_plain_torch(weights, 
 def test_other_dtypes_and_gpus_keep_the_plan(weights, plans, monkeypatch):
     x = torch.randn(1024, 512, dtype=torch.bfloat16)
     usual = kernels(x, weights)
-    faulty = {variant: "wrong" for variant in plans}
-    records.remember("NVIDIA H100 80GB HBM3", gemm.KERNELS, faulty)
+    records.remember("NVIDIA H100 80GB HBM3", gemm.KERNELS, wrong(*plans))
     assert kernels(x, weights) == usual
-    records.remember("cpu", gemm.KERNELS, faulty)
+    records.remember("cpu", gemm.KERNELS, wrong(*plans))
     assert kernels(x.half(), {name: weight.half() for name, weight in weights.items()}) == usual
 
 
@@ -342,19 +402,53 @@ def test_a_product_reads_what_was_found_once_and_verifies_nothing(weights, monke
     assert len(read) == 1
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}', '"forward"'])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"forward by pointers": 1}', '{"a": {"b": 3}}', '"forward"'])
 def test_damaged_findings_are_none(weights, content):
     path = records.path_of("findings", "cpu", gemm.KERNELS)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
     assert records.faults("cpu", gemm.KERNELS) == {}
-    records.remember("cpu", gemm.KERNELS, {"forward by pointers": "wrong"})
-    assert records.read(path)["forward by pointers"] == "wrong"
+    records.remember("cpu", gemm.KERNELS, wrong("forward by pointers"))
+    assert records.read(path)["forward by pointers"] == {"at 1024": "error of the output 0.3"}
 
 
 def test_findings_that_cannot_be_written_hold_in_this_process(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("M2PT_CACHE_DIR", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="M2PT_CACHE_DIR: cannot write"):
-        records.remember("cpu", gemm.KERNELS, {"forward by pointers": "wrong"})
-    assert records.faults("cpu", gemm.KERNELS) == {"forward by pointers": "wrong"}
+        records.remember("cpu", gemm.KERNELS, wrong("forward by pointers"))
+    assert records.faults("cpu", gemm.KERNELS) == {"forward by pointers": "error of the output 0.3"}
+
+
+def test_without_a_home_folder_nothing_was_found(weights, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    assert str(records.path_of("times", "cpu", gemm.KERNELS)).startswith(os.environ["M2PT_CACHE_DIR"])
+    monkeypatch.delenv("M2PT_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert len(kernels(torch.randn(1024, 512, dtype=torch.bfloat16), weights)) == 1
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_86", "sm_90", "gfx942"])
+def test_the_shapes_reach_every_tile(name, monkeypatch):
+    monkeypatch.setattr(cases, "INTERPRETED", False)
+    target = TARGETS[name]
+    reached, before = set(), torch.backends.cuda.matmul.fp32_precision
+    with compiling_for(target):
+        for (label, kind), product, shape in itertools.product(KINDS.items(), cases.PRODUCTS, cases.GPU_SHAPES):
+            if kind.aux_weight == "float8_e4m3fn" and name != "sm_90":
+                continue
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if kind.tf32 else "ieee"
+            for case in cases.cases(kind, product, Shape(min(shape.tokens, 1024), *shape[1:]), "meta"):
+                plans = gemm.plans(product, *case.arguments)
+                reached |= {(label, product == "grad_parameters", plan.by, plan.tile) for plan in plans}
+    torch.backends.cuda.matmul.fp32_precision = before
+    labels = {"half": "bf16", "mixed": "autocast", "tf32": "tf32", "ieee": "fp32"}
+    for row in (configs.architecture(target), "small", "portable"):
+        for product, tiles in configs.TILES[row].items():
+            for operands, of_kind in tiles.items():
+                for tile in of_kind:
+                    assert (labels[operands], product == "grad_parameters", "pointers", tile) in reached
+    assert name != "sm_90" or not HAS_HOPPER_LOOPS or {"hopper", "tma"} <= {by for _, _, by, _ in reached}

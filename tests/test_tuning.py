@@ -1,7 +1,9 @@
 """Tuning ahead of training, with a driver that compiles and runs nothing, and times that the tests dictate."""
 
 import json
+import os
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -299,6 +301,67 @@ def test_a_candidate_whose_result_is_wrong_is_never_used_again(model, sample, ti
     assert first not in larger.milliseconds
 
 
+def test_a_kernel_found_wrong_at_one_product_is_given_up_at_all(sample, times, monkeypatch):
+    model = nn.Sequential(*(FusedCrossModalLinear(512, 512, aux_weight=torch.randn(512, 512)) for _ in range(2)))
+    model = model.bfloat16().requires_grad_(False)
+    plan = tune(model, sample)[0].plan
+    times[plan] = 1.0
+    larger = torch.cat([sample, sample])
+
+    def verify(plan_tried, product, x, *_):
+        return Finding("wrong" if str(plan_tried) == plan and len(x) > 1024 else None, 1.0)
+
+    monkeypatch.setattr(tuning, "verify", verify)
+    with pytest.warns(UserWarning, match="is wrong and is not used any more"):
+        (record,) = tune(model, larger)
+    assert record.plan != plan and plan not in map(str, TUNED.values())
+    assert plan not in {str(used) for used in plans_used(model, sample)}
+
+
+def plans_used(model, sample):
+    """Those of a forward pass."""
+    with pytest.warns(UserWarning, match="was found faulty"), compiling_for(TARGETS["sm_90"]):
+        model(sample)
+    return {**configs.UNTUNED, **TUNED}.values()
+
+
+class OfTwoSizes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        aux_weight = torch.randn(512, 512, dtype=torch.bfloat16)
+        self.fused = FusedCrossModalLinear(512, 512, aux_weight=aux_weight).bfloat16().requires_grad_(False)
+
+    def forward(self, x):
+        return self.fused(x), self.fused(torch.cat([x, x]))
+
+
+def test_a_kernel_found_wrong_at_the_last_product_is_not_chosen_for_the_first(sample, times, monkeypatch):
+    model = OfTwoSizes()
+    plan = tune(model, sample)[0].plan
+    times[plan] = 1.0
+    for name in (TUNED, configs.UNTUNED):
+        name.clear()
+    monkeypatch.setattr(
+        tuning,
+        "verify",
+        lambda tried, product, x, *_: Finding("wrong" if len(x) > 1024 and str(tried) == plan else None),
+    )
+    monkeypatch.setenv("M2PT_CACHE_DIR", str(Path(os.environ["M2PT_CACHE_DIR"]) / "another"))
+    with pytest.warns(UserWarning, match="is wrong and is not used any more"):
+        first, last = tune(model, sample)
+    assert plan not in (first.plan, last.plan, *first.milliseconds)
+
+
+def test_products_are_verified_and_timed_outside_autocast(sample, monkeypatch):
+    enabled = []
+    model = nn.Sequential(FusedCrossModalLinear(512, 1024, aux_weight=torch.randn(1024, 512)))
+    monkeypatch.setattr(tuning, "verify", lambda *_: enabled.append(torch.is_autocast_enabled("cpu")) or Finding(None))
+    monkeypatch.setattr(tuning, "_milliseconds", lambda _: enabled.append(torch.is_autocast_enabled("cpu")) or 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tune(model, sample.float())
+    assert enabled and not any(enabled)
+
+
 def test_every_candidate_but_plain_torch_is_verified_before_it_is_timed(model, sample, times, monkeypatch):
     verified = []
     monkeypatch.setattr(tuning, "verify", lambda plan, *_: verified.append(str(plan)) or Finding(None, 1.0))
@@ -323,7 +386,8 @@ def test_a_failure_that_leaves_the_device_unusable_is_raised(monkeypatch):
     monkeypatch.setattr(tuning, "_milliseconds", fail)
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        tuning._time("forward", (SimpleNamespace(is_cuda=True),), {EAGER: configs.EAGER})
+        x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+        tuning._time((), "forward", (x,), {EAGER: configs.EAGER})
 
 
 def test_a_product_that_no_kernel_computes_is_left_to_plain_torch(model, sample, monkeypatch):

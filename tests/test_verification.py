@@ -9,7 +9,7 @@ from benchmarks.offline import TARGETS, compiling_for
 from m2pt_kernels import gemm, reference, verification
 from m2pt_kernels.cases import KINDS, PRODUCTS, Shape, cases
 from m2pt_kernels.configs import EAGER, INTERPRETED, Plan
-from m2pt_kernels.verification import Bound, poisoned, verify
+from m2pt_kernels.verification import Bound, verify
 
 PLAN = Plan("pointers", "under test")
 SHAPE = Shape(70, 128, 96)
@@ -224,16 +224,26 @@ def test_a_combined_weight_that_may_overflow_is_no_fault(computing_by):
     assert verify(PLAN, "grad_input", *case.arguments).fault is None
 
 
-@pytest.mark.parametrize("mode", [(False, False), (True, False), (True, True)], ids=str)
-def test_poison_is_taken_away(mode):
-    torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_torch_is_as_deterministic_as_before(computing_by, mode):
+    def check_mode(product, *arguments):
+        assert torch.zeros(3).new_empty(2, dtype=torch.float16).isnan().all()
+        return in_torch(product, *arguments)
+
+    computing_by(check_mode)
+    (case,) = cases(KINDS["fp32"], "grad_input", SHAPE, "cpu")
+    torch.set_deterministic_debug_mode(mode)
     try:
-        with poisoned():
-            assert torch.zeros(3).new_empty(2, dtype=torch.float16).isnan().all()
-        assert torch.are_deterministic_algorithms_enabled() == mode[0]
-        assert torch.is_deterministic_algorithms_warn_only_enabled() == mode[1]
+        assert verify(PLAN, "grad_input", *case.arguments).fault is None
+        assert torch.get_deterministic_debug_mode() == mode
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode(0)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_nothing_is_right(product):
+    case = cases(KINDS["autocast"], product, Shape(0, 64, 32), "cpu")[0]
+    assert verify(EAGER, product, *case.arguments).fault is None
 
 
 def test_a_bound_counts_what_torch_has_finite():

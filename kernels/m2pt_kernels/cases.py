@@ -1,16 +1,17 @@
 """What `check` computes: products of operands of every kind and size, some in a process.
 
 Such a process (`python -m m2pt_kernels.cases`) reads requests from stdin, each a line, and answers line by line, so
-that whoever started it knows what it was at when it was lost.
+that whoever started it knows what it was doing when it hung or died.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product as pairs
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import triton
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import gemm
-from .configs import INTERPRETED, Plan
+from .configs import INTERPRETED, Plan, problem, variant
 from .quantization import DTYPES, quantize
 from .verification import verify
 
@@ -63,14 +64,23 @@ class Shape(NamedTuple):
         return f"{self.tokens} x {self.in_features} -> {self.out_features}"
 
 
-GPU_SHAPES = (Shape(2048, 512, 1024), Shape(3001, 656, 1296), Shape(1001, 203, 137), Shape(12608, 768, 3072))
-"""Aligned; ragged, in rows that TMA can read; ragged, in rows that it cannot; large."""
+GPU_SHAPES = (
+    Shape(512, 256, 512),
+    Shape(2048, 512, 1024),
+    Shape(3001, 656, 1296),
+    Shape(1001, 203, 137),
+    Shape(12608, 768, 3072),
+)
+"""Small; aligned; ragged, in rows that TMA can read; ragged, in rows that it cannot; large."""
 SMALL_SHAPES = (Shape(64, 64, 64), Shape(45, 48, 80), Shape(37, 23, 29))
 
 
 @dataclass
 class Row:
-    """What was found of a plan at a shape; times in milliseconds, of the plain product too."""
+    """What was found of a plan at a shape; times in milliseconds, of the plain product too.
+
+    not_run: why it was not, where that is no fault of the kernel.
+    """
 
     kind: str
     product: str
@@ -79,13 +89,14 @@ class Row:
     plan: str
     variant: str
     fault: str | None = None
+    not_run: str | None = None
     error_ratio: float | None = None
     milliseconds: float | None = None
     plain_milliseconds: float | None = None
 
     @property
     def place(self) -> str:
-        """What tells a row from others of its kind."""
+        """Identifies a row among those of its kind."""
         return f"{self.product}, {self.shape}, {self.inputs}, {self.plan}"
 
 
@@ -98,7 +109,10 @@ class Case(NamedTuple):
 
 
 def cases(kind: Kind, product: str, shape: Shape, device: str) -> list[Case]:
-    """With a bias and without one; with W_aux frozen and, if it is not quantised, trained."""
+    """With a bias and without one; with W_aux frozen and, if it is not quantised, trained.
+
+    For int4 the input features are rounded up to whole groups.
+    """
     torch.manual_seed(0)
     x_dtype, weight_dtype = (getattr(torch, _runnable(name)) for name in (kind.x, kind.weight))
     stored = kind.aux_weight if kind.aux_weight in DTYPES.values() else None
@@ -146,16 +160,12 @@ def _rows(request: dict[str, Any]) -> Iterator[tuple[Row, Case, Plan]]:
         shape = Shape(*sizes)
         for case in cases(kind, product, shape, "cpu" if INTERPRETED else "cuda"):
             for plan in gemm.plans(product, *case.arguments):
-                variant = gemm.variant(plan, product, *case.arguments)
-                yield Row(request["kind"], product, shape, case.inputs, str(plan), variant), case, plan
+                name = variant(plan, problem(product, *case.arguments))
+                yield Row(request["kind"], product, shape, case.inputs, str(plan), name), case, plan
 
 
 def _verify(row: Row, case: Case, plan: Plan) -> None:
-    try:
-        row.fault, row.error_ratio = verify(plan, row.product, *case.arguments)
-    except Exception as error:
-        message = str(error).strip() or "no message"
-        row.fault = f"{type(error).__name__}: {message.splitlines()[0]}"
+    row.fault, row.error_ratio = verify(plan, row.product, *case.arguments)
 
 
 def _time(row: Row, case: Case, plan: Plan) -> None:
@@ -164,25 +174,37 @@ def _time(row: Row, case: Case, plan: Plan) -> None:
     row.plain_milliseconds = measure(case.plain)
 
 
-def answer(request: dict[str, Any]) -> None:
-    """Print a line when a row is begun, and another when it is done."""
+def _attempt(work: Callable[[Row, Case, Plan], None], row: Row, case: Case, plan: Plan) -> None:
+    try:
+        work(row, case, plan)
+    except torch.OutOfMemoryError as error:
+        row.not_run = str(error).partition("\n")[0]
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no message"]
+        row.fault = f"{type(error).__name__}: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}"
+
+
+def answer(request: dict[str, Any], output: TextIO) -> None:
+    """Write a line when a row is begun, and another when it is done."""
     for row, case, plan in _rows(request):
         if request["timed"]:
             wanted, work = row.place in request["places"], _time
         else:
-            wanted, work = row.place not in request["places"] and row.variant not in request["lost"], _verify
-        if wanted:
-            print(json.dumps({"begun": asdict(row)}), flush=True)
-            work(row, case, plan)
-            print(json.dumps({"done": asdict(row)}), flush=True)
+            wanted, work = row.place not in request["places"], _verify
+        if wanted and row.variant not in request["lost"]:
+            print(json.dumps({"begun": asdict(row)}), file=output, flush=True)
+            _attempt(work, row, case, plan)
+            print(json.dumps({"done": asdict(row)}), file=output, flush=True)
             if row.fault and not INTERPRETED:
                 torch.cuda.synchronize()  # raises where the fault has left the device unusable
 
 
 def main() -> None:
-    """Answer what stdin asks for."""
-    for line in sys.stdin:
-        answer(json.loads(line))
+    """Answer what stdin asks for. What Triton and others print goes to stderr."""
+    with os.fdopen(os.dup(1), "w") as output:
+        os.dup2(2, 1)
+        for line in sys.stdin:
+            answer(json.loads(line), output)
 
 
 if __name__ == "__main__":

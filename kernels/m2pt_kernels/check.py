@@ -7,17 +7,12 @@ Triton's interpreter runs the kernels, at small sizes.
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from itertools import product as pairs
 from pathlib import Path
-from threading import Event, Timer
-from typing import Any
 
 import torch
 import triton
@@ -26,19 +21,12 @@ from tqdm import tqdm
 
 from . import gemm, records
 from .cases import GPU_SHAPES, KINDS, PRODUCTS, SMALL_SHAPES, Row, Shape
-from .configs import device_name
+from .configs import INTERPRETED, device_name
+from .processes import LostError, Workers
 from .quantization import supports_float8
-
-PATIENCE = 90.0
-"""Seconds without a line after which a process is given up."""
 
 _LARGEST_SMALL = 96
 """The largest size in the interpreter."""
-
-WORKER = [sys.executable, "-m", "m2pt_kernels.cases"]
-
-_BYTES_PER_PROCESS = 3 * 2**30
-"""Of GPU memory, at the largest of the shapes."""
 
 
 def run(model: str | None = None, batch: int = 64, json_file: Path | None = None) -> int:
@@ -50,13 +38,13 @@ def run(model: str | None = None, batch: int = 64, json_file: Path | None = None
         json_file: where every row is written to.
 
     Raises:
-        ValueError: no timm model of that name, no positive batch, or a file in no folder.
+        ValueError: no timm model of that name or none with linear layers, no positive batch, or a file in no folder.
     """
     if batch < 1:
         raise ValueError(f"--batch: expected a positive number, got {batch}")
-    if json_file and not json_file.absolute().parent.is_dir():
+    if json_file and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise ValueError(f"--json: expected a file in a folder that exists, got {json_file}")
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and not INTERPRETED
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     if on_gpu and not gemm.supports(device):
         print(f"{device_name(device)} has a compute capability below 8.0, where plain torch computes: nothing to check")
@@ -66,20 +54,27 @@ def run(model: str | None = None, batch: int = 64, json_file: Path | None = None
     if on_gpu:
         print(f"{device_name(device)}, torch {torch.__version__}, Triton {triton.__version__}")
     else:
-        print("No GPU was found: Triton's interpreter runs the portable kernels, at small sizes, bfloat16 as float16.")
+        why = "TRITON_INTERPRET is set" if INTERPRETED else "No GPU was found"
+        print(f"{why}: Triton's interpreter runs the portable kernels, at small sizes, bfloat16 as float16.")
         kinds = [name for name in kinds if not KINDS[name].tf32]
         shapes = sorted({Shape(*(min(size, _LARGEST_SMALL) for size in shape)) for shape in shapes})
     rows = check(kinds, shapes, on_gpu)
-    findings: dict[str, str | None] = {}
-    for row in rows:
-        findings[row.variant] = findings.get(row.variant) or row.fault
     if on_gpu:
+        findings: records.Findings = {}
+        for row in rows:
+            if row.plan and not row.not_run:
+                findings.setdefault(row.variant, {})[row.place] = row.fault
         records.remember(device_name(device), gemm.KERNELS, findings)
+    print(table(rows))
+    faults = {row.variant: row.fault for row in reversed(rows) if row.fault}
+    count = len({row.variant for row in rows})
+    print(f"{count - len(faults)} of {count} kernels are right")
+    for name, fault in reversed(faults.items()):
+        print(f"{name}: {fault}")
+    if missed := [row for row in rows if row.not_run]:
+        print(f"{len(missed)} of {len(rows)} cases were not run: {missed[0].not_run}")
     if json_file:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    print(table(rows))
-    faults = [f"{variant}: {fault}" for variant, fault in findings.items() if fault]
-    print(f"{len(findings) - len(faults)} of {len(findings)} kernels are right", *faults, sep="\n")
     return 1 if faults else 0
 
 
@@ -87,7 +82,7 @@ def layers(model: str, batch: int) -> list[Shape]:
     """The sizes of the linear layers of a timm model, its classifier left out, on a batch.
 
     Raises:
-        ValueError: timm has no such model.
+        ValueError: timm has no such model, or it has no such layers.
     """
     import timm
 
@@ -105,102 +100,38 @@ def layers(model: str, batch: int) -> list[Shape]:
                 )
             )
     network.eval()(images)
+    if not shapes:
+        raise ValueError(f"--model: expected a model with linear layers besides its classifier, got {model!r}")
     return sorted(shapes)
 
 
 def check(kinds: Sequence[str], shapes: Sequence[Shape], on_gpu: bool) -> list[Row]:
     """Verify every plan in processes side by side, then time those that are right at the largest shape, one by one."""
-    # On a GPU the processes take their time to compile, forward the longest; in the interpreter they take it to start.
+    # On a GPU compiling takes the time, of forward the most; in the interpreter it is starting the processes.
     groups = list(pairs([[product] for product in PRODUCTS] if on_gpu else [PRODUCTS], kinds))
-    rows: list[Row] = []
-    with ThreadPoolExecutor(_side_by_side(on_gpu)) as pool, _Workers(on_gpu) as workers:
-        with tqdm(total=len(groups), desc="checking", unit="group") as bar:
-            for found in pool.map(lambda group: _verified(workers, *group, shapes), groups):
-                rows += found
-                bar.set_postfix(faulty=sum(row.fault is not None for row in rows))
-                bar.update()
+    largest = max(shapes, key=lambda shape: shape.tokens * shape.in_features * shape.out_features)
+    with ThreadPoolExecutor(_side_by_side(largest, on_gpu)) as pool, Workers(on_gpu) as workers:
+        verified = [pool.submit(_verified, workers, *group, shapes) for group in groups]
+        for future in tqdm(as_completed(verified), total=len(groups), desc="checking", unit="group"):
+            future.result()
+        rows = [row for future in verified for row in future.result()]
         if on_gpu:
-            largest = max(shapes, key=lambda shape: shape.tokens * shape.in_features * shape.out_features)
-            _add_times(workers, [row for row in rows if row.shape == largest and row.fault is None])
+            _add_times(workers, [row for row in rows if row.shape == largest and not (row.fault or row.not_run)])
     return rows
 
 
-def _side_by_side(on_gpu: bool) -> int:
+def _side_by_side(shape: Shape, on_gpu: bool) -> int:
+    """As many processes as there are cores, and memory for: operands and results, several of them in float32."""
     cores = len(os.sched_getaffinity(0))
-    return max(1, min(cores, torch.cuda.mem_get_info()[0] // _BYTES_PER_PROCESS)) if on_gpu else cores
+    if not on_gpu:
+        return cores
+    tokens, in_features, out_features = shape
+    needed = 2**30 + 40 * (tokens * (in_features + out_features) + 4 * in_features * out_features)
+    return max(1, min(cores, torch.cuda.mem_get_info()[0] // needed))
 
 
-class _LostError(Exception):
-    """A process that did not end as it should, and how."""
-
-
-class _Workers:
-    """Processes that compute cases; none outlives the block."""
-
-    def __init__(self, on_gpu: bool) -> None:
-        self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if on_gpu else {"TRITON_INTERPRET": "1"})
-        self._running: set[subprocess.Popen[str]] = set()
-        self._ended = False
-
-    def __enter__(self) -> "_Workers":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended = True
-        for process in tuple(self._running):
-            process.kill()
-
-    def answers(self, requests: list[dict[str, Any]]) -> Iterator[tuple[str, Row]]:
-        """What a new process says of each row, "begun" or "done".
-
-        Raises:
-            _LostError: after its last words.
-        """
-        with tempfile.TemporaryFile("w+") as stdin, tempfile.TemporaryFile("w+") as stderr:
-            stdin.writelines(f"{json.dumps(request)}\n" for request in requests)
-            stdin.seek(0)
-            process = subprocess.Popen(
-                WORKER, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, text=True, env=self._environment
-            )
-            self._running.add(process)
-            try:
-                while not self._ended and (line := _line(process)):
-                    ((event, fields),) = json.loads(line).items()
-                    yield event, Row(**fields | {"shape": Shape(*fields["shape"])})
-                status = None if self._ended else process.wait()
-            finally:
-                process.kill()
-                process.stdout.close()
-                self._running.discard(process)
-            if status is None or status < 0:
-                raise _LostError("stopped" if status is None else f"ended by {signal.Signals(-status).name}")
-            if status > 0:
-                stderr.seek(0)
-                raise _LostError(f"status {status}: {(stderr.read().strip().splitlines() or [''])[-1]}")
-
-
-def _line(process: subprocess.Popen[str]) -> str:
-    """The next line, or an empty one when the process has ended.
-
-    Raises:
-        _LostError: neither happened in time.
-    """
-    late = Event()
-    timer = Timer(PATIENCE, lambda: (late.set(), process.kill()))
-    timer.start()
-    try:
-        line = process.stdout.readline()
-        if not line:
-            process.wait()
-    finally:
-        timer.cancel()
-    if late.is_set():
-        raise _LostError(f"no end in {PATIENCE:.0f} s")
-    return line
-
-
-def _verified(workers: _Workers, products: Sequence[str], kind: str, shapes: Sequence[Shape]) -> list[Row]:
-    """The rows of a group. A plan that ends its process, or never ends, is left out at the shapes that follow."""
+def _verified(workers: Workers, products: Sequence[str], kind: str, shapes: Sequence[Shape]) -> list[Row]:
+    """The rows of a group. A plan that ends its process, or never ends, is left out from then on."""
     rows: list[Row] = []
     lost: list[str] = []
     while True:
@@ -212,36 +143,44 @@ def _verified(workers: _Workers, products: Sequence[str], kind: str, shapes: Seq
                 if event == "done":
                     rows.append(row)
             return rows
-        except _LostError as error:
-            if begun is None and len(rows) == before:
-                name = " and ".join(products)
-                return [*rows, Row(kind, name, shapes[0], "", "", f"{name} of {kind}", str(error))]
+        except LostError as error:
             if begun is not None:
                 begun.fault = str(error)
                 rows.append(begun)
-                lost.append(begun.variant)
+            if len(rows) == before:
+                name = " and ".join(products)
+                return [*rows, Row(kind, name, shapes[0], "", "", f"{name} of {kind}", str(error))]
+            if rows[-1].fault:
+                lost.append(rows[-1].variant)
 
 
-def _add_times(workers: _Workers, rows: list[Row]) -> None:
-    kinds: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        kinds.setdefault(row.kind, {})[row.place] = row
-    requests = [
-        {"kind": kind, "products": PRODUCTS, "shapes": [rows[0].shape], "timed": True, "places": list(places)}
-        for kind, places in kinds.items()
-    ]
-    last = None
-    try:
-        with tqdm(total=len(rows), desc="timing", unit="plan") as bar:
-            for event, row in workers.answers(requests):
-                last = row
-                if event == "done":
-                    timed = kinds[row.kind][row.place]
-                    timed.milliseconds, timed.plain_milliseconds = row.milliseconds, row.plain_milliseconds
-                    bar.update()
-    except _LostError as error:
-        place = "before the first plan" if last is None else f"at {last.variant}, {last.shape}"
-        print(f"Timing ended {place}: {error}", file=sys.stderr)
+def _add_times(workers: Workers, rows: list[Row]) -> None:
+    """Time rows, all in one process as long as it lives; a plan that ends it is faulty after all."""
+    waiting = {(row.kind, row.place): row for row in rows}
+    with tqdm(total=len(rows), desc="timing", unit="plan") as bar:
+        while waiting:
+            kinds: dict[str, list[str]] = {}
+            for kind, place in waiting:
+                kinds.setdefault(kind, []).append(place)
+            request = {"products": PRODUCTS, "shapes": [rows[0].shape], "timed": True, "lost": []}
+            before, begun = len(waiting), None
+            try:
+                for event, row in workers.answers(
+                    [request | {"kind": kind, "places": places} for kind, places in kinds.items()]
+                ):
+                    begun = row if event == "begun" else None
+                    if event == "done":
+                        timed = waiting.pop((row.kind, row.place))
+                        timed.fault, timed.not_run = row.fault, row.not_run
+                        timed.milliseconds, timed.plain_milliseconds = row.milliseconds, row.plain_milliseconds
+                        bar.update()
+                return
+            except LostError as error:
+                if begun is not None:
+                    waiting.pop((begun.kind, begun.place)).fault = f"while it was timed: {error}"
+                if len(waiting) == before:
+                    print(f"Nothing more could be timed: {error}", file=sys.stderr)
+                    return
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -255,7 +194,8 @@ def table(rows: Sequence[Row]) -> str:
         timed = next((row for row in found if row.milliseconds is not None), None)
         error = f"{max(ratios):.2f}" if ratios else "-"
         times = ("-", "-") if timed is None else (f"{timed.milliseconds:.3f}", f"{_over_plain(timed):.2f}")
-        lines.append((variant, error, *times, "FAULTY" if any(row.fault for row in found) else ""))
+        mark = "FAULTY" if any(row.fault for row in found) else "not run" if not ratios else ""
+        lines.append((variant, error, *times, mark))
     width = max(len(line[0]) for line in lines)
     return "\n".join(
         f"{name:{width}} {error:>15} {time:>8} {ratio:>10} {mark}".rstrip() for name, error, time, ratio, mark in lines

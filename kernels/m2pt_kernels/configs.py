@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from .quantization import DTYPES as QUANTIZED
 from .versions import OTHER_TILES, is_trusted
 
 GROUP = 8
@@ -273,3 +274,17 @@ def problem(product: str, *arguments: Tensor | torch.dtype | None) -> tuple:
             for argument in arguments
         ),
     )
+
+
+def variant(plan: Plan, key: tuple) -> str:
+    """What a plan compiles for a `problem`, up to sizes, layouts and which outputs are asked for, in words."""
+    product, _, target, _, *arguments = key
+    first, second, aux_weight, _, *others = arguments
+    dtypes = [first[-1], others[0] if product == "grad_parameters" else second[-1]]
+    if aux_weight is not None:
+        shape, *_, dtype = aux_weight
+        dtypes += [dtype] * (shape[0] if len(shape) == 3 else 1)
+    names = [QUANTIZED.get(dtype) or str(dtype).removeprefix("torch.") for dtype in dtypes]
+    if input_precision(first[-1], target) == "tf32":
+        names.append("as tf32")
+    return f"{product} by {plan} of {' '.join(names)}"

@@ -32,14 +32,13 @@ from .configs import (
     active_target,
     architecture,
     ceil_div,
-    device_name,
     input_precision,
     is_aligned,
     is_small,
     problem,
     tile_configs,
+    variant,
 )
-from .quantization import DTYPES as QUANTIZED
 from .tiles import (
     GROUP_SIZE,
     aux_strides,
@@ -341,29 +340,20 @@ def plans(product: str, *arguments: Any) -> Iterator[Plan]:
 
 
 def usable_plans(product: str, *arguments: Any) -> Iterator[Plan]:
-    """`plans`, and at last plain torch, without those that were found faulty on such a GPU: a warning names them."""
-    faults = records.faults(device_name(arguments[0].device), KERNELS)
+    """`plans`, and finally plain torch, without those that were found faulty on such a GPU: a warning names them."""
+    key = problem(product, *arguments)
+    device = key[1]
+    faults = records.faults(device, KERNELS)
     left_out = []
     for plan in chain(plans(product, *arguments), [EAGER]):
-        name = variant(plan, product, *arguments)
+        name = variant(plan, key)
         if name in faults:
             left_out.append(f"{name} was found faulty on this GPU ({faults[name]}) and is not used")
             continue
         while left_out:
-            _warn_once(f"{left_out.pop(0)}: next is {plan}. `python -m m2pt_kernels.check` checks it again")
+            forget = f"delete {records.path_of('findings', device, KERNELS)} to try it again"
+            _warn_once(f"{left_out.pop(0)}: next is {plan}; {forget}")
         yield plan
-
-
-def variant(plan: Plan, product: str, *arguments: Any) -> str:
-    """What a plan compiles for such arguments, up to sizes, layouts and which outputs are asked for, in words."""
-    first, second, aux_weight, _, *others = arguments
-    dtypes = [first.dtype, others[0] if product == "grad_parameters" else second.dtype]
-    if aux_weight is not None:
-        dtypes += [aux_weight.dtype] * reference.models_in(aux_weight)
-    names = [QUANTIZED.get(dtype) or str(dtype).removeprefix("torch.") for dtype in dtypes]
-    if input_precision(first.dtype, active_target()) == "tf32":
-        names.append("as tf32")
-    return f"{product} by {plan} of {' '.join(names)}"
 
 
 @cache

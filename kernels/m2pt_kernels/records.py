@@ -18,18 +18,27 @@ import torch
 import triton
 from triton.runtime import JITFunction
 
-from .configs import UNTUNED
+from .configs import INTERPRETED, TUNED, UNTUNED, variant
 
 Kernels = tuple[JITFunction, ...]
 
+Findings = dict[str, dict[str, str | None]]
+"""By variant of a kernel and by what it was tried on: what is wrong, or None."""
 
-def path_of(kind: str, device: str, kernels: Kernels) -> Path:
-    """The file of such records, "times" or "findings"."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("M2PT_CACHE_DIR") or Path(caches) / "m2pt_kernels")
+
+def path_of(content: str, device: str, kernels: Kernels) -> Path:
+    """The file of "times" or "findings".
+
+    Raises:
+        RuntimeError: there is neither such a setting nor a home folder.
+    """
+    folder = os.environ.get("M2PT_CACHE_DIR")
+    if not folder:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m2pt_kernels"
     code = "".join((torch.__version__, *(kernel.cache_key for kernel in kernels)))
     digest = hashlib.sha256(code.encode()).hexdigest()[:12]
-    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', device)}-triton-{triton.__version__}-{digest}-{kind}.json"
+    name = re.sub(r"[^A-Za-z0-9]+", "-", device)
+    return Path(folder) / f"{name}-triton-{triton.__version__}-{digest}-{content}.json"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -58,16 +67,37 @@ def write(path: Path, content: dict[str, Any]) -> None:
 @cache
 def faults(device: str, kernels: Kernels) -> dict[str, str]:
     """What is wrong with each variant of a kernel that was found faulty on such a GPU."""
-    findings = read(path_of("findings", device, kernels))
-    return {variant: fault for variant, fault in findings.items() if isinstance(fault, str)}
+    if INTERPRETED:
+        return {}
+    try:
+        return _faults(read(path_of("findings", device, kernels)))
+    except RuntimeError:  # without a home folder nothing was remembered
+        return {}
 
 
-def remember(device: str, kernels: Kernels, findings: dict[str, str | None]) -> None:
-    """Keep what is wrong with each variant, or None: those with a fault are not used any more, by any process."""
+def _faults(findings: dict[str, Any]) -> dict[str, str]:
+    found = {}
+    for name, tried in findings.items():
+        wrong = [fault for fault in tried.values() if isinstance(fault, str)] if isinstance(tried, dict) else []
+        if wrong:
+            found[name] = wrong[0]
+    return found
+
+
+def remember(device: str, kernels: Kernels, findings: Findings) -> None:
+    """Keep what was found. A variant with a fault is not used any more, until it is right where it was faulty.
+
+    Other processes that run already go on as they were.
+    """
     path, known = path_of("findings", device, kernels), faults(device, kernels)
-    for variant, fault in findings.items():
-        known.pop(variant, None)
-        if fault is not None:
-            known[variant] = fault
+    content = read(path)
+    for name, tried in findings.items():
+        before = content.get(name)
+        content[name] = (before if isinstance(before, dict) else {}) | tried
+        known.pop(name, None)
+        known.update(_faults({name: content[name]}))
     UNTUNED.clear()
-    write(path, read(path) | findings)
+    for key, plan in tuple(TUNED.items()):
+        if key[1] == device and variant(plan, key) in known:
+            del TUNED[key]
+    write(path, content)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from . import gemm, ops, records
-from .configs import EAGER, TUNED, Plan, device_name, problem
+from .configs import EAGER, TUNED, Plan, device_name, problem, variant
 from .verification import verify
 
 _OPERATORS = {
@@ -79,19 +79,15 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
     devices = {device_name(first.device) for _, (first, *_) in calls.values()}
     paths = {device: records.path_of("times", device, gemm.KERNELS) for device in devices}
     caches = {device: _times(records.read(path)) for device, path in paths.items()}
-    tuned = []
+    timed = {}
     for key, (product, arguments) in tqdm(calls.items(), desc="tuning", unit="product"):
         cache = caches[device_name(arguments[0].device)]
         with gemm.device_of(arguments[0]):
             plans = {str(plan): plan for plan in gemm.usable_plans(product, *arguments)}
-            known = cache.get(str(key), {})
-            if not known.keys() >= plans.keys():
-                known = cache[str(key)] = _time(product, arguments, plans)
-        runs = [name for name in plans if known.get(name, math.inf) < math.inf]
-        allowed = [name for name in runs if use_eager or plans[name] != EAGER]
-        fastest = min(allowed, key=known.__getitem__, default=str(EAGER))
-        TUNED[key] = plans[fastest]
-        tuned.append(Tuned(key, known, fastest))
+            if not cache.get(str(key), {}).keys() >= plans.keys():
+                cache[str(key)] = _time(key, product, arguments, plans)
+        timed[key] = plans, cache[str(key)]
+    tuned = [_choose(key, *found, use_eager) for key, found in timed.items()]
     for device, cache in caches.items():
         records.write(paths[device], cache)
     winning = sum(record.eager_wins for record in tuned)
@@ -99,6 +95,17 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
         message = "would be faster with a transient combined weight: warmup(..., use_eager=True) allows it"
         tqdm.write(f"{winning} of {len(tuned)} products {message}", file=sys.stderr)
     return tuned
+
+
+def _choose(key: tuple, plans: dict[str, Plan], times: dict[str, float], use_eager: bool) -> Tuned:
+    """The fastest from now on, of what runs and has not been found faulty meanwhile, in whichever product."""
+    faults = records.faults(key[1], gemm.KERNELS)
+    times = {name: times[name] for name, plan in plans.items() if name in times and variant(plan, key) not in faults}
+    runs = [name for name, time in times.items() if time < math.inf]
+    allowed = [name for name in runs if use_eager or plans[name] != EAGER]
+    fastest = min(allowed, key=times.__getitem__, default=str(EAGER))
+    TUNED[key] = plans[fastest]
+    return Tuned(key, times, fastest)
 
 
 class _Recorder(TorchDispatchMode):
@@ -146,18 +153,19 @@ def _times(content: dict[str, Any]) -> dict[str, dict[str, float]]:
         return {}
 
 
-def _time(product: str, arguments: tuple, plans: dict[str, Plan]) -> dict[str, float]:
+def _time(key: tuple, product: str, arguments: tuple, plans: dict[str, Plan]) -> dict[str, float]:
     """Milliseconds of the plans that run and are right; infinite where the device has too few resources."""
     milliseconds = {}
+    sizes = ", ".join(str(tuple(argument.shape)) for argument in arguments if isinstance(argument, Tensor))
     for name, plan in plans.items():
         try:
-            if plan != EAGER and (fault := verify(plan, product, *arguments).fault):
-                variant = gemm.variant(plan, product, *arguments)
-                records.remember(device_name(arguments[0].device), gemm.KERNELS, {variant: fault})
-                _warn(f"{variant} is wrong and is not used any more: {fault}")
-                continue
-            with torch.no_grad():
-                milliseconds[name] = _milliseconds(partial(gemm.compute, plan, product, *arguments))
+            with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False):
+                if plan != EAGER and (fault := verify(plan, product, *arguments).fault):
+                    faulty = variant(plan, key)
+                    records.remember(key[1], gemm.KERNELS, {faulty: {sizes: fault}})
+                    _warn(f"{faulty} is wrong and is not used any more: {fault}")
+                else:
+                    milliseconds[name] = _milliseconds(partial(gemm.compute, plan, product, *arguments))
         except triton.OutOfResources:
             milliseconds[name] = math.inf
         except Exception as error:

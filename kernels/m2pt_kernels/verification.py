@@ -20,10 +20,10 @@ _BLOCK_ENTRIES = 2**22
 
 
 class Finding(NamedTuple):
-    """What is wrong with a plan, None if nothing is, and `Bound.error_ratio` of its worst output."""
+    """What is wrong with a plan, or None and `Bound.error_ratio` of its worst output."""
 
     fault: str | None
-    error_ratio: float
+    error_ratio: float | None = None
 
 
 class Bound:
@@ -31,7 +31,7 @@ class Bound:
 
     A rounding is one of the largest entry, one of the operands, and one in float32 of the terms, for where they cancel;
     or the smallest number for each term. Entries count where torch's result is finite. An infinity counts as the
-    largest number, which it may stand beside.
+    largest number, as torch may have rounded to that one.
 
     Args:
         dtype: of the result.
@@ -68,42 +68,45 @@ class Bound:
             largest = torch.where(counted, block.abs(), 0).max()
             self._largest[name] = torch.maximum(self._largest.get(name, largest), largest)
 
+    def _of(self, name: str) -> float:
+        return self._largest[name].item() if self._largest else 0.0
+
     @property
     def error(self) -> float:
-        return self._largest["error"].item()
+        return self._of("error")
 
     @property
     def plain_error(self) -> float:
-        return self._largest["plain"].item()
+        return self._of("plain")
 
     @property
     def accepted(self) -> float:
-        largest = {name: value.item() for name, value in self._largest.items()}
-        rounding = (self._eps + self._sums * self._wide_eps) * largest["exact"] + largest["moved"]
-        rounding += self._wide_eps * largest["terms"] + self._limits.smallest_normal * self._limits.eps * self._depth
+        rounding = (self._eps + self._sums * self._wide_eps) * self._of("exact") + self._of("moved")
+        rounding += self._wide_eps * self._of("terms") + self._limits.smallest_normal * self._limits.eps * self._depth
         return 1.5 * self.plain_error + rounding
 
     @property
     def error_ratio(self) -> float:
         """The error over plain torch's, or over a rounding of the largest entry, if that is more."""
-        return self.error / max(self.plain_error, self._eps * self._largest["exact"].item(), self._limits.tiny)
+        return self.error / max(self.plain_error, self._eps * self._of("exact"), self._limits.tiny)
 
 
 def verify(plan: Plan, product: str, *arguments: Any) -> Finding:
-    """Compute a product by a plan on the current device, RUNS times, and compare.
+    """Compute a product by a plan on the current device, RUNS times, and compare; outside autocast.
 
     Args:
-        arguments: of the product, not empty, as `gemm.prepared` returns them.
+        arguments: of the product, as `gemm.prepared` returns them.
 
     Raises:
         Exception: whatever the kernel raises.
     """
     with torch.no_grad():
-        with poisoned():
+        with _deterministic(1):  # so that empty memory is filled with NaN
             first, *others = (_outputs(gemm.compute(plan, product, *arguments)) for _ in range(RUNS))
         if not all(_have_same_bits(first, other) for other in others):
-            return Finding("repeated runs give different bits", float("nan"))
-        plain = _outputs(gemm.compute(EAGER, product, *arguments))
+            return Finding("repeated runs give different bits")
+        with _deterministic(0):
+            plain = _outputs(gemm.compute(EAGER, product, *arguments))
         compare = _compare_gradients if product == "grad_parameters" else _compare_combined
         bounds = compare(first, plain, product, *arguments)
     faults = [
@@ -111,20 +114,21 @@ def verify(plan: Plan, product: str, *arguments: Any) -> Finding:
         for name, bound in bounds.items()
         if not bound.error <= bound.accepted  # as none of NaN is
     ]
-    return Finding("; ".join(faults) or None, max(bound.error_ratio for bound in bounds.values()))
+    if faults:
+        return Finding("; ".join(faults))
+    return Finding(None, max(bound.error_ratio for bound in bounds.values()))
 
 
 @contextmanager
-def poisoned() -> Iterator[None]:
-    """Floating tensors that are created empty inside the block hold NaN."""
-    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+def _deterministic(mode: int) -> Iterator[None]:
+    """One of torch's modes of deterministic algorithms: 0 for none, 1 warns of others."""
+    before, filled = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode(mode)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+        torch.set_deterministic_debug_mode(before)
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
@@ -159,7 +163,7 @@ def _compare_combined(
         combined, absolute = summands.sum(0), summands.abs().sum(0).float()
         finite = combined.abs() <= limits.max * (1 - limits.eps)
         squares = torch.where(finite, combined.square(), torch.inf).float()
-        for rows in _blocks(len(left), absolute.shape[1]):
+        for rows in _blocks(len(left), max(absolute.shape)):
             block = left[rows].double()
             bound.add(
                 got[0][rows, columns],
@@ -237,7 +241,7 @@ def _operand_eps(operand: Tensor) -> float:
 
 
 def _sums(depth: int) -> float:
-    """Tensor cores add up to 16 products at once and cut off what does not fit beside the sum so far."""
+    """A rounding of the sum so far for every 16 terms, as tensor cores add that many products to it at once."""
     return depth / 16
 
 
