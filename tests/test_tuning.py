@@ -302,8 +302,7 @@ def test_a_candidate_whose_result_is_wrong_is_never_used_again(model, sample, ti
 
 
 def test_a_kernel_found_wrong_at_one_product_is_given_up_at_all(sample, times, monkeypatch):
-    model = nn.Sequential(*(FusedCrossModalLinear(512, 512, aux_weight=torch.randn(512, 512)) for _ in range(2)))
-    model = model.bfloat16().requires_grad_(False)
+    model = FusedCrossModalLinear(512, 1024, aux_weight=torch.randn(1024, 512)).bfloat16().requires_grad_(False)
     plan = tune(model, sample)[0].plan
     times[plan] = 1.0
     larger = torch.cat([sample, sample])
@@ -328,8 +327,8 @@ def plans_used(model, sample):
 class OfTwoSizes(nn.Module):
     def __init__(self):
         super().__init__()
-        aux_weight = torch.randn(512, 512, dtype=torch.bfloat16)
-        self.fused = FusedCrossModalLinear(512, 512, aux_weight=aux_weight).bfloat16().requires_grad_(False)
+        aux_weight = torch.randn(1024, 512, dtype=torch.bfloat16)
+        self.fused = FusedCrossModalLinear(512, 1024, aux_weight=aux_weight).bfloat16().requires_grad_(False)
 
     def forward(self, x):
         return self.fused(x), self.fused(torch.cat([x, x]))
