@@ -189,6 +189,16 @@ def test_a_process_that_cannot_start_is_a_row(on_gpu, monkeypatch, capsys):
         == "grad_parameters of autocast, int8: status 1: ModuleNotFoundError: No module named 'no_such_module'"
     )
     assert lines[-7] == "0 of 6 kernels are right"
+    assert records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS)) == {}
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_float8_is_checked_where_the_gpu_has_it(on_gpu, monkeypatch, capsys, supported):
+    on_gpu("")
+    monkeypatch.setattr(check, "KINDS", {name: KINDS[name] for name in ("bf16", "bf16, float8")})
+    monkeypatch.setattr(check, "supports_float8", lambda device: supported)
+    assert main(["check"]) == 0
+    assert f"{18 if supported else 9} kernels are right" in capsys.readouterr().out
 
 
 INTERRUPTED = """
@@ -387,8 +397,11 @@ def test_kernels_without_a_right_plan_leave_the_product_to_plain_torch(weights, 
 def test_other_dtypes_and_gpus_keep_the_plan(weights, plans, monkeypatch):
     x = torch.randn(1024, 512, dtype=torch.bfloat16)
     usual = kernels(x, weights)
+    with compiling_for(TARGETS["sm_90"]):
+        key = configs.problem("forward", *gemm.prepared("forward", x, *weights.values(), torch.ones(1), None, None))
+    monkeypatch.setitem(configs.TUNED, key, next(iter(plans.values())))
     records.remember("NVIDIA H100 80GB HBM3", gemm.KERNELS, wrong(*plans))
-    assert kernels(x, weights) == usual
+    assert key in configs.TUNED and kernels(x, weights) == usual
     records.remember("cpu", gemm.KERNELS, wrong(*plans))
     assert kernels(x.half(), {name: weight.half() for name, weight in weights.items()}) == usual
 
