@@ -101,6 +101,16 @@ def test_without_a_gpu_the_interpreter_runs_the_kernels(in_interpreter, tmp_path
     assert not records.path_of("findings", "cpu", gemm.KERNELS).exists()
 
 
+def test_the_interpreter_is_used_beside_a_gpu_if_it_is_asked_for(on_gpu, in_interpreter, monkeypatch, capsys):
+    on_gpu("")
+    in_interpreter("fp16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(check, "INTERPRETED", True)
+    assert main(["check"]) == 0
+    assert capsys.readouterr().out.startswith("TRITON_INTERPRET is set: ")
+    assert not records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS).exists()
+
+
 def test_an_exception_is_a_fault_of_one_line(monkeypatch, capsys):
     def fail(*_):
         raise ValueError("\nno such layout\n\nat line 3:\n...")
@@ -112,6 +122,21 @@ def test_an_exception_is_a_fault_of_one_line(monkeypatch, capsys):
         cases.answer(request | {"places": [], "lost": []}, sys.stdout)
     begun, done = map(json.loads, capsys.readouterr().out.splitlines()[:2])
     assert begun["begun"]["fault"] is None and done["done"]["fault"] == "ValueError: no such layout ... ..."
+
+
+def test_memory_that_is_short_is_no_fault(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation.")
+
+    row = Row("fp16", "forward", SHAPES[0], "", "pointers", "forward by pointers")
+    cases._attempt(fail, row, None, None)
+    assert row.fault is None and row.not_run == "CUDA out of memory. Tried to allocate 2 GiB."
+
+
+def test_the_reason_of_an_end_is_the_line_that_names_an_error():
+    stderr = "Traceback:\n  line 1\ntorch.AcceleratorError: CUDA error: misaligned address\nCompile with CUDA_DSA.\n"
+    assert processes._reason(stderr) == "torch.AcceleratorError: CUDA error: misaligned address"
+    assert processes._reason("one\ntwo\n") == "two" and processes._reason("") == ""
 
 
 def test_what_compilers_print_is_no_answer():
@@ -132,6 +157,7 @@ def test_what_compilers_print_is_no_answer():
 
 def test_everything_right_on_a_gpu(on_gpu, tmp_path, capsys):
     on_gpu("if request['timed']: row['milliseconds'], row['plain_milliseconds'] = 0.3, 0.2")
+    before = signal.getsignal(signal.SIGTERM)
     assert main(["check", "--json", str(tmp_path / "check.json")]) == 0
     output = capsys.readouterr().out
     assert output.startswith(f"NVIDIA H100 80GB HBM3, torch {torch.__version__}, Triton ")
@@ -141,6 +167,7 @@ def test_everything_right_on_a_gpu(on_gpu, tmp_path, capsys):
     )
     rows = rows_of(tmp_path / "check.json")
     assert len(rows) == 2 * 3 * 2 * 3
+    assert signal.getsignal(signal.SIGTERM) is before
     assert {row.milliseconds for row in rows if row.shape == SHAPES[0]} == {0.3}
     assert {row.milliseconds for row in rows if row.shape == SHAPES[1]} == {None}
     known = records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS))
@@ -454,7 +481,7 @@ def test_the_shapes_reach_every_tile(name, monkeypatch):
             if kind.aux_weight == "float8_e4m3fn" and name != "sm_90":
                 continue
             torch.backends.cuda.matmul.fp32_precision = "tf32" if kind.tf32 else "ieee"
-            for case in cases.cases(kind, product, Shape(min(shape.tokens, 1024), *shape[1:]), "meta"):
+            for case in cases.cases(kind, product, shape, "meta"):
                 plans = gemm.plans(product, *case.arguments)
                 reached |= {(label, product == "grad_parameters", plan.by, plan.tile) for plan in plans}
     torch.backends.cuda.matmul.fp32_precision = before
