@@ -147,7 +147,6 @@ def test_each_gpu_and_state_of_the_kernels_has_its_own_times(model, sample, time
     for count in (1, 2, 3):
         name = next(names)
         monkeypatch.setattr(configs, "device_name", lambda device, name=name: name)
-        monkeypatch.setattr(tuning, "device_name", lambda device, name=name: name)
         if count == 3:
             changed = type("ChangedKernel", (), {"cache_key": "changed", "device_caches": {}})
             monkeypatch.setattr(gemm, "KERNELS", (*gemm.KERNELS[:3], changed))

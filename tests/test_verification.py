@@ -246,6 +246,14 @@ def test_nothing_is_right(product):
     assert verify(EAGER, product, *case.arguments).fault is None
 
 
+@pytest.mark.parametrize("share, accepted", [(0.0, False), (1.5, False), (2.5, True)])
+def test_roundings_of_operands_are_accepted(share, accepted):
+    eps, ones = torch.finfo(torch.float16).eps, torch.ones(1, dtype=torch.float64)
+    bound = Bound(torch.float16, 4)
+    bound.add((ones + 3 * eps).half(), ones.half(), ones, ones, share * eps * ones)
+    assert (bound.error <= bound.accepted) == accepted
+
+
 def test_a_bound_counts_what_torch_has_finite():
     bound, ones = Bound(torch.float16, 4), torch.ones(2, dtype=torch.float64)
     bound.add(torch.tensor([9.0, 1.0]).half(), torch.tensor([torch.inf, 1.0]).half(), ones, ones)

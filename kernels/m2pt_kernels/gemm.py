@@ -296,7 +296,7 @@ def _computed(product: str, *arguments: Tensor | torch.dtype | None) -> Any:
         if plan is None:
             if len(UNTUNED) >= MOST_UNTUNED:  # of sizes that keep changing
                 UNTUNED.clear()
-            plan = UNTUNED[key] = next(usable_plans(product, *arguments))
+            plan = UNTUNED[key] = next(usable_plans(key, *arguments))
         return compute(plan, product, *arguments)
 
 
@@ -339,10 +339,9 @@ def plans(product: str, *arguments: Any) -> Iterator[Plan]:
     return _combined_matmul_plans(left, weight, aux_weight, aux_weight_scale, True)
 
 
-def usable_plans(product: str, *arguments: Any) -> Iterator[Plan]:
-    """`plans`, and finally plain torch, without those that were found faulty on such a GPU: a warning names them."""
-    key = problem(product, *arguments)
-    device = key[1]
+def usable_plans(key: tuple, *arguments: Any) -> Iterator[Plan]:
+    """`plans` of a `problem`, then plain torch; those found faulty on such a GPU are left out, with a warning."""
+    product, device, *_ = key
     faults = records.faults(device, KERNELS)
     left_out = []
     for plan in chain(plans(product, *arguments), [EAGER]):

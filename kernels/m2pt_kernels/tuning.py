@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from . import gemm, ops, records
-from .configs import EAGER, TUNED, Plan, device_name, problem, variant
+from .configs import EAGER, TUNED, Plan, problem, variant
 from .verification import verify
 
 _OPERATORS = {
@@ -76,14 +76,13 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
     calls = _products(model, sample)
     if not calls:
         raise ValueError(f"model: expected a model on a GPU with fused layers, got a {type(model).__name__} without")
-    devices = {device_name(first.device) for _, (first, *_) in calls.values()}
-    paths = {device: records.path_of("times", device, gemm.KERNELS) for device in devices}
+    paths = {device: records.path_of("times", device, gemm.KERNELS) for _, device, *_ in calls}
     caches = {device: _times(records.read(path)) for device, path in paths.items()}
     timed = {}
     for key, (product, arguments) in tqdm(calls.items(), desc="tuning", unit="product"):
-        cache = caches[device_name(arguments[0].device)]
+        cache = caches[key[1]]
         with gemm.device_of(arguments[0]):
-            plans = {str(plan): plan for plan in gemm.usable_plans(product, *arguments)}
+            plans = {str(plan): plan for plan in gemm.usable_plans(key, *arguments)}
             if not cache.get(str(key), {}).keys() >= plans.keys():
                 cache[str(key)] = _time(key, product, arguments, plans)
         timed[key] = plans, cache[str(key)]
