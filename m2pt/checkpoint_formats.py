@@ -15,6 +15,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from m2pt_kernels.checks import check_undivided
+
 from .checkpoints import load_state_dict
 from .checks import check_module, check_state_dict
 from .pathway import LAYER_NAMES
@@ -338,12 +340,13 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike) -> Report:
     Raises:
         TypeError: `model` is no module, or `path` no path.
         FileNotFoundError: no such file.
-        ValueError: a model without data, not a readable checkpoint of a known format, or one that does not fit: the
-            message names the entry, and the model is as it was.
+        ValueError: a model without data or divided among processes, not a readable checkpoint of a known format, or one
+            that does not fit: the message names the entry, and the model is as it was.
     """
     check_module("model", model)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ValueError("model: expected one with data, this one is on the meta device")
+    check_undivided(model, "load the file before dividing the model")
     tensors, report = read_checkpoint(path)
     own = model.state_dict()
     try:

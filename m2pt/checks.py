@@ -12,7 +12,7 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 
-from m2pt_kernels.checks import check_tensor
+from m2pt_kernels.checks import check_tensor, check_whole
 
 
 def check_module(argument: str, module: nn.Module) -> None:
@@ -49,7 +49,7 @@ def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
 
     Raises:
         TypeError: something else.
-        ValueError: a tensor that is sparse or nested, or on the meta device.
+        ValueError: a tensor that is sparse, nested, divided among processes, or on the meta device.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected tensors by name, got {type(state_dict).__name__}")
@@ -57,6 +57,7 @@ def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise TypeError(f"state_dict: expected tensors by name, got {type(tensor).__name__} for {name!r}")
         check_tensor(f"state_dict: {name}", tensor)
+        check_whole(f"state_dict: {name}", tensor)
         if tensor.is_meta:
             raise ValueError(f"state_dict: {name}: expected a tensor with data, got one on the meta device")
 

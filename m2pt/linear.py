@@ -7,19 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from m2pt_kernels import combined_weight, cross_modal_linear, quantize
-from m2pt_kernels.checks import GEMM_DTYPES, check_tensor
+from m2pt_kernels.checks import GEMM_DTYPES, check_tensor, check_whole
 from m2pt_kernels.quantization import DTYPES
 
 from .checks import check_kind, check_sizes
+from .hooks import check_no_hooks, check_no_tensor_hooks
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is an `nn.Linear` in what it computes: no forward of its own, no hooks, nothing parametrized."""
+    """Whether a module is an `nn.Linear` in what it computes, hooks apart: no own forward, nothing parametrized."""
     return (
         isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
         and "forward" not in vars(module)
-        and not (module._forward_hooks or module._forward_pre_hooks)
         and module._parameters.keys() == {"weight", "bias"}
     )
 
@@ -48,6 +48,7 @@ def _aux_weights(aux_weight: Tensor | Sequence[Tensor] | None, shape: tuple[int,
             got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
             raise TypeError(f"aux_weight: expected a floating tensor of shape {shape}, got {got}")
         check_tensor("aux_weight", weight)
+        check_whole("aux_weight", weight)
         if weight.shape != shape:
             raise ValueError(f"aux_weight: expected shape {shape}, got {tuple(weight.shape)}")
     return weights
@@ -76,9 +77,12 @@ class FusedCrossModalLinear(nn.Linear):
     Raises:
         TypeError: `aux_weight` missing or not such a tensor, `origin_layer` not a plain `nn.Linear`, a size that is no
             integer, or `is_aux_trainable` that is no bool.
-        ValueError: `aux_weight` or `origin_layer` of another shape, `aux_weight` sparse, nested or without data, or a
-            size below zero.
+        ValueError: `aux_weight` or `origin_layer` of another shape or divided among processes, `aux_weight` sparse,
+            nested or without data, hooks on `origin_layer`, which would be lost, or a size below zero.
     """
+
+    is_called = False
+    """Whether it has been called, other than in compiled code."""
 
     aux_weight: Tensor
     aux_weight_scale: Tensor | None
@@ -102,6 +106,8 @@ class FusedCrossModalLinear(nn.Linear):
                 raise TypeError(f"origin_layer: expected a plain nn.Linear, got {type(origin_layer).__name__}")
             if origin_layer.weight.shape != shape:
                 raise ValueError(f"origin_layer: expected weight shape {shape}, got {tuple(origin_layer.weight.shape)}")
+            check_whole("origin_layer", origin_layer.weight)
+            check_no_hooks("origin_layer", origin_layer)
         super().__init__(in_features, out_features, bias, device=None if origin_layer is None else "meta")
         if origin_layer is not None:
             self.weight, self.bias = origin_layer.weight, origin_layer.bias
@@ -115,6 +121,8 @@ class FusedCrossModalLinear(nn.Linear):
         self.cross_modal_scale = nn.Parameter(self.weight.new_zeros(len(aux_weights)))
 
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():  # where compiled checkpoints forbid such a note
+            self.__dict__["is_called"] = True  # nn.Module's __setattr__ takes thirty times as long
         return cross_modal_linear(
             input, self.weight, self.aux_weight, self.cross_modal_scale, self.bias, self.aux_weight_scale
         )
@@ -130,8 +138,8 @@ class FusedCrossModalLinear(nn.Linear):
                 buffers, `aux_weight` and the float32 `aux_weight_scale`, that `.to()` moves and never casts.
 
         Raises:
-            ValueError: another dtype, an `aux_weight` that is trainable, quantised already or not finite in bfloat16,
-                or one that `m2pt_kernels.quantize` refuses.
+            ValueError: another dtype, an `aux_weight` that is trainable, quantised already, divided among processes or
+                not finite in bfloat16, or one that `m2pt_kernels.quantize` refuses.
         """
         data, scale = self.quantized_aux(dtype)
         if scale is None:
@@ -144,6 +152,7 @@ class FusedCrossModalLinear(nn.Linear):
     @torch.no_grad()
     def quantized_aux(self, dtype: str) -> tuple[Tensor, Tensor | None]:
         """What `quantize_aux(dtype)` would store: `aux_weight` and `aux_weight_scale`; errors as there."""
+        check_whole("aux_weight", self.aux_weight)
         if self.aux_weight.requires_grad:
             raise ValueError("aux_weight: expected a frozen one to quantise, this one is trainable")
         if self.aux_weight_scale is not None:
@@ -185,10 +194,13 @@ class FusedCrossModalLinear(nn.Linear):
         """A plain `nn.Linear` with the merged weight; the bias parameter is shared with this layer.
 
         Raises:
-            ValueError: the merged weight is not finite, or has no data.
+            ValueError: the merged weight is not finite, has no data or is divided among processes; or the layer or its
+                weight has hooks, which would be lost (those of `step_in_backward` may be).
         """
         merged = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         weight = merged_weight(self.weight, self.aux_weight, self.cross_modal_scale, self.aux_weight_scale)
+        check_no_hooks("the layer", self)
+        check_no_tensor_hooks("weight", self.weight)
         merged.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         merged.bias = self.bias
         return merged.train(self.training)

@@ -28,21 +28,28 @@ def step_in_backward(optimizer: Optimizer) -> None:
     if not JOINT.isdisjoint(each.__name__ for each in type(optimizer).__mro__):
         name = type(optimizer).__name__
         raise ValueError(f"optimizer: expected one that updates every parameter by itself, as AdamW does, got {name}")
-    group_of = {
-        parameter: index
-        for index, group in enumerate(optimizer.param_groups)
-        for parameter in group["params"]
-        if parameter.requires_grad
-    }
-
-    def update(parameter: Tensor) -> None:
-        groups = optimizer.param_groups
-        optimizer.param_groups = [groups[group_of[parameter]] | {"params": [parameter]}]
-        try:
-            optimizer.step()
-        finally:
-            optimizer.param_groups = groups
-        parameter.grad = None
-
-    for parameter in group_of:
+    update = StepInBackward(optimizer)
+    for parameter in update.group_of:
         parameter.register_post_accumulate_grad_hook(update)
+
+
+class StepInBackward:
+    """The hook: updates a parameter whose gradient is there, and frees the gradient."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.group_of = {
+            parameter: index
+            for index, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+            if parameter.requires_grad
+        }
+
+    def __call__(self, parameter: Tensor) -> None:
+        groups = self.optimizer.param_groups
+        self.optimizer.param_groups = [groups[self.group_of[parameter]] | {"params": [parameter]}]
+        try:
+            self.optimizer.step()
+        finally:
+            self.optimizer.param_groups = groups
+        parameter.grad = None

@@ -1,5 +1,6 @@
 """Surgery: connect an auxiliary model to a target model, train what should be trained, fold the connection away."""
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -8,12 +9,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from m2pt_kernels import dequantize
+from m2pt_kernels.checks import fsdp_modules, is_divided, whole
 
+from .calls import Sample, check_calls, check_sample, is_known_to_read, stop_watching, watch_calls
 from .checks import check_kind, check_module
+from .hooks import check_no_hooks, has_forward_hooks
 from .linear import FusedCrossModalLinear, is_plain_linear
 
-WEIGHT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""Modules that read the weights of linear layers without calling them; timm's BEiT and EVA attention do so too."""
+GATHER = (
+    "gather its state dict with torch.distributed.checkpoint.state_dict.get_model_state_dict(model,"
+    " options=StateDictOptions(full_state_dict=True))"
+)
 
 LAYER_NAMES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -25,8 +31,13 @@ def reparameterize_aux_into_target_model(
     main_body_name: str = "blocks",
     is_aux_trainable: bool = False,
     aux_dtype: str | None = None,
+    sample: Sample | None = None,
 ) -> nn.Module:
     """Replace linear layers of every block of the target by `FusedCrossModalLinear`, in place (M2PT, section 3.2).
+
+    A layer whose weight its parent reads without calling the layer would not be connected: some such modules are known
+    and refused, and a `sample` shows any other. Without a sample, the first forward pass of the target in training mode
+    warns of layers that have not been called; that of a compiled target does not.
 
     Args:
         target_model: the model to improve; any module with a sequence of blocks, such as a timm VisionTransformer.
@@ -37,6 +48,8 @@ def reparameterize_aux_into_target_model(
         main_body_name: the dotted name of the sequence of blocks, in both models.
         is_aux_trainable: whether the auxiliary weights are trained too.
         aux_dtype: how frozen auxiliary weights are stored, as `quantize_aux` takes it; None shares them as they are.
+        sample: the input of a forward pass of `target_model`: a tensor, a tuple of arguments, or a mapping of keyword
+            arguments. The target runs once with it, in evaluation mode, and has to call every connected layer.
 
     Returns:
         `target_model`.
@@ -44,8 +57,9 @@ def reparameterize_aux_into_target_model(
     Raises:
         TypeError: an argument of another type, or an auxiliary weight that is not floating.
         ValueError: the models do not fit: a missing body or layer, another depth or shape, a layer that is not linear,
-            connected already, used twice, or not called by its block; or `aux_dtype` does not fit a weight. The
-            message names the block and layer, and the target is as it was.
+            connected already, used twice, not called by its parent, divided among processes, or with hooks, which would
+            be lost; or `aux_dtype` does not fit a weight, or the target raised an error with `sample`. The message
+            names the block and layer, and the target is as it was.
     """
     check_module("target_model", target_model)
     check_kind(str, "a dotted name", main_body_name=main_body_name)
@@ -59,16 +73,18 @@ def reparameterize_aux_into_target_model(
                 f" got {len(blocks)}"
             )
     _require_names(layer_names)
+    check_sample(sample)
     replacements = []
     connected: dict[nn.Linear, str] = {}
-    for index, target_block in enumerate(target_blocks):
+    for target_block, *own_blocks in zip(target_blocks, *aux_blocks.values(), strict=True):
         for layer_name in layer_names:
-            place = f"{main_body_name}.{index}.{layer_name}"
-            origin_layer = _linear(target_block, "target_model", layer_name, place)
-            _require_called(target_block, layer_name, place)
+            place = f"{target_block}.{layer_name}"
+            origin_layer = _linear(target_model, "target_model", place)
+            check_no_hooks(f"target_model: {place}", origin_layer)
+            _require_called(target_model, place)
             aux_weights = [
-                _aux_weight(blocks[index], argument, layer_name, place, origin_layer)
-                for argument, blocks in aux_blocks.items()
+                _aux_weight(model, argument, f"{block}.{layer_name}", origin_layer)
+                for (argument, model), block in zip(aux_models.items(), own_blocks, strict=True)
             ]
             if origin_layer in connected:
                 raise ValueError(f"target_model: {place} is {connected[origin_layer]}, used twice")
@@ -85,9 +101,18 @@ def reparameterize_aux_into_target_model(
                     fused.quantize_aux(aux_dtype)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"aux_model: {place}: {error}") from None
-            replacements.append((target_block, layer_name, fused))
-    for block, layer_name, fused in replacements:
-        block.set_submodule(layer_name, fused)
+            replacements.append((place, origin_layer, fused))
+    try:
+        for place, _, fused in replacements:
+            target_model.set_submodule(place, fused)
+        if sample is not None:
+            check_calls(target_model, sample)
+    except BaseException:
+        for place, origin_layer, _ in replacements:
+            target_model.set_submodule(place, origin_layer)
+        raise
+    if sample is None:
+        watch_calls(target_model)
     return target_model
 
 
@@ -109,7 +134,8 @@ def _require_names(layer_names: Sequence[str]) -> None:
         raise ValueError(f"layer_names: expected a sequence of different names, got {layer_names!r}")
 
 
-def _blocks(model: nn.Module, argument: str, main_body_name: str) -> nn.Sequential | nn.ModuleList:
+def _blocks(model: nn.Module, argument: str, main_body_name: str) -> list[str]:
+    """The dotted names of the blocks."""
     try:
         blocks = model.get_submodule(main_body_name)
     except AttributeError:
@@ -117,23 +143,31 @@ def _blocks(model: nn.Module, argument: str, main_body_name: str) -> nn.Sequenti
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
         got = type(blocks).__name__
         raise ValueError(f"{argument}: expected {main_body_name!r} to be a non-empty sequence of blocks, got {got}")
-    return blocks
+    return [f"{main_body_name}.{name}".removeprefix(".") for name in blocks._modules]
 
 
-def _linear(block: nn.Module, argument: str, layer_name: str, place: str) -> nn.Linear:
+def _linear(model: nn.Module, argument: str, place: str) -> nn.Linear:
     try:
-        layer = block.get_submodule(layer_name)
+        layer = model.get_submodule(place)
     except AttributeError:
         raise ValueError(f"{argument}: there is no layer {place}") from None
     if isinstance(layer, FusedCrossModalLinear):
         raise ValueError(f"{argument}: {place} is connected to an auxiliary model already")
     if not is_plain_linear(layer):
-        raise ValueError(f"{argument}: {place} is a {type(layer).__name__}, expected a plain nn.Linear without hooks")
+        raise ValueError(f"{argument}: {place} is a {type(layer).__name__}, expected a plain nn.Linear")
+    if is_divided(model, place):
+        raise ValueError(
+            f"{argument}: {place} is divided among processes: connect whole models and divide the target afterwards,"
+            f" or {GATHER} for a whole one"
+        )
     return layer
 
 
-def _aux_weight(block: nn.Module, argument: str, layer_name: str, place: str, origin_layer: nn.Linear) -> Tensor:
-    weight = _linear(block, argument, layer_name, place).weight
+def _aux_weight(model: nn.Module, argument: str, place: str, origin_layer: nn.Linear) -> Tensor:
+    layer = _linear(model, argument, place)
+    if has_forward_hooks(layer):
+        raise ValueError(f"{argument}: {place} has forward hooks, which may change what it computes: remove them first")
+    weight = layer.weight
     if weight.shape != origin_layer.weight.shape:
         raise ValueError(
             f"{argument}: {place} has weight shape {tuple(weight.shape)},"
@@ -144,9 +178,10 @@ def _aux_weight(block: nn.Module, argument: str, layer_name: str, place: str, or
     return weight
 
 
-def _require_called(block: nn.Module, layer_name: str, place: str) -> None:
-    parent = block.get_submodule(layer_name.rpartition(".")[0])
-    if isinstance(parent, WEIGHT_READERS) or getattr(parent, "q_bias", None) is not None:
+def _require_called(model: nn.Module, place: str) -> None:
+    parent_name, _, layer_name = place.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if is_known_to_read(parent, layer_name):
         raise ValueError(f"target_model: {place} is not called by its {type(parent).__name__}, which reads its weight")
 
 
@@ -162,9 +197,11 @@ def quantize_aux(model: nn.Module, dtype: str = "int8") -> nn.Module:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no fused layer below `model`, or an auxiliary weight that is trainable, quantised already, not
-            finite, or does not fit `dtype` (the message names its layer; the model is as it was).
+        ValueError: no fused layer below `model`, one that is divided among processes, or an auxiliary weight that is
+            trainable, quantised already, not finite, or does not fit `dtype` (the message names its layer; the model is
+            as it was).
     """
+    _require_whole(model, "quantise the auxiliary weights before dividing the model")
     for check_only in (True, False):
         for layer, (name, *_) in _places(model).items():
             try:
@@ -198,6 +235,7 @@ def quantization_errors(model: nn.Module, dtype: str, *inputs: Tensor) -> Quanti
     Raises:
         TypeError, ValueError: as `quantize_aux`; or the model has no data.
     """
+    _require_whole(model, "ask before dividing the model")
     stored, errors = {}, {}
     for layer, (name, *_) in _places(model).items():
         _require_data(layer)
@@ -227,9 +265,11 @@ def merge_pathways(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no fused layer below `model`, or a merged weight that is not finite (the message names its layer;
-            the model is as it was).
+        ValueError: no fused layer below `model`, one that is divided among processes, a merged weight that is not
+            finite, or hooks on a layer or its weight, which would be lost (the message names the layer; the model is
+            as it was).
     """
+    _require_whole(model, f"{GATHER}, and merge that with m2pt.checkpoints.merge_state_dict")
     places = _places(model)
     for layer, (name, *_) in places.items():
         try:
@@ -240,6 +280,8 @@ def merge_pathways(model: nn.Module) -> nn.Module:
         merged = layer.merge()
         for name in names:
             model.set_submodule(name, merged)
+    for module in model.modules():
+        stop_watching(module)
     return model
 
 
@@ -258,6 +300,12 @@ def _fused_layers(model: nn.Module) -> list[tuple[str, FusedCrossModalLinear]]:
     return layers
 
 
+def _require_whole(model: nn.Module, remedy: str) -> None:
+    for name, _ in _fused_layers(model):
+        if is_divided(model, name):
+            raise ValueError(f"{name}: divided among processes: {remedy}")
+
+
 def _require_data(layer: FusedCrossModalLinear) -> None:
     if layer.weight.is_meta:
         raise ValueError("model: expected one with data, this one is on the meta device")
@@ -274,7 +322,8 @@ def _places(model: nn.Module) -> dict[FusedCrossModalLinear, list[str]]:
 def cross_modal_scales(model: nn.Module) -> dict[str, float]:
     """The learned scale of every fused layer, by the layer's dotted name.
 
-    With several auxiliary models a layer has one for each, by its name and the model's number in brackets.
+    With several auxiliary models a layer has one for each, by its name and the model's number in brackets. Scales that
+    are divided among processes are gathered: then every process has to call this.
 
     Raises:
         TypeError: `model` is no module.
@@ -283,13 +332,16 @@ def cross_modal_scales(model: nn.Module) -> dict[str, float]:
     scales: dict[str, float] = {}
     for name, layer in _fused_layers(model):
         _require_data(layer)
-        several = layer.cross_modal_scale.tolist()
+        several = whole(layer.cross_modal_scale.detach()).tolist()
         scales |= {name if len(several) == 1 else f"{name}[{i}]": scale for i, scale in enumerate(several)}
     return scales
 
 
 def scale_table(model: nn.Module) -> str:
     """The learned scales as a Markdown table, a row per block and a column per layer of a block.
+
+    A block's name ends with the first number in a layer's name, as in `blocks.0` and `encoder_layer_0`. As by
+    `cross_modal_scales`, every process has to call this.
 
     Raises:
         TypeError: `model` is no module.
@@ -298,7 +350,7 @@ def scale_table(model: nn.Module) -> str:
     rows: dict[str, dict[str, float]] = {}
     for name, scale in cross_modal_scales(model).items():
         parts = name.split(".")
-        split = next((i for i, part in enumerate(parts, 1) if part.isdigit()), 0)
+        split = next((i for i, part in enumerate(parts[:-1], 1) if re.fullmatch(r"(.*_)?\d+", part)), 0)
         rows.setdefault(".".join(parts[:split]), {})[".".join(parts[split:])] = scale
     columns = list(dict.fromkeys(layer for row in rows.values() for layer in row))
     lines = ["| block | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -330,6 +382,8 @@ def freeze_for_linear_probe(model: nn.Module, head_name: str = "head") -> nn.Mod
         raise ValueError(f"head_name: {type(model).__name__} has no module {head_name!r}") from None
     if head is model or next(head.parameters(), None) is None:
         raise ValueError(f"head_name: expected a module with parameters, {head_name!r} is a {type(head).__name__}")
+    for module in fsdp_modules(model.modules()):
+        module.reshard()  # what is set on parameters that are whole for a while would be lost
     model.requires_grad_(False)
     head.requires_grad_(True)
     for _, layer in layers:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from m2pt_kernels.checks import check_undivided
+
 from .checks import check_module
 from .linear import FusedCrossModalLinear
 
@@ -21,8 +23,10 @@ def saved_for_backward_bytes(model: nn.Module, *inputs: Tensor) -> int:
 
     Raises:
         TypeError: `model` is no module.
+        ValueError: it is divided among processes.
     """
     check_module("model", model)
+    check_undivided(model, "ask before dividing the model")
     saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:

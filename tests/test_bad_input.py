@@ -343,6 +343,8 @@ PATHWAY = {
             TypeError,
             ".*is_aux_trainable: expected .* got 'no'",
         ),
+        "sample: a list": (connect(sample=[X]), TypeError, "sample: expected a tensor, a tuple .* got list"),
+        "sample: of another shape": (connect(sample=X), ValueError, "sample: VisionTransformer raised "),
         "aux_dtype: a number": (connect(aux_dtype=8), ValueError, "aux_model: blocks.0.attn.qkv: dtype: .* got 8"),
     },
     "merge_pathways": no_layers(merge_pathways)

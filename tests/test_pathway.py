@@ -13,6 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
+from torchvision.models import SwinTransformer, VisionTransformer
+from torchvision.models.swin_transformer import SwinTransformerBlock, SwinTransformerBlockV2
+from torchvision.models.video import SwinTransformer3d
 
 from m2pt import (
     FusedCrossModalLinear,
@@ -83,7 +86,7 @@ def unchanged(*models):
     def snapshot():
         modules = [(name, module, module.training) for model in models for name, module in model.named_modules()]
         tensors = [
-            (name, id(tensor), tensor.requires_grad, tensor.detach().view(torch.uint8).numpy().tobytes())
+            (name, id(tensor), tensor.requires_grad, tensor.detach().flatten().view(torch.uint8).numpy().tobytes())
             for model in models
             for name, tensor in model.state_dict(keep_vars=True).items()
         ]
@@ -255,7 +258,8 @@ def parametrize_last_layer(model):
         ("aux", connect_last_block, "aux_model: blocks.1.attn.qkv is connected"),
         ("target", put(Scaled(192, 48)), f"target_model: {LAST} is a Scaled"),
         ("aux", put(Scaled(192, 48)), f"aux_model: {LAST} is a Scaled"),
-        ("target", hook_last_layer, f"target_model: {LAST} is a Linear, expected .* without hooks"),
+        ("target", hook_last_layer, f"target_model: {LAST} has forward hooks, which would be lost"),
+        ("aux", hook_last_layer, f"aux_model: {LAST} has forward hooks, which may change what it computes"),
         ("target", patch_last_layer, f"target_model: {LAST} is a Linear"),
         ("target", prune_last_bias, f"target_model: {LAST} is a Linear"),
         ("target", use_block_twice, "target_model: blocks.1.attn.qkv is blocks.0.attn.qkv, used twice"),
@@ -269,27 +273,165 @@ def test_models_that_do_not_fit_are_refused_and_left_as_they_were(broken, damage
         reparameterize_aux_into_target_model(*models.values())
 
 
-def beit():
-    return timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=48, num_heads=3)
-
-
 def torch_encoder():
-    return nn.ModuleDict({"blocks": nn.ModuleList([nn.TransformerEncoderLayer(16, 2, 32)])})
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 1)
+
+
+def swin(block=SwinTransformerBlock):
+    return SwinTransformer([4, 4], 32, [1, 1], [2, 2], [4, 4], num_classes=5, block=block)
+
+
+def video_swin():
+    return SwinTransformer3d([2, 4, 4], 32, [1, 1], [2, 2], [2, 4, 4], num_classes=5)
+
+
+SWIN = "features.1", ("attn.qkv", "attn.proj")
 
 
 @pytest.mark.parametrize(
-    "build, layer, reader",
+    "build, body, layers, reader",
     [
-        (beit, "attn.qkv", "BeitAttention|Attention"),
-        (torch_encoder, "self_attn.out_proj", "MultiheadAttention"),
-        (torch_encoder, "linear1", "TransformerEncoderLayer"),
+        (torch_encoder, "layers", ("self_attn.out_proj",), "MultiheadAttention"),
+        (torch_encoder, "layers", ("linear1", "linear2"), "TransformerEncoderLayer"),
+        (swin, *SWIN, "ShiftedWindowAttention"),
+        (partial(swin, SwinTransformerBlockV2), *SWIN, "ShiftedWindowAttentionV2"),
+        (video_swin, "features.0", SWIN[1], "ShiftedWindowAttention3d"),
     ],
 )
-def test_layers_whose_weight_is_read_without_calling_them_are_refused(build, layer, reader):
-    target, aux = build(), build()
-    message = rf"^target_model: blocks.0.{layer} is not called by its ({reader})"
-    with unchanged(target, aux), pytest.raises(ValueError, match=message):
-        reparameterize_aux_into_target_model(target, aux, (layer,))
+def test_layers_that_are_known_to_be_read_without_a_call_are_refused(build, body, layers, reader):
+    for layer in layers:
+        target, aux = build(), build()
+        message = rf"^target_model: {body}.0.{layer} is not called by its {reader}, which reads"
+        with unchanged(target, aux), pytest.raises(ValueError, match=message):
+            reparameterize_aux_into_target_model(target, aux, (layer,), body)
+
+
+PLAIN_SIZE = {"img_size": 32, "num_classes": 5}
+Q_BIAS = {
+    **{
+        name: ("blocks", partial(timm.create_model, name, depth=1, embed_dim=48, num_heads=3, **PLAIN_SIZE))
+        for name in ("beit_base_patch16_224", "beitv2_base_patch16_224", "eva02_tiny_patch14_224")
+    },
+    "swinv2_tiny_window8_256": (
+        "layers.0.blocks",
+        partial(
+            timm.create_model,
+            "swinv2_tiny_window8_256",
+            depths=(1, 1),
+            embed_dim=24,
+            num_heads=(2, 2),
+            window_size=4,
+            **PLAIN_SIZE,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("body, build", Q_BIAS.values(), ids=Q_BIAS.keys())
+def test_attention_with_a_bias_of_its_own_for_queries_reads_qkv_and_calls_proj(body, build):
+    target, aux = build().eval(), build()
+    with unchanged(target, aux), pytest.raises(ValueError, match=rf"^target_model: {body}.0.attn.qkv is not called"):
+        reparameterize_aux_into_target_model(target, aux, ("attn.proj", "attn.qkv"), body)
+    reparameterize_aux_into_target_model(target, aux, ("attn.proj",), body, sample=images())
+    (layer,) = fused_layers(target).values()
+    for parameter in target.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    logits = target(images())
+    logits.square().sum().backward()
+    assert layer.cross_modal_scale.grad.item() != 0
+    torch.testing.assert_close(merge_pathways(target)(images()), logits)
+    target.get_submodule(body)[0].attn.qkv_bias_separate = True
+    reparameterize_aux_into_target_model(target, aux, ("attn.proj", "attn.qkv"), body, sample=images())
+
+
+class Readers(nn.Module):
+    """Blocks of a layer that is called and, in WavLM's way, of four that are read, with a dropout and a batch norm."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": Attention(), "fc": nn.Linear(8, 8)}) for _ in range(2))
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x, scale=1.0):
+        x = F.dropout(x * scale, training=self.training) + torch.rand(())
+        for block in self.blocks:
+            x = block["attn"](block["fc"](x))
+        return self.norm(x.flatten(0, 1))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v, out = self.q_proj, self.k_proj, self.v_proj, self.out_proj
+        bias = torch.cat([q.bias, k.bias, v.bias])
+        options = {"use_separate_proj_weight": True, "training": self.training}
+        weights = {"q_proj_weight": q.weight, "k_proj_weight": k.weight, "v_proj_weight": v.weight}
+        arguments = x, x, x, 8, 2, torch.empty(0), bias, None, None, False, 0.0, out.weight, out.bias
+        return F.multi_head_attention_forward(*arguments, **options, **weights)[0]
+
+
+READ = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj")
+X = torch.ones(3, 2, 8)
+
+
+@contextmanager
+def untouched(*models):
+    """`unchanged`, random numbers included."""
+    before = torch.get_rng_state()
+    with unchanged(*models):
+        yield
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(model._forward_hooks for model in models)
+
+
+@pytest.mark.parametrize("layers", [READ, ("fc", "attn.v_proj")])
+def test_a_sample_shows_layers_that_are_read_without_a_call(layers):
+    target, aux = Readers(0), Readers(1)
+    target.blocks[0].eval()
+    names = ", ".join(f"blocks.{block}.{layer}" for block in range(2) for layer in layers if layer != "fc")
+    with untouched(target, aux), pytest.raises(ValueError, match=f"^target_model: {names}: not called by Attention,"):
+        reparameterize_aux_into_target_model(target, aux, layers, sample=X)
+
+
+@pytest.mark.parametrize("sample", [X, (X, 2.0), {"x": X, "scale": 2.0}], ids=["tensor", "arguments", "keywords"])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_sample_proves_that_layers_are_called(sample, is_compiled):
+    target = Readers(0)
+    target.blocks[0].eval()
+    if is_compiled:
+        target.compile(backend="eager", fullgraph=True)
+    aux, others = Readers(1), [target.norm, target.blocks[0].attn, target.blocks[1].attn]
+    with untouched(aux, *others):
+        reparameterize_aux_into_target_model(target, aux, ("fc",), sample=sample)
+    assert list(fused_layers(target)) == ["blocks.0.fc", "blocks.1.fc"]
+    assert [module.training for module in fused_layers(target).values()] == [False, True]
+    assert not target._forward_hooks
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "hook, sample, error, message",
+    [
+        (None, X[0, 0, :5], ValueError, r"sample: Readers raised ValueError\(.*\(5,\)"),
+        (None, {"y": X}, ValueError, r"sample: Readers raised TypeError\(.*'y'"),
+        (None, [X], TypeError, "sample: expected a tensor, a tuple .* or a mapping .*, got list"),
+        (None, "x", TypeError, "sample: expected .*, got str"),
+        (interrupt, X, KeyboardInterrupt, ""),
+    ],
+)
+def test_a_sample_that_the_target_does_not_take_leaves_it_as_it_was(hook, sample, error, message):
+    target, aux = Readers(0), Readers(1)
+    if hook:
+        target.norm.register_forward_hook(hook)
+    with untouched(target, aux), pytest.raises(error, match=f"^{message}"):
+        reparameterize_aux_into_target_model(target, aux, ("fc",), sample=sample)
 
 
 def test_a_model_is_no_auxiliary_of_its_own():
@@ -433,6 +575,17 @@ def test_linear_probe_trains_exactly_the_head_and_the_scales(is_aux_trainable):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     train(model, steps=1, lr=0.01)
     assert {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])} == trained
+
+
+def test_scale_table_of_names_with_numbers_in_words_and_at_the_end():
+    target, aux = (VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5) for _ in range(2))
+    layers = ("mlp.0", "mlp.3")
+    reparameterize_aux_into_target_model(target, [aux, copy.deepcopy(aux)], layers, "encoder.layers", sample=images())
+    block, *rows = (line.split("|")[1:-1] for line in scale_table(target).splitlines())
+    assert [cell.strip() for cell in block] == ["block", "mlp.0[0]", "mlp.0[1]", "mlp.3[0]", "mlp.3[1]"]
+    assert [row[0].strip() for row in rows[1:]] == [f"encoder.layers.encoder_layer_{i}" for i in range(2)]
+    alone = nn.Sequential(nn.ReLU(), FusedCrossModalLinear(2, 2, aux_weight=torch.ones(2, 2)))
+    assert scale_table(alone).splitlines()[0] == "| block | 1 |"
 
 
 def test_linear_probe_of_a_head_with_another_name():

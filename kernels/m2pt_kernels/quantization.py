@@ -14,7 +14,7 @@ package.
 import torch
 from torch import Tensor
 
-from .checks import GEMM_DTYPES, check_tensor
+from .checks import GEMM_DTYPES, check_tensor, check_whole
 
 GROUP_SIZE = 64
 """Columns of an int4 matrix that share a scale."""
@@ -36,10 +36,11 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError: a weight that is no tensor of such a dtype.
-        ValueError: another dtype, a weight that is sparse, nested, empty, not finite in float32 or not divisible into
-            groups, or float8_e4m3fn on a GPU that is not CUDA with compute capability 8.9.
+        ValueError: another dtype, a weight that is sparse, nested, empty, divided among processes, not divisible into
+            groups or not finite in float32, or float8_e4m3fn on a GPU that is not CUDA with compute capability 8.9.
     """
     check_tensor("weight", weight)
+    check_whole("weight", weight)
     if weight.dtype not in GEMM_DTYPES:
         raise TypeError(f"weight: expected a floating dtype among {GEMM_DTYPES}, got {weight.dtype}")
     if dtype not in tuple(_LARGEST):
@@ -66,10 +67,11 @@ def dequantize(data: Tensor, scale: Tensor) -> Tensor:
 
     Raises:
         TypeError: no tensors, or dtypes that `quantize` does not make.
-        ValueError: sparse or nested ones, or shapes or devices that do not fit each other.
+        ValueError: sparse, nested or divided ones, or shapes or devices that do not fit each other.
     """
-    check_tensor("data", data)
-    check_tensor("scale", scale)
+    for name, tensor in (("data", data), ("scale", scale)):
+        check_tensor(name, tensor)
+        check_whole(name, tensor)
     if data.dtype not in DTYPES:
         raise TypeError(f"data: expected a dtype among {tuple(DTYPES)}, got {data.dtype}")
     if scale.dtype != torch.float32:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import GEMM_DTYPES, check_operand, check_tensor
+from .checks import GEMM_DTYPES, check_operand, check_tensor, check_whole
 from .quantization import check_aux_weight, dequantize
 
 BLOCK_ENTRIES = 2**18
@@ -34,9 +34,12 @@ def combined_weight(
     Raises:
         TypeError: no tensors, dtypes that are not floating, or a quantised aux_weight without its scales or the other
             way round.
-        ValueError: a shape, layout or device that does not fit the others.
+        ValueError: a shape, layout or device that does not fit the others, or a tensor divided among processes.
     """
     check_weights(weight, aux_weight, scale, aux_weight_scale)
+    operands = {"weight": weight, "aux_weight": aux_weight, "scale": scale, "aux_weight_scale": aux_weight_scale}
+    for name, tensor in operands.items():
+        check_whole(name, tensor)
     if dtype not in GEMM_DTYPES:
         raise TypeError(f"dtype: expected one of {GEMM_DTYPES}, got {dtype!r}")
     with torch.no_grad():

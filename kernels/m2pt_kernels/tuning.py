@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from . import gemm, ops, records
+from .checks import check_undivided
 from .configs import EAGER, TUNED, Plan, problem, variant
 from .verification import verify
 
@@ -69,10 +70,11 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no product of the model is computed by a Triton kernel.
+        ValueError: no product of the model is computed by a Triton kernel, or a module is divided among processes.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_undivided(model, "warm up before dividing the model")
     calls = _products(model, sample)
     if not calls:
         raise ValueError(f"model: expected a model on a GPU with fused layers, got a {type(model).__name__} without")

@@ -1,0 +1,108 @@
+"""Whether fused layers are called: where their weight is read instead, the auxiliary weight has no effect.
+
+Then the scales get no gradient, and merging changes what the model computes.
+"""
+
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .linear import FusedCrossModalLinear
+
+Sample = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+WEIGHT_READERS = {
+    "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
+    "torch.nn.modules.transformer.TransformerEncoderLayer": ("linear1", "linear2"),
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
+    "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": ("qkv", "proj"),
+}
+"""Modules that are known to read the weights of some of their layers, TransformerEncoderLayer only in evaluation.
+
+Named, so that nothing has to be imported. They are refused at once; `check_calls` and `watch_calls` find all others.
+"""
+
+
+def is_known_to_read(parent: nn.Module, layer_name: str) -> bool:
+    """Whether a module is known to read the weight of its layer without calling it."""
+    if layer_name == "qkv" and getattr(parent, "q_bias", None) is not None:  # timm's BEiT, EVA and Swin v2
+        return not getattr(parent, "qkv_bias_separate", False)
+    names = (f"{base.__module__}.{base.__qualname__}" for base in type(parent).__mro__)
+    return any(layer_name in WEIGHT_READERS.get(name, ()) for name in names)
+
+
+def check_sample(sample: Sample | None) -> None:
+    """Raise a TypeError unless these can be the arguments of a forward pass."""
+    if not isinstance(sample, (Tensor, tuple, Mapping, type(None))):
+        expected = "a tensor, a tuple of arguments or a mapping of keyword arguments"
+        raise TypeError(f"sample: expected {expected}, got {type(sample).__name__}")
+
+
+def check_calls(model: nn.Module, sample: Sample) -> None:
+    """Run `model` once, evaluating and without `torch.compile`, and see that it calls every fused layer.
+
+    Training flags and random numbers are left as they were.
+
+    Raises:
+        ValueError: it does not, or it raises an error.
+    """
+    keywords = sample if isinstance(sample, Mapping) else {}
+    arguments = sample if isinstance(sample, tuple) else () if isinstance(sample, Mapping) else (sample,)
+    flags = {module: module.training for module in model.modules()}
+    gpus = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
+    try:
+        for module in flags:
+            module.training = False
+        with torch.no_grad(), torch.random.fork_rng(gpus), torch.compiler.set_stance("force_eager"):
+            model(*arguments, **keywords)
+    except Exception as error:
+        raise ValueError(f"sample: {type(model).__name__} raised {error!r}") from error
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+    if names := [name for name, layer in model.named_modules() if _is_uncalled(layer)]:
+        raise ValueError(f"target_model: {_description(model, names)}")
+
+
+def watch_calls(model: nn.Module) -> None:
+    """Warn once, when the first forward pass of `model` in training mode ends, of the fused layers not called so far.
+
+    Nothing of that is left afterwards. What `torch.compile` compiles is not watched.
+    """
+    if _warn_of_uncalled not in model._forward_hooks.values():
+        model.register_forward_hook(_warn_of_uncalled)
+
+
+def stop_watching(model: nn.Module) -> None:
+    """Take back `watch_calls` of a module."""
+    for key, hook in list(model._forward_hooks.items()):
+        if hook is _warn_of_uncalled:
+            model._forward_hooks.pop(key, None)
+
+
+def _warn_of_uncalled(model: nn.Module, arguments: Any, output: Any) -> None:
+    if torch.compiler.is_compiling() or not model.training:
+        return
+    stop_watching(model)
+    compiled = {inner for module in model.modules() if _is_compiled(module) for inner in module.modules()}
+    if names := [name for name, layer in model.named_modules() if _is_uncalled(layer) and layer not in compiled]:
+        warnings.warn(_description(model, names), stacklevel=2)
+
+
+def _is_uncalled(module: nn.Module) -> bool:
+    """Whether it is a fused layer that has not noted a call, as its own forward would have done."""
+    return isinstance(module, FusedCrossModalLinear) and not module.is_called and "forward" not in vars(module)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    forward = getattr(module, "forward", None)
+    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
+
+
+def _description(model: nn.Module, names: Collection[str]) -> str:
+    parents = sorted({type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in names})
+    reader = f"{' or '.join(parents)}, which reads the weight itself or leaves the layer out"
+    return f"{', '.join(names)}: not called by {reader}: the auxiliary weight has no effect"
