@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,9 +28,7 @@ HARMLESS: list[Any] = [
     NUMPY_SCALAR,
     (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),  # as NumPy 1 names it
     np.dtype,
-    np.dtypes.Float32DType,
-    np.dtypes.Float64DType,
-    np.dtypes.Int64DType,
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
 ]
 """What training scripts save beside the model: the arguments of M2PT's and MAE's, the accuracies of Point-MAE's."""
 
@@ -60,9 +59,9 @@ def load_torch(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged or of another format.
+        ValueError: the file is damaged or of another format, or holds something else; the message names its class.
     """
-    with _reading(path), torch.serialization.safe_globals(HARMLESS):
+    with torch.serialization.safe_globals(HARMLESS), _reading(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
@@ -104,7 +103,22 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # torch's reader has no error of its own: damage surfaces as KeyError, OSError, ...
-        raise ValueError(f"{path}: not a readable checkpoint of tensors ({type(error).__name__})") from error
+        reason = _foreign_classes(path, error) or f" ({type(error).__name__})"
+        raise ValueError(f"{path}: not a readable checkpoint of tensors{reason}") from error
+
+
+def _foreign_classes(path: Path, error: Exception) -> str:
+    """What torch refused to make, and what to do about it; of a file in its older format torch says the first only."""
+    refused = re.findall(r"GLOBAL ([a-zA-Z_]\w*(?:\.\w+)+) was not an allowed global", str(error))
+    if not refused:
+        return ""
+    if zipfile.is_zipfile(path):
+        refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    names = ", ".join(refused)
+    return (
+        f": it also holds {names}, which might execute code: save the state dict alone, or, if you know that to be"
+        f" harmless, allow it before: torch.serialization.add_safe_globals([{names}])"
+    )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Files that lie, and disks that fail: nothing in a file is executed, nothing is believed that is not there, and what
 was good before is still there afterwards."""
 
+import datetime
 import errno
 import functools
 import json
@@ -10,6 +11,7 @@ import random
 import resource
 import struct
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,7 +41,7 @@ from m2pt.train import load_recipe, parse_assignment
 from m2pt.train.batches import training_batches
 from m2pt.train.distributed import World
 from m2pt.train.engine import evaluate
-from m2pt.train.files import load_weights
+from m2pt.train.files import load_trained
 from m2pt.train.log import Log, plot_curves, plot_scales
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -69,7 +71,7 @@ def resume(path, folder):
 
 READERS = {
     "load_state_dict": lambda path, folder: load_state_dict(path),
-    "load_weights": lambda path, folder: load_weights(path),
+    "load_trained": lambda path, folder: load_trained(path),
     "load_auxiliary": lambda path, folder: load_auxiliary(path),
     "load_pretrained": lambda path, folder: load_pretrained(tiny_model("image", 2), path),
 }
@@ -157,6 +159,40 @@ def entry(shape, begin, end, dtype="F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
+RECONSTRUCT = np.zeros(1).__reduce__()[0]
+FOREIGN = {
+    "a path": (Path("/runs/1"), [type(Path())]),
+    "a date": (datetime.datetime(2026, 1, 1), [datetime.datetime]),
+    "two": ([Path("a"), datetime.timedelta(1)], [datetime.timedelta, type(Path())]),
+    "an array": (np.zeros(3), [RECONSTRUCT, np.ndarray]),
+}
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("beside", FOREIGN)
+def test_what_stands_beside_the_weights_is_named_and_can_be_allowed(tmp_path, beside, is_zip):
+    path, weights = tmp_path / "model.pth", {"weight": torch.randn(2)}
+    value, classes = FOREIGN[beside]
+    torch.save({"model": weights, "beside": value}, path, _use_new_zipfile_serialization=is_zip)
+    names = [f"{each.__module__}.{each.__qualname__}" for each in classes]
+    with pytest.raises(ValueError, match=r"model\.pth: not a readable .*: it also holds ") as refusal:
+        load_state_dict(path)
+    message = str(refusal.value)
+    if is_zip:
+        listed = ", ".join(names)
+        assert f": it also holds {listed}, which" in message and message.endswith(f"add_safe_globals([{listed}])")
+    else:  # of the older format torch tells the first only
+        assert any(f": it also holds {name}, which" in message for name in names)
+    with torch.serialization.safe_globals(classes):
+        assert torch.equal(load_state_dict(path)["weight"], weights["weight"])
+
+
+@pytest.mark.parametrize("code", np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?")
+def test_numbers_of_numpy_may_stand_beside_the_weights(tmp_path, code):
+    torch.save({"model": {"weight": torch.ones(2)}, "best": np.dtype(code).type(1)}, tmp_path / "model.pth")
+    assert load_state_dict(tmp_path / "model.pth")["weight"].tolist() == [1, 1]
+
+
 SAFETENSORS = {
     "a header of an exabyte": struct.pack("<Q", 2**60) + b"{}",
     "a header beyond the file": struct.pack("<Q", 1000) + b"{}",
@@ -198,14 +234,14 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path, capsys, claim, read
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("reader", ["load_state_dict", "load_weights"])
+@pytest.mark.parametrize("reader", ["load_state_dict", "load_trained"])
 @pytest.mark.parametrize("claim", TORCH)
 def test_a_tensor_without_its_data_is_refused(tmp_path, capsys, claim, reader):
     torch.save({"model": weights() | {"c": TORCH[claim]()}}, tmp_path / "bad.pth")
     assert_refused(tmp_path / "bad.pth", tmp_path, reader, capsys)
 
 
-@pytest.mark.parametrize("reader", ["load_state_dict", "load_weights", "convert"])
+@pytest.mark.parametrize("reader", ["load_state_dict", "load_trained", "convert"])
 def test_a_checkpoint_that_holds_itself_is_refused(tmp_path, capsys, reader):
     content = weights()
     content["model"] = content
