@@ -16,8 +16,8 @@ AUX_DTYPES = ("bfloat16", "int8", "int4", "float8_e4m3fn")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status.
 
-    0: done; 1: `check` found a faulty kernel; 2: refused, or stopped by a loss that is not finite, and a line on stderr
-    says why; 130: interrupted.
+    0: done; 1: `check` found a faulty kernel; 2: refused, or stopped by a loss that is not finite or the loss of a data
+    worker, and a line on stderr says why; 130: interrupted.
 
     Raises:
         SystemExit: help or the version was printed (0), the arguments are not understood (2), or SIGTERM came during
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
+        can_resume = hasattr(arguments, "resume") and (arguments.out / "last.pth").exists()
+        print("m2pt: interrupted" + "; --resume goes on from the last checkpoint" * can_resume, file=sys.stderr)
         return 130
     except (ArithmeticError, ImportError, OSError, TypeError, ValueError) as error:
         print("m2pt: error:", *str(error).split(), file=sys.stderr)

@@ -82,13 +82,13 @@ def test_errors_are_one_line(connected, tmp_path, monkeypatch, capsys, arguments
     assert sorted(tmp_path.iterdir()) == files
 
 
-def test_interrupt_is_quiet(monkeypatch, capsys):
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
     def interrupt(path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("m2pt.checkpoints.load_state_dict", interrupt)
     assert main(["merge", "in", "out"]) == 130
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "m2pt: interrupted\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["--version"]])

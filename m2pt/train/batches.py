@@ -1,10 +1,10 @@
 """Batches that depend on the seed and the step alone, not on processes, workers, or where training was resumed."""
 
 import itertools
-import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, closing
+import traceback
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 from ..data.common import seeded
 from .distributed import World
 from .recipe import Data, Machine, Recipe
+from .workers import leave_signals_to_parent, received
 
 
 def derived_seed(*numbers: int) -> int:
@@ -42,41 +43,84 @@ class SeededSamples(Dataset):
                     return self.dataset[place % samples], errors
             except ValueError as error:
                 errors.append(str(error))
+            except Exception as error:
+                return None, [_described(f"sample {place % samples}", error)]
         return None, errors
+
+
+class StreamedSamples(IterableDataset):
+    """The samples of a stream as `SeededSamples` yields them; after an error nothing else comes."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[tuple[Any, list[str]]]:
+        try:
+            for sample in self.dataset:
+                yield sample, []
+            return
+        except ValueError as error:
+            errors = [str(error)]
+        except Exception as error:
+            errors = [_described("a stream of samples", error)]
+        while True:  # a batch that is not whole might be left out
+            yield None, errors
 
 
 class Batches:
     """The batches of samples as `SeededSamples` yields them, collated; what could not be read is named once on stderr.
 
-    Errors come as values, because a DataLoader would put its workers' tracebacks into the message.
+    Errors come as values, because a DataLoader would put its workers' tracebacks into the message. To be used with
+    `running`.
+
+    Args:
+        sampling: arguments of the DataLoader.
 
     Raises:
+        ChildProcessError: a worker was lost.
         ValueError: a sample cannot be read, and none stands in for it.
     """
 
-    def __init__(self, dataset: SeededSamples, machine: Machine, world: World, **sampling: Any) -> None:
-        self.loader = DataLoader(dataset, collate_fn=_collate, **sampling, **_loading(machine, world))
+    def __init__(self, dataset: Dataset, machine: Machine, world: World, **sampling: Any) -> None:
+        # from torch's generator a step that is repeated after others, or was resumed, would draw other numbers
+        sampling = {"generator": torch.Generator()} | sampling
+        self.loader = DataLoader(
+            dataset,
+            collate_fn=_collate,
+            num_workers=machine.workers,
+            pin_memory=world.device.type == "cuda",
+            worker_init_fn=leave_signals_to_parent,
+            **sampling,
+        )
 
     def __iter__(self) -> Iterator[Any]:
-        return _checked(iter(self.loader))  # now, as it draws a random number: a resumed step has to draw the same ones
-
-
-def _checked(batches: Iterator[tuple[Any, list[str]]]) -> Iterator[Any]:
-    named: set[str] = set()
-    for batch, errors in batches:
-        if batch is None:
-            raise ValueError(errors[-1])
-        for error in errors:
-            if error not in named:
-                named.add(error)
-                print(f"m2pt: left out: {error}", file=sys.stderr)
-        yield batch
+        named: set[str] = set()
+        with received(self.loader) as batches:
+            for batch, errors in batches:
+                if batch is None:
+                    raise ValueError(errors[-1])
+                for error in errors:
+                    if error not in named:
+                        named.add(error)
+                        print(f"m2pt: left out: {error}", file=sys.stderr)
+                yield batch
 
 
 def _collate(read: list[tuple[Any, list[str]]]) -> tuple[Any, list[str]]:
     samples, errors = zip(*read, strict=True)
-    is_whole = all(sample is not None for sample in samples)
-    return default_collate(list(samples)) if is_whole else None, list(itertools.chain(*errors))
+    every = list(itertools.chain(*errors))
+    if any(sample is None for sample in samples):
+        return None, every
+    try:
+        return default_collate(list(samples)), every
+    except Exception as error:
+        return None, [_described("samples of a batch do not fit each other", error)]
+
+
+def _described(what: str, error: Exception) -> str:
+    """An error that no damaged file explains, and the line that raised it: of a worker there is no traceback."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"data: {what}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
 class TrainingOrder(Sampler[list[tuple[int, int]]]):
@@ -148,16 +192,11 @@ def _streamed(dataset: Any, recipe: Recipe, world: World, start: int) -> Iterato
     steps, passes = steps_per_epoch(samples_of(dataset), recipe.data), recipe.machine.accumulation
     for epoch in range(start // steps, recipe.schedule.epochs):
         dataset.set_epoch(epoch)
-        seed = derived_seed(recipe.run.seed, epoch, world.rank)
-        loader = DataLoader(
-            dataset,
-            batch_size=pass_size(recipe, world),
-            drop_last=True,
-            generator=torch.Generator().manual_seed(seed),
-            **_loading(recipe.machine, world),
-        )
+        generator = torch.Generator().manual_seed(derived_seed(recipe.run.seed, epoch, world.rank))
+        sampling = {"batch_size": pass_size(recipe, world), "drop_last": True, "generator": generator}
         seen = max(start - epoch * steps, 0) * passes
-        yield from itertools.islice(loader, seen, steps * passes)
+        with running(Batches(StreamedSamples(dataset), recipe.machine, world, **sampling)) as batches:
+            yield from itertools.islice(batches, seen, steps * passes)
 
 
 def test_batches(dataset: Any, recipe: Recipe, world: World) -> Iterable[Any]:
@@ -168,29 +207,20 @@ def test_batches(dataset: Any, recipe: Recipe, world: World) -> Iterable[Any]:
     """
     size = recipe.data.test_batch_size
     if isinstance(dataset, IterableDataset):
-        return DataLoader(dataset, size, **_loading(recipe.machine, world))
+        return Batches(StreamedSamples(dataset), recipe.machine, world, batch_size=size)
     samples = len(dataset)
     padded = [*range(samples), *[0] * (-samples % world.size)]
     keys = [(index, derived_seed(recipe.run.seed, index)) for index in padded[world.rank :: world.size]]
     return Batches(SeededSamples(dataset, skips=False), recipe.machine, world, batch_size=size, sampler=keys)
 
 
-def running(batches: Iterable[Any]) -> AbstractContextManager[Iterator[Any]]:
-    """The batches of a loader, whose workers end with the block; Python would wait for them at its end for ever."""
-    return closing(batch for batch in batches)
+def running(batches: Iterable[Any]) -> closing[Generator[Any, None, None]]:
+    """The batches, whose workers end with the block."""
+    return closing(_each(batches))
 
 
-def _loading(machine: Machine, world: World) -> dict[str, Any]:
-    return {
-        "num_workers": machine.workers,
-        "pin_memory": world.device.type == "cuda",
-        "worker_init_fn": _ignore_termination,
-    }
-
-
-def _ignore_termination(worker: int) -> None:
-    """SIGTERM is often sent to all processes of a job; the one that trains has to finish its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _each(batches: Iterable[Any]) -> Generator[Any, None, None]:
+    yield from batches
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -1,0 +1,87 @@
+"""The processes that read data: however a block ends that uses them, they end with it, in seconds."""
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+PATIENCE = 3
+"""Seconds that they have to end by themselves."""
+
+
+@contextmanager
+def received(loader: DataLoader) -> Iterator[Iterator[Any]]:
+    """What a loader yields; its workers end with the block.
+
+    Raises:
+        ChildProcessError: a worker was lost, by a signal or by its own exit.
+    """
+    with _delayed_interrupt():
+        batches: Any = iter(loader)
+    workers: Sequence[BaseProcess] = getattr(batches, "_workers", ())
+    with _no_handler_of_dead_children():
+        try:
+            yield batches
+        except (EOFError, OSError, RuntimeError) as error:  # workers send their own errors as values
+            raise ChildProcessError(f"data: a process that reads samples (machine.workers) was lost: {error}") from None
+        finally:
+            if workers:
+                _end(batches, workers)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """To be called in each worker: SIGTERM is often sent to all processes of a job, and Ctrl-C always is, but the one
+    that trains has to finish its step, for which it needs data."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end(batches: Any, workers: Sequence[BaseProcess]) -> None:
+    """Ask the workers to end, and kill those that do not: they ignore SIGTERM, by which Python would end them."""
+    deadline = threading.Timer(PATIENCE, _kill, [workers])
+    deadline.start()
+    try:
+        batches._shutdown_workers()
+    finally:
+        deadline.cancel()
+        _kill(workers)
+
+
+def _kill(workers: Sequence[BaseProcess]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+@contextmanager
+def _no_handler_of_dead_children() -> Iterator[None]:
+    """torch's handler raises its error wherever the program is, be it in the middle of writing a file. Without it a
+    dead worker is noticed, within seconds, when its batch is asked for."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@contextmanager
+def _delayed_interrupt() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: it would leave workers that nobody knows yet."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        signal.raise_signal(signal.SIGINT)

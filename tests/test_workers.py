@@ -1,0 +1,191 @@
+"""Data workers that fail, end, hang, or are interrupted: the run ends in seconds, says why, and can be resumed."""
+
+import ctypes
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+from tiny_runs import assert_equal, no_plots
+
+from m2pt.cli import main
+from m2pt.data.embedded import TensorSamples
+from m2pt.train.log import read_log
+
+SETTINGS = ["model.overrides.embed_dim=16", "model.overrides.depth=1", "model.overrides.num_heads=2"]
+SETTINGS += ["data.batch_size=120", "schedule.epochs=2", "run.log_steps=1", "run.checkpoint_steps=1"]
+LOST = "m2pt: error: data: a process that reads samples (machine.workers) was lost: "
+
+
+class UnusualError(BaseException):
+    """An exception that is no `Exception`."""
+
+
+def fail(error):
+    raise error
+
+
+FAILURES = {
+    "RuntimeError": lambda: fail(RuntimeError("out of shared memory")),
+    "MemoryError": lambda: fail(MemoryError()),
+    "KeyError": lambda: fail(KeyError("label")),
+    "ImportError": lambda: fail(ImportError("no such codec")),
+    "RecursionError": lambda: FAILURES["RecursionError"](),
+    "two lines": lambda: fail(AssertionError("one\ntwo")),
+    "StopIteration": lambda: fail(StopIteration()),
+}
+ENDS = {
+    "exit": lambda: os._exit(1),
+    "exit without an error": lambda: os._exit(0),
+    "SystemExit": lambda: sys.exit(3),
+    "KeyboardInterrupt": lambda: fail(KeyboardInterrupt()),
+    "BaseException": lambda: fail(UnusualError()),
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "segmentation fault": lambda: ctypes.string_at(0),
+    "abort": lambda: os.abort(),
+}
+HANGS = {
+    "sleeps": lambda: time.sleep(1000),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "busy": lambda: ctypes.PyDLL(None).sleep(1000),  # without giving up Python's lock
+}
+
+
+def command(out, *more):
+    return ["train", "tiny_image", *SETTINGS, "--out", str(out), *more]
+
+
+def run(arguments, log, failure, sample):
+    """A training process in which the `sample`-th sample that a process reads fails."""
+    os.setsid()  # so that a signal can be sent to it and its data workers together, as Ctrl-C does
+    multiprocessing.set_start_method("fork", force=True)
+    no_plots(pytest.MonkeyPatch())
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1), os.dup2(file, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    read, done = TensorSamples.read, []
+
+    def failing(dataset, index):
+        done.append(index)
+        if len(done) == sample:
+            (FAILURES | ENDS | HANGS)[failure]()
+        return read(dataset, index)
+
+    TensorSamples.read = failing
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main(arguments))
+
+
+@pytest.fixture(scope="module")
+def start():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["m2pt.cli", "m2pt.train", "torch._dynamo", "pytest", "matplotlib.figure"])
+    processes = []
+
+    def start(arguments, log, failure="", sample=0):
+        process = context.Process(target=run, args=(arguments, log, failure, sample))
+        process.start()
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def ended(process, status, seconds=20):
+    """The process ends in time, with this status, and leaves no other one behind."""
+    process.join(seconds)
+    assert process.exitcode == status
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def error_in(log):
+    (line,) = (line for line in log.read_text().splitlines() if line.startswith("m2pt:"))
+    assert "Traceback" not in log.read_text()
+    return line
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_any_exception_ends_the_run_with_a_line_that_says_where_it_was_raised(tmp_path, start, failure, workers):
+    process = start(command(tmp_path / "out", f"machine.workers={workers}"), tmp_path / "log", failure, 500)
+    assert ended(process, 2)
+    kind = "AssertionError: one two" if failure == "two lines" else failure
+    line = error_in(tmp_path / "log")
+    assert line.startswith("m2pt: error: data: sample ") and kind in line and f"({__file__}, line " in line
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("failure", ENDS)
+def test_any_end_of_a_worker_ends_the_run_with_a_line(tmp_path, start, failure, skips):
+    more = ["machine.workers=2", *["data.on_error=skip"] * skips]
+    process = start(command(tmp_path / "out", *more), tmp_path / "log", failure, 500)
+    assert ended(process, 2)
+    assert LOST in (tmp_path / "log").read_text().splitlines()[-1]  # torch's handler of faults writes a zero before it
+
+
+def test_a_run_whose_worker_was_lost_goes_on_as_if_nothing_had_been(tmp_path, start):
+    outs = [tmp_path / name for name in ("whole", "parts")]
+    whole, parts = (command(out, "machine.workers=1") for out in outs)
+    assert ended(start(whole, tmp_path / "log"), 0)
+    assert ended(start(parts, tmp_path / "log", "killed", 900), 2)
+    assert 0 < torch.load(outs[1] / "last.pth", weights_only=True)["step"] < 10
+    assert ended(start([*parts, "--resume"], tmp_path / "log"), 0)
+    states = [torch.load(out / "last.pth", weights_only=True) for out in outs]
+    for part in ("model", "optimizer", "step"):
+        assert_equal(states[0][part], states[1][part])
+
+
+@pytest.mark.parametrize("failure", HANGS)
+def test_ctrl_c_ends_a_run_whose_workers_hang(tmp_path, start, failure):
+    process = start(command(tmp_path / "out", "machine.workers=3"), tmp_path / "log", failure, 200)
+    time.sleep(4)
+    assert process.exitcode is None
+    os.killpg(process.pid, signal.SIGINT)
+    assert ended(process, 130, 10)
+    assert error_in(tmp_path / "log").startswith("m2pt: interrupted")
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_ctrl_c_at_any_moment(tmp_path, start, workers, repetitions):
+    moments = random.Random(workers)
+    interrupted = 0
+    for number in range(repetitions + 3):
+        out, log = tmp_path / str(number), tmp_path / f"{number}.log"
+        process = start(command(out, f"machine.workers={workers}"), log)
+        while not log.exists():
+            time.sleep(0.001)
+        process.join(moments.uniform(0.05, 2))
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        process.join(10)
+        assert process.exitcode in (0, 130)
+        assert ended(process, process.exitcode)
+        if process.exitcode == 130:
+            interrupted += 1
+            can_resume = (out / "last.pth").exists()
+            line = "m2pt: interrupted" + "; --resume goes on from the last checkpoint" * can_resume
+            assert error_in(log) == line
+            assert can_resume or len(read_log(out)) <= 1  # which is written before the state is
+    assert interrupted > 0
+
+
+def test_an_error_of_the_training_process_ends_workers_that_hang(tmp_path, start):
+    more = ["machine.workers=2", "optimizer.base_lr=1e30"]
+    process = start(command(tmp_path / "out", *more), tmp_path / "log", "sleeps", 700)
+    assert ended(process, 2)
+    assert "m2pt: error: step 2: the loss is nan" in error_in(tmp_path / "log")
