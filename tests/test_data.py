@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from m2pt.data import LAYOUTS, create_dataset
 from m2pt.data.audio import read_wave
+from m2pt.data.frames import read_frames
 from m2pt.data.point import ArrayClouds
-from m2pt.data.video import read_frames
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -151,7 +151,7 @@ def test_huggingface_reads_a_local_copy(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = create_dataset("image", "folder", pictures, "train", False, size=32)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(folder.class_names)))
-    names = [folder.reader.filename(index, absolute=True) for index in range(len(folder))]
+    names = [folder.name(index) for index in range(len(folder))]
     columns = {"image": names, "label": [folder[index][1] for index in range(len(folder))]}
     copy = datasets.Dataset.from_dict(columns, features).cast_column("image", datasets.Image(decode=False))
     copy = copy.map(lambda row: {"image": {"bytes": Path(row["image"]["path"]).read_bytes(), "path": None}})
@@ -172,7 +172,7 @@ def test_webdataset_reads_shards(pictures, tmp_path):
         for index in range(len(folder)):
             label = tmp_path / "label"
             label.write_text(str(folder[index][1]))
-            image = folder.reader.filename(index, absolute=True)
+            image = folder.name(index)
             shard.add(image, f"{index}{image[-4:]}")
             shard.add(label, f"{index}.cls")
     split = {"name": "train", "num_samples": 5, "filenames": ["train-0000.tar"], "shard_lengths": [5]}
@@ -185,6 +185,30 @@ def test_webdataset_reads_shards(pictures, tmp_path):
     assert sorted(label for _, label in training) == [0, 0, 1, 2, 2]
     with pytest.raises(ValueError, match="split test not found"):
         create_dataset("image", "webdataset", tmp_path, "test", False)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_out_of_range_in_a_shard_is_refused_by_the_name_of_its_sample(tmp_path, label, training, workers):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "train-0000.tar")) as tar:
+        for index in range(4):
+            tar.write({"__key__": f"sample{index}", "png": Image.new("RGB", (8, 8)), "cls": label if index == 2 else 0})
+    split = {"name": "train", "num_samples": 4, "filenames": ["train-0000.tar"], "shard_lengths": [4]}
+    (tmp_path / "info.json").write_text(json.dumps({"splits": {"train": split}}))
+    dataset = create_dataset("image", "webdataset", tmp_path, "train", training, size=32, num_classes=3)
+    with pytest.raises(ValueError, match=f"sample sample2: expected a label from 0 to 2, got {label}"):
+        list(DataLoader(dataset, num_workers=workers))
+
+
+def test_a_sample_that_is_not_finite_is_a_damaged_sample():
+    dataset = create_dataset("image", "embedded", None, "train", True)
+    dataset.inputs = dataset.inputs.clone()
+    dataset.inputs[3, 0, 1, 1] = float("nan")
+    dataset[2], dataset[4]
+    with pytest.raises(ValueError, match="embedded data, sample 3: holds values that are not finite"):
+        dataset[3]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +253,7 @@ def test_missing_root_is_refused(tmp_path):
     ("module", "extra", "use"),
     [
         ("soundfile", "audio", lambda root: read_wave(root / "a.wav")),
-        ("av", "video", lambda root: read_frames(root / "a.mp4")),
+        ("av", "video", lambda root: read_frames(root / "a.mp4", range)),
         ("h5py", "point", lambda root: ArrayClouds([root / "a.h5"])),
         ("datasets", "image", lambda root: create_dataset("image", "huggingface", root, "train", False)),
         ("webdataset", "image", lambda root: create_dataset("image", "webdataset", root, "train", False)),

@@ -1,6 +1,8 @@
 """Sound: the filterbank against Kaldi's formula in numpy, the layouts, and the augmentation."""
 
 import json
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +104,27 @@ def test_a_sampling_rate_without_a_common_divisor_is_resampled(tmp_path):
     wave, expected = read_wave(tmp_path / "a.wav").numpy(), chirp(1.0, 100, 3000)
     assert len(wave) == len(expected)
     np.testing.assert_allclose(wave[100:-100], (expected - expected.mean())[100:-100], atol=2e-3)
+
+
+@pytest.mark.parametrize("rate", [8_000, 8_009, 11_025, 22_254, 44_101, 95_989, 191_999, 192_000])
+def test_any_sampling_rate_is_resampled_in_bounded_memory_and_time(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", chirp(4.0, 100, 3000, rate=rate), rate, subtype="FLOAT")
+    read_wave(RECORDING)  # what is imported is not counted
+    tracemalloc.start()
+    start = time.process_time()
+    wave = read_wave(tmp_path / "a.wav").numpy()
+    seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    expected = chirp(4.0, 100, 3000)
+    np.testing.assert_allclose(wave[200:-200], (expected - expected.mean())[200:-200], atol=4e-3)
+    assert peak < 256 * 2**20 and seconds < 10
+
+
+def test_a_sound_too_loud_to_compute_with_is_a_damaged_sample(esc50):
+    dataset = create_dataset("audio", "esc50", esc50, "test", False)
+    soundfile.write(dataset.files[0], 1e30 * chirp(1.0, 100, 3000), 16_000, subtype="FLOAT")
+    with pytest.raises(ValueError, match=rf"{dataset.files[0].name}: holds values that are not finite"):
+        dataset[0]
 
 
 def test_channels_are_averaged(tmp_path):

@@ -259,7 +259,74 @@ def test_damaged_files_are_named(modelnet, shapenet, tmp_path):
 def test_labels_must_have_a_name(tmp_path):
     (tmp_path / "shape_names.txt").write_text("airplane\n")
     write_h5(tmp_path / "ply_data_test0.h5", np.zeros((2, 8, 3)), np.array([0, 1]))
-    with pytest.raises(ValueError, match="labels: expected 0 to 0, got 0 to 1"):
+    with pytest.raises(ValueError, match=r"ply_data_test0\.h5, cloud 1: expected a label from 0 to 0, got 1"):
+        create_dataset("point", "modelnet40_h5", tmp_path, "test", False)
+
+
+DEGENERATE = {
+    "zeros": lambda cloud: 0 * cloud,
+    "one point, repeated, whose mean is rounded": lambda cloud: 0 * cloud + (0.1, -0.7, 1.3),
+    "NaN": lambda cloud: np.where(np.arange(len(cloud))[:, None] == 5, np.nan, cloud),
+    "infinity": lambda cloud: np.where(np.arange(len(cloud))[:, None] == 5, np.inf, cloud),
+    "too far away for a square in float32": lambda cloud: 1e25 * cloud,
+    "too far away for a sum in float32": lambda cloud: 1e37 * cloud,
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("damage", DEGENERATE)
+def test_a_degenerate_cloud_is_a_damaged_sample_in_every_layout(tmp_path, damage, training):
+    cloud = DEGENERATE[damage](surface(400, (1, 2, 3))).astype(np.float32)
+    (tmp_path / "shape_names.txt").write_text("airplane\n")
+    write_h5(tmp_path / "ply_data_test0.h5", cloud[None], np.array([0]))
+    write_h5(tmp_path / "main_split" / "test_objectdataset.h5", cloud[None], np.array([0]))
+    (tmp_path / "modelnet40_shape_names.txt").write_text("airplane\n")
+    (tmp_path / "modelnet40_test.txt").write_text("airplane_1\n")
+    (tmp_path / "airplane").mkdir()
+    np.savetxt(tmp_path / "airplane" / "airplane_1.txt", np.concatenate([cloud, cloud], 1), delimiter=",")
+    (tmp_path / "synsetoffset2category.txt").write_text("Airplane\tairplane\n")
+    (tmp_path / "train_test_split").mkdir()
+    (tmp_path / "train_test_split" / "shuffled_test_file_list.json").write_text('["shape_data/airplane/part"]')
+    parts = np.concatenate([cloud, cloud, np.zeros((400, 1))], 1)
+    np.savetxt(tmp_path / "airplane" / "part.txt", parts)
+    settings = {"points": 64}
+    for layout, name, more in (
+        ("modelnet40_h5", "ply_data_test0.h5, cloud 0", {}),
+        ("scanobjectnn", "test_objectdataset.h5, cloud 0", {"variant": "objectbg"}),
+        ("modelnet40", "airplane_1.txt", {}),
+        ("shapenetpart", "part.txt", {}),
+    ):
+        dataset = create_dataset("point", layout, tmp_path, "test", training, **settings, **more)
+        with pytest.raises(ValueError, match=f"{name}: expected .*finite"):
+            dataset[0]
+
+
+def test_a_cloud_far_from_the_origin_is_read(tmp_path):
+    (tmp_path / "shape_names.txt").write_text("airplane\n")
+    write_h5(tmp_path / "ply_data_test0.h5", surface(100, (1, 2, 3))[None] * 1e-20 + 0, np.array([0]))
+    cloud, _ = create_dataset("point", "modelnet40_h5", tmp_path, "test", False, points=64)[0]
+    assert cloud.isfinite().all()
+
+
+@pytest.mark.parametrize("label", [-1, 1, 255])
+@pytest.mark.parametrize("layout", ["modelnet40_h5", "scanobjectnn"])
+def test_a_label_out_of_range_is_refused_by_the_name_of_its_sample(tmp_path, layout, label):
+    label = 15 + label if layout == "scanobjectnn" and label >= 0 else label
+    (tmp_path / "shape_names.txt").write_text("airplane\n")
+    for file in ("ply_data_test0.h5", "main_split/test_objectdataset.h5"):
+        write_h5(tmp_path / file, np.zeros((3, 8, 3)), np.array([0, label, label]))
+    settings = {"variant": "objectbg"} if layout == "scanobjectnn" else {}
+    largest = 14 if layout == "scanobjectnn" else 0
+    with pytest.raises(ValueError, match=rf"\.h5, cloud 1: expected a label from 0 to {largest}, got {label}$"):
+        create_dataset("point", layout, tmp_path, "test", False, **settings)
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], [[0, 1], [1, 0]]])
+def test_labels_that_are_no_numbers_are_refused_by_the_name_of_the_file(tmp_path, labels):
+    (tmp_path / "shape_names.txt").write_text("airplane\n")
+    with h5py.File(tmp_path / "ply_data_test0.h5", "w") as file:
+        file["data"], file["label"] = np.zeros((2, 8, 3)), labels
+    with pytest.raises(ValueError, match=r"ply_data_test0\.h5: "):
         create_dataset("point", "modelnet40_h5", tmp_path, "test", False)
 
 

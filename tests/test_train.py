@@ -37,7 +37,7 @@ from m2pt.train.batches import training_batches
 from m2pt.train.deployment import deployed, probe_head
 from m2pt.train.distributed import World, distribute
 from m2pt.train.engine import Trainer, evaluate
-from m2pt.train.files import load_weights
+from m2pt.train.files import load_trained
 from m2pt.train.log import read_log
 from m2pt.train.metrics import Metric, mean_average_precision, mious, part_ious, top_accuracies
 from m2pt.train.optimization import create_loss, create_mixing, create_optimizer, create_scheduler, parameter_groups
@@ -195,7 +195,7 @@ def test_the_moving_average_is_what_is_evaluated_and_merged(folder, tmp_path):
     out = run("image", folder, tmp_path / "run", "run.ema_decay=0.5", "optimizer.base_lr=1.0")
     average, last = (deployed(checkpoint(out)[key]) for key in ("ema", "model"))
     assert_equal(load_state_dict(out / "merged.safetensors"), average)
-    assert_equal(deployed(load_weights(out / "last.pth")), average)
+    assert_equal(deployed(load_trained(out / "last.pth")[0]), average)
     assert not torch.equal(average["head.weight"], last["head.weight"])
 
 

@@ -2,13 +2,15 @@
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from ..checks import checked_path, one_of
 from . import audio, embedded, image, point, video
+from .common import Samples
 
 LAYOUTS: Mapping[str, Mapping[str, tuple[Callable[..., Dataset], Callable]]] = {
     "image": {**image.LAYOUTS, "embedded": (embedded.digit_images, embedded.digit_images)},
@@ -19,7 +21,13 @@ LAYOUTS: Mapping[str, Mapping[str, tuple[Callable[..., Dataset], Callable]]] = {
 
 
 def create_dataset(
-    modality: str, layout: str, root: str | os.PathLike | None, split: str, training: bool, **settings: Any
+    modality: str,
+    layout: str,
+    root: str | os.PathLike | None,
+    split: str,
+    training: bool,
+    class_names: Sequence[str] | None = None,
+    **settings: Any,
 ) -> Dataset:
     """The samples of one split as pairs `(input, target)`. Nothing is downloaded.
 
@@ -44,12 +52,15 @@ def create_dataset(
             The layout "embedded" comes with the package, and its root is None or "".
         split: the part of the data, in the names of the layout.
         training: augment at random; otherwise prepare for evaluation.
+        class_names: those of the training split, in their order, to number the classes of another split as there.
+            Without them folders and tables number the classes that they have.
         settings: the keyword arguments of the layout's function, and of the dataset's class or, for images, of
             `m2pt.data.image.image_transform`.
 
     Raises:
-        ValueError: an unknown modality, layout, split or setting, no root, or a file that does not hold what it should.
-            A sample is read when it is asked for, and the error for a damaged one names its file.
+        ValueError: an unknown modality, layout, split or setting, no root, a file that does not hold what it should, a
+            label out of range, or a class that is not in `class_names`. A sample is read when it is asked for, and the
+            error for a damaged one names its file.
         TypeError: a `root` that is no path.
         FileNotFoundError: `root`, or a file that lists the samples, does not exist.
         ImportError: the layout needs an optional dependency; the message says how to install it.
@@ -62,13 +73,17 @@ def create_dataset(
     if layout == "embedded":
         if root:
             raise ValueError(f"root: layout embedded comes with the package and reads no folder, got {root}")
-        return build(None, split, training, **settings)
-    if not root:
+        dataset = build(None, split, training, **settings)
+    elif not root:
         raise ValueError(f"root: layout {layout} of modality {modality} needs the folder of the data set, got none")
-    root = checked_path("root", root)
-    if not root.is_dir():
+    elif not checked_path("root", root).is_dir():
         raise FileNotFoundError(f"root: {root}: no such folder")
-    return build(root, split, training, **settings)
+    else:
+        dataset = build(Path(root), split, training, **settings)
+    if isinstance(dataset, Samples):
+        dataset.check_labels()
+        dataset.number_as(class_names)
+    return dataset
 
 
 def _keyword_arguments(function: Callable) -> set[str]:

@@ -1,6 +1,7 @@
 """Log-mel filterbanks of sound files, prepared and augmented as AudioMAE does (Huang et al., NeurIPS 2022)."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..checks import check_positive, check_probability, one_of, require
-from .common import Samples, listed
+from .common import Samples, read_text, some
 
 SAMPLE_RATE = 16_000
 WINDOW, HOP, FFT = SAMPLE_RATE * 25 // 1000, SAMPLE_RATE * 10 // 1000, 512
@@ -103,7 +104,7 @@ class AudioDataset(Samples):
         mixup: float = 0.0,
         roll: bool = True,
     ) -> None:
-        super().__init__(len(class_names), class_names)
+        super().__init__(len(class_names), class_names, labels)
         check_positive(frames=frames)
         check_probability(mixup=mixup)
         if not std > 0:
@@ -113,14 +114,14 @@ class AudioDataset(Samples):
         for name, width, largest in ("time_mask", time_mask, frames), ("frequency_mask", frequency_mask, MEL_BINS):
             if not 0 <= width <= largest:
                 raise ValueError(f"{name}: expected an integer from 0 to {largest}, got {width!r}")
-        self.files, self.labels, self.multi_label, self.training = files, labels, multi_label, training
+        self.files, self.multi_label, self.training = files, multi_label, training
         self.frames, self.mean, self.std = frames, mean, std
         self.time_mask, self.frequency_mask, self.mixup, self.roll = time_mask, frequency_mask, mixup, roll
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def name(self, index: int) -> str:
+        return str(self.files[index])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | int]:
+    def read(self, index: int) -> tuple[Tensor, Tensor | int]:
         wave, target = self._wave(index), self._multi_hot(index)
         if self.training and torch.rand(()) < self.mixup:
             wave, target = self._mix(wave, target, int(torch.randint(len(self), ())))
@@ -169,14 +170,15 @@ def file_list(root: Path, split: str, training: bool, **settings: Any) -> AudioD
     `{"data": [{"wav": path, "labels": "mid,mid"}, ...]}`; `root/split.csv` has the columns `wav` and `labels`. Paths
     are relative to `root`. The settings are AudioSet's, with `mixup` 0.5.
     """
-    classes_csv = listed(root / "class_labels_indices.csv")
+    classes_csv = root / "class_labels_indices.csv"
     lists = {path.stem: path for path in sorted(root.glob("*.csv")) if path != classes_csv}
     lists |= {path.stem: path for path in sorted(root.glob("*.json"))}
     path = lists[one_of("split", split, lists)]
-    classes = sorted(_rows(classes_csv, "index", "mid", "display_name"), key=lambda row: int(row["index"]))
-    if [int(row["index"]) for row in classes] != list(range(len(classes))):
+    classes = _rows(classes_csv, "index", "mid", "display_name", integers=["index"])
+    classes.sort(key=lambda row: row["index"])
+    if [row["index"] for row in classes] != list(range(len(classes))):
         raise ValueError(f"{classes_csv}: expected the column index to count from 0 to {len(classes) - 1}")
-    index_of = {row["mid"]: int(row["index"]) for row in classes}
+    index_of = {row["mid"]: row["index"] for row in classes}
     rows = _rows(path, "wav", "labels") if path.suffix == ".csv" else _json_rows(path)
     for row in rows:
         for label in row["labels"].split(","):
@@ -203,14 +205,15 @@ def esc50(root: Path, split: str, training: bool, *, fold: int = 1, **settings: 
     one_of("split", split, ("train", "test"))
     if fold not in range(1, 6):
         raise ValueError(f"fold: expected an integer from 1 to 5, got {fold!r}")
-    rows = _rows(listed(root / "meta" / "esc50.csv"), "filename", "fold", "target", "category")
-    names = {int(row["target"]): row["category"] for row in rows}
+    table = root / "meta" / "esc50.csv"
+    rows = _rows(table, "filename", "fold", "target", "category", integers=["fold", "target"])
+    names = {row["target"]: row["category"] for row in rows}
     if sorted(names) != list(range(len(names))):
-        raise ValueError(f"{root}: expected the targets in meta/esc50.csv to count from 0, got {sorted(names)}")
-    rows = [row for row in rows if (int(row["fold"]) == fold) == (split == "test")]
+        raise ValueError(f"{table}: expected the column target to count from 0, got {sorted(names)}")
+    rows = [row for row in rows if (row["fold"] == fold) == (split == "test")]
     return AudioDataset(
         [root / "audio" / row["filename"] for row in rows],
-        [[int(row["target"])] for row in rows],
+        [[row["target"]] for row in rows],
         [names[index] for index in range(len(names))],
         False,
         training,
@@ -226,11 +229,14 @@ def speech_commands(root: Path, split: str, training: bool, **settings: Any) -> 
     """
     one_of("split", split, ("train", "validation", "test"))
     lists = {"validation": "validation_list.txt", "test": "testing_list.txt"}
-    members = {name: set(listed(root / file).read_text("utf-8").split()) for name, file in lists.items()}
-    words = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("_"))
+    members = {name: set(read_text(root / file).split()) for name, file in lists.items()}
+    words = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(("_", ".")))
     every = {f"{word}/{file.name}": index for index, word in enumerate(words) for file in (root / word).glob("*.wav")}
     chosen = members.get(split, every.keys() - members["validation"] - members["test"])
     files = sorted(chosen)
+    if lacking := [file for file in files if file not in every]:
+        path = root / lists[split]
+        raise FileNotFoundError(f"{path}: {len(lacking)} of its {len(files)} files are not there: {some(lacking)}")
     return AudioDataset(
         [root / file for file in files],
         [[every[file]] for file in files],
@@ -241,20 +247,26 @@ def speech_commands(root: Path, split: str, training: bool, **settings: Any) -> 
     )
 
 
-def _rows(path: Path, *columns: str) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = set(columns) - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(
-                f"{path}: expected the columns {', '.join(columns)}; missing: {', '.join(sorted(missing))}"
-            )
-        return list(reader)
+def _rows(path: Path, *columns: str, integers: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a csv file, by column; the columns `integers` are converted."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    if lacking := set(columns) - set(reader.fieldnames or ()):
+        raise ValueError(f"{path}: expected the columns {', '.join(columns)}; missing: {', '.join(sorted(lacking))}")
+    rows: list[dict[str, Any]] = []
+    for row in reader:
+        place = f"{path}, line {reader.line_num}"
+        if None in (cells := [row[column] for column in columns]):
+            raise ValueError(f"{place}: expected a cell for each of {', '.join(columns)}")
+        for column in integers:
+            if not row[column].strip().isdecimal():
+                raise ValueError(f"{place}: expected an integer from 0 on as {column}, got {row[column]!r}")
+        rows.append(dict(zip(columns, cells, strict=True)) | {column: int(row[column]) for column in integers})
+    return rows
 
 
 def _json_rows(path: Path) -> list[dict[str, str]]:
     try:
-        rows = json.loads(path.read_text("utf-8"))["data"]
+        rows = json.loads(read_text(path))["data"]
         return [{"wav": row["wav"], "labels": row["labels"]} for row in rows]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path}: expected {{"data": [{{"wav": ..., "labels": ...}}, ...]}}: {error!r}') from error

@@ -36,14 +36,14 @@ class TensorSamples(Samples):
     """Rows of a tensor and their classes."""
 
     def __init__(self, inputs: Tensor, labels: Tensor, num_classes: int, class_names: Sequence[str] | None) -> None:
-        super().__init__(num_classes, class_names)
-        self.inputs, self.labels = inputs, labels
+        super().__init__(num_classes, class_names, labels.tolist())
+        self.inputs = inputs
 
-    def __len__(self) -> int:
-        return len(self.inputs)
+    def name(self, index: int) -> str:
+        return f"embedded data, sample {index}"
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.inputs[index], int(self.labels[index])
+    def read(self, index: int) -> tuple[Tensor, int]:
+        return self.inputs[index], self.labels[index]
 
 
 def digit_images(root: Path | None, split: str, training: bool, *, size: int = 32) -> TensorSamples:

@@ -1,39 +1,79 @@
-"""Images through timm's readers, with MAE's augmentation (He et al., CVPR 2022). Mixup and cutmix mix batches: they
-belong to the training loop."""
+"""Images of class folders, Hugging Face tables and tar shards, with MAE's augmentation (He et al., CVPR 2022).
 
-from collections.abc import Callable
+Mixup and cutmix mix batches: they belong to the training loop.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import timm.data
 from PIL import Image
+from timm.utils.misc import natural_key
 from torch import Tensor
-from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..checks import check_positive, check_probability, one_of, require
-from .common import Samples, draw_seed, seeded
+from .common import Samples, check_label, draw_seed, is_hidden, seeded, some
+from .pictures import as_seen
+
+
+class Files:
+    """Pictures that are files."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def open(self, index: int) -> BinaryIO:
+        return self.paths[index].open("rb")
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+class Table:
+    """Pictures in a column of a Hugging Face dataset, which is not decoded."""
+
+    def __init__(self, rows: Any, column: str, place: str) -> None:
+        self.rows, self.column, self.place = rows, column, place
+
+    def open(self, index: int) -> BinaryIO:
+        cell = self.rows[index][self.column] or {}
+        if cell.get("bytes"):
+            return io.BytesIO(cell["bytes"])
+        if cell.get("path"):
+            return Path(cell["path"]).open("rb")
+        raise ValueError(f"column {self.column!r} is empty")
+
+    def name(self, index: int) -> str:
+        return f"{self.place}, row {index}"
 
 
 class ImageDataset(Samples):
-    """The images of a map-style reader of timm, transformed."""
+    """Pictures, transformed, and their class index."""
 
-    def __init__(self, reader: Any, transform: Callable[[Image.Image], Tensor]) -> None:
-        names = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
-        super().__init__(len(names), names)
-        self.reader, self.transform = reader, transform
+    def __init__(
+        self,
+        pictures: Files | Table,
+        labels: Sequence[int],
+        class_names: Sequence[str],
+        transform: Callable[[Image.Image], Tensor],
+    ) -> None:
+        super().__init__(len(class_names), class_names, labels)
+        self.pictures, self.transform = pictures, transform
 
-    def __len__(self) -> int:
-        return len(self.reader)
+    def name(self, index: int) -> str:
+        return self.pictures.name(index)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def read(self, index: int) -> tuple[Tensor, int]:
         try:
-            file, target = self.reader[index]
-            with file, Image.open(file) as opened:
-                picture = opened.convert("RGB")
+            with self.pictures.open(index) as file, Image.open(file) as opened:
+                picture = as_seen(opened)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            name = self.reader.filename(index, absolute=True)
-            raise ValueError(f"{name}: cannot be read as an image: {error}") from error
-        return self.transform(picture), target
+            raise ValueError(f"{self.name(index)}: cannot be read as an image: {error}") from error
+        return self.transform(picture), self.labels[index]
 
 
 class ReproducibleTransform:
@@ -78,21 +118,107 @@ def image_transform(
 
 
 def folder(root: Path, split: str, training: bool, **settings: Any) -> ImageDataset:
-    """`root/split/class/.../image`: one folder for each split, in it one for each class, as ImageNet is unpacked."""
-    one_of("split", split, [path.name for path in root.iterdir() if path.is_dir()])
-    try:
-        files = timm.data.create_dataset("", root=str(root / split), search_split=False)
-    except RuntimeError as error:  # timm's for a folder without an image
-        raise ValueError(f"{root / split}: {error}") from error
-    return ImageDataset(files.reader, image_transform(training, **settings))
+    """`root/split/class/.../image`: one folder for each split, in it one for each class, as ImageNet is unpacked.
+
+    A class is a folder right below the split's, however deep its pictures lie; hidden folders and files are left out.
+    """
+    one_of("split", split, [path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name)])
+    place = root / split
+    files = sorted(_pictures(place), key=lambda file: natural_key(str(file)))
+    parts = [file.relative_to(place).parts for file in files]
+    outside = [own[0] for own in parts if len(own) == 1]
+    if outside:
+        raise ValueError(f"{place}: expected a folder for every class, got pictures outside of one: {some(outside)}")
+    if not files:
+        raise ValueError(f"{place}: Found 0 images in it, which are files that end in {', '.join(IMG_EXTENSIONS)}")
+    names = sorted({own[0] for own in parts}, key=natural_key)
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = [numbers[own[0]] for own in parts]
+    return ImageDataset(Files(files), labels, names, image_transform(training, **settings))
 
 
-def huggingface(root: Path, split: str, training: bool, **settings: Any) -> ImageDataset:
-    """A local copy of a Hugging Face dataset, e.g. its parquet files, with the columns `image` and `label`."""
+def _pictures(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in files:
+            if name.lower().endswith(IMG_EXTENSIONS) and not is_hidden(name):
+                yield Path(place, name)
+
+
+def huggingface(
+    root: Path, split: str, training: bool, *, image_column: str = "", label_column: str = "", **settings: Any
+) -> ImageDataset:
+    """A local copy of a Hugging Face dataset, e.g. its parquet files.
+
+    The classes are those that a column of class labels names; in one of integers, strings or bools, all that occur.
+
+    Args:
+        image_column: the column of pictures; by default `image`, or the only one that is declared to hold pictures.
+        label_column: the column of classes; by default `label`, or the only one that is declared to hold class labels.
+    """
     datasets = require("datasets", "image")
     one_of("split", split, datasets.get_dataset_split_names(str(root)))
-    files = timm.data.create_dataset(f"hfds/{root.absolute()}", split=split)
-    return ImageDataset(files.reader, image_transform(training, **settings))
+    rows = datasets.load_dataset(str(root.absolute()), split=split)
+    place = f"{root}, split {split!r}"
+    image_column = _column("image_column", image_column, "image", rows.features, datasets.Image)
+    label_column = _column("label_column", label_column, "label", rows.features, datasets.ClassLabel)
+    try:
+        pictures = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    except (NotImplementedError, TypeError, ValueError):  # Arrow's
+        kind = rows.features[image_column]
+        raise ValueError(f"image_column: expected pictures in {image_column!r} of {place}, got {kind}") from None
+    labels, names = _classes(rows.select_columns([label_column]), label_column, place)
+    table = Table(pictures, image_column, place)
+    return ImageDataset(table, labels, names, image_transform(training, **settings))
+
+
+def _column(setting: str, given: str, usual: str, columns: Mapping[str, Any], kind: type) -> str:
+    """The column that is given, or the usual one, or the only one of a kind."""
+    if given:
+        return one_of(setting, given, columns)
+    fitting = [usual] if usual in columns else [name for name, found in columns.items() if isinstance(found, kind)]
+    if len(fitting) != 1:
+        raise ValueError(f"{setting}: expected one of {', '.join(sorted(columns))}, as there is no column {usual!r}")
+    return fitting[0]
+
+
+def _classes(rows: Any, column: str, place: str) -> tuple[list[int], list[str]]:
+    """The class indices of a table, and the names of the classes."""
+    kind, values = rows.features[column], rows.to_dict()[column]
+    if None in values:
+        raise ValueError(f"{place}, row {values.index(None)}: expected a label in column {column!r}, got none")
+    if hasattr(kind, "names"):
+        return values, kind.names
+    if not str(getattr(kind, "dtype", "")).startswith(("int", "uint", "bool", "string", "large_string")):
+        raise ValueError(
+            f"label_column: expected class labels, integers, strings or bools in {column!r} of {place}, got {kind}"
+        )
+    classes = sorted(set(values))
+    if classes and not isinstance(classes[0], str) and classes[0] < 0:
+        row = values.index(classes[0])
+        raise ValueError(f"{place}, row {row}: expected a label of 0 or more in column {column!r}, got {classes[0]}")
+    numbers = {value: number for number, value in enumerate(classes)}
+    return [numbers[value] for value in values], list(map(str, classes))
+
+
+class ShardDataset(timm.data.IterableImageDataset):
+    """timm's stream of tar shards, whose labels are checked; its attributes are those of `Samples`."""
+
+    class_names, views, multi_label = None, 1, False
+
+    def __init__(self, num_classes: int, transform: Callable[[Image.Image], Tensor], **arguments: Any) -> None:
+        super().__init__(reader="wds/", input_img_mode="", transform=transform, **arguments)
+        self.num_classes = num_classes
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        if self.reader.ds is None:
+            self.reader._lazy_init()
+            self.reader.ds.append(require("webdataset", "image").map(self._prepared))
+        return super().__iter__()
+
+    def _prepared(self, sample: dict[str, Any]) -> dict[str, Any]:
+        check_label(f"{self.reader.root}, sample {sample['__key__']}", sample["target"], self.num_classes)
+        return sample | {"image": as_seen(sample["image"])}
 
 
 def webdataset(
@@ -104,7 +230,7 @@ def webdataset(
     batch_size: int = 1,
     seed: int = 42,
     **settings: Any,
-) -> Dataset:
+) -> ShardDataset:
     """timm's iterable dataset over tar shards of `jpg` and `cls` files, listed by split in `root/info.json`.
 
     The shards are shuffled with `seed` and the epoch that `dataset.set_epoch` is told, the samples with the worker's
@@ -114,14 +240,17 @@ def webdataset(
     require("webdataset", "image")
     check_positive(num_classes=num_classes)
     try:
-        dataset = timm.data.create_dataset(
-            "wds/", root=str(root), split=split, is_training=training, batch_size=batch_size, seed=seed
+        return ShardDataset(
+            num_classes,
+            image_transform(training, **settings),
+            root=str(root),
+            split=split,
+            is_training=training,
+            batch_size=batch_size,
+            seed=seed,
         )
     except RuntimeError as error:  # timm's for an unknown split; it names the splits
         raise ValueError(f"split: {error}") from error
-    dataset.transform = image_transform(training, **settings)
-    dataset.num_classes, dataset.class_names, dataset.views, dataset.multi_label = num_classes, None, 1, False
-    return dataset
 
 
 LAYOUTS = {

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ..checks import check_positive, one_of, require
 from ..models.grouping import farthest_point_sampling
-from .common import Samples, listed
+from .common import Samples, listed, read_text
 
 SCANOBJECTNN_CLASSES = (
     *("bag", "bin", "box", "cabinet", "chair", "desk", "display", "door"),
@@ -35,9 +35,16 @@ SHAPENET_PARTS = {
 
 
 def unit_sphere(points: Tensor) -> Tensor:
-    """Points (N, 3) moved to the mean 0 and scaled to the largest norm 1."""
+    """Points (N, 3) moved to the mean 0 and scaled to the largest norm 1.
+
+    Raises:
+        ValueError: all points are the same, or some are not finite or too far away for float32.
+    """
     centred = points - points.mean(dim=0)
-    return centred / centred.norm(dim=1).max()
+    radius = centred.norm(dim=1).max()
+    if (points == points[0]).all() or not radius.isfinite():
+        raise ValueError("expected finite points that are not all the same")
+    return centred / radius
 
 
 def scale_and_shift(points: Tensor) -> Tensor:
@@ -76,6 +83,8 @@ class ArrayClouds(Dataset):
         ValueError: a file is damaged, lacks an array, or has another shape.
     """
 
+    files = ()
+
     def __init__(self, files: Sequence[Path]) -> None:
         h5py = require("h5py", "point")
         clouds, labels, self.names = [], [], []
@@ -83,7 +92,7 @@ class ArrayClouds(Dataset):
             try:
                 with h5py.File(path) as file:
                     data, label = np.asarray(file["data"], np.float32), np.asarray(file["label"], np.int64).reshape(-1)
-            except (OSError, KeyError) as error:
+            except (KeyError, OSError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}: cannot be read as point clouds: {error}") from error
             if data.ndim != 3 or data.shape[2] != 3 or len(data) != len(label):
                 raise ValueError(
@@ -129,18 +138,17 @@ class PointDataset(Samples):
         points: int = 1024,
         votes: int = 1,
     ) -> None:
-        super().__init__(len(class_names), class_names)
+        super().__init__(len(class_names), class_names, labels)
         check_positive(points=points, votes=votes)
-        if not all(0 <= label < len(class_names) for label in labels):
-            raise ValueError(f"labels: expected 0 to {len(class_names) - 1}, got {min(labels)} to {max(labels)}")
-        self.clouds, self.labels, self.training, self.points = clouds, labels, training, points
+        self.clouds, self.training, self.points = clouds, training, points
         self.views = 1 if training else votes
+        self.files = clouds.files
         self._thinned: dict[int, Tensor] = {}
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def name(self, index: int) -> str:
+        return self.clouds.name(index)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def read(self, index: int) -> tuple[Tensor, int]:
         if index not in self._thinned:
             self._thinned[index] = self._thin(index)
         cloud, label = self._thinned[index], self.labels[index]
@@ -153,13 +161,20 @@ class PointDataset(Samples):
     def _thin(self, index: int) -> Tensor:
         cloud = self.clouds[index][:, :3]
         if len(cloud) < self.points:
-            raise ValueError(f"{self.clouds.name(index)}: expected at least {self.points} points, got {len(cloud)}")
-        cloud = unit_sphere(cloud)
+            raise ValueError(f"{self.name(index)}: expected at least {self.points} points, got {len(cloud)}")
+        cloud = _normalized(cloud, self.name(index))
         count = min(len(cloud), self.points * 75 // 64)
         return cloud[farthest_point_sampling(cloud[None], count)[0]]
 
     def _draw(self, cloud: Tensor) -> Tensor:
         return scale_and_shift(cloud[torch.randperm(len(cloud))[: self.points]])
+
+
+def _normalized(points: Tensor, name: str) -> Tensor:
+    try:
+        return unit_sphere(points)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 class PartDataset(Samples):
@@ -178,21 +193,25 @@ class PartDataset(Samples):
 
     def __init__(self, clouds: TextClouds, categories: Sequence[str], training: bool, *, points: int = 2048) -> None:
         names = [f"{category} {part}" for category, parts in self.parts.items() for part in range(len(parts))]
-        super().__init__(len(names), names)
+        super().__init__(len(names), names, [self.category_names.index(category) for category in categories])
         check_positive(points=points)
-        self.clouds, self.categories, self.training, self.points = clouds, categories, training, points
+        self.clouds, self.training, self.points = clouds, training, points
+        self.files, self.label_names = clouds.files, self.category_names
 
-    def __len__(self) -> int:
-        return len(self.categories)
+    def name(self, index: int) -> str:
+        return self.clouds.name(index)
 
-    def __getitem__(self, index: int) -> tuple[tuple[Tensor, int], Tensor]:
-        values, category = self.clouds[index], self.categories[index]
-        cloud, labels = unit_sphere(values[:, :3]), values[:, -1].long()
-        expected = self.parts[category]
+    def number_as(self, class_names: Sequence[str] | None) -> None:
+        """Parts and categories have the numbers that ShapeNetPart gives them."""
+
+    def read(self, index: int) -> tuple[tuple[Tensor, int], Tensor]:
+        values, category = self.clouds[index], self.labels[index]
+        cloud, labels = _normalized(values[:, :3], self.name(index)), values[:, -1].long()
+        expected = self.parts[self.category_names[category]]
         if labels.min() < expected.start or labels.max() >= expected.stop:
             raise ValueError(
-                f"{self.clouds.name(index)}: expected part labels {expected.start} to {expected.stop - 1} of a"
-                f" {category}, got {labels.min()} to {labels.max()}"
+                f"{self.name(index)}: expected part labels {expected.start} to {expected.stop - 1} of a"
+                f" {self.category_names[category]}, got {labels.min()} to {labels.max()}"
             )
         if self.training:
             chosen = torch.randint(len(cloud), (self.points,))
@@ -200,7 +219,7 @@ class PartDataset(Samples):
         else:
             chosen = torch.arange(self.points) * len(cloud) // self.points
             cloud = cloud[chosen]
-        return (cloud, self.category_names.index(category)), labels[chosen]
+        return (cloud, category), labels[chosen]
 
 
 def modelnet40(root: Path, split: str, training: bool, **settings: Any) -> PointDataset:
@@ -218,9 +237,7 @@ def modelnet40_h5(root: Path, split: str, training: bool, **settings: Any) -> Po
     if not files:
         raise FileNotFoundError(f"{root}: no file ply_data_{split}*.h5")
     clouds = ArrayClouds(files)
-    return PointDataset(
-        clouds, clouds.labels, listed(root / "shape_names.txt").read_text().split(), training, **settings
-    )
+    return PointDataset(clouds, clouds.labels, read_text(root / "shape_names.txt").split(), training, **settings)
 
 
 def modelnet40_few_shot(
@@ -278,12 +295,12 @@ def shapenetpart(root: Path, split: str, training: bool, **settings: Any) -> Par
         split: `train`, `val`, `test`, or `trainval`, on which the published model is trained.
     """
     one_of("split", split, ("train", "val", "trainval", "test"))
-    lines = [line.split() for line in listed(root / "synsetoffset2category.txt").read_text().splitlines() if line]
+    lines = [line.split() for line in read_text(root / "synsetoffset2category.txt").splitlines() if line]
     category_of = {synset: one_of("category", name, SHAPENET_PARTS) for name, synset in lines}
     shapes: list[list[str]] = []
     for part in ("train", "val") if split == "trainval" else (split,):
-        path = listed(root / "train_test_split" / f"shuffled_{part}_file_list.json")
-        shapes += [entry.split("/")[1:] for entry in json.loads(path.read_text())]
+        path = root / "train_test_split" / f"shuffled_{part}_file_list.json"
+        shapes += [entry.split("/")[1:] for entry in json.loads(read_text(path))]
     shapes.sort()
     clouds = TextClouds([root / synset / f"{shape}.txt" for synset, shape in shapes], 7, None)
     return PartDataset(clouds, [category_of[synset] for synset, _ in shapes], training, **settings)
@@ -291,8 +308,8 @@ def shapenetpart(root: Path, split: str, training: bool, **settings: Any) -> Par
 
 def _modelnet40(root: Path, split: str) -> tuple[list[str], list[Path], list[int]]:
     """The class names, and the files of a split with their class indices."""
-    classes = listed(root / "modelnet40_shape_names.txt").read_text().split()
-    shapes = listed(root / f"modelnet40_{split}.txt").read_text().split()
+    classes = read_text(root / "modelnet40_shape_names.txt").split()
+    shapes = read_text(root / f"modelnet40_{split}.txt").split()
     names = [one_of("class", shape.rpartition("_")[0], classes) for shape in shapes]
     files = [root / name / f"{shape}.txt" for name, shape in zip(names, shapes, strict=True)]
     return classes, files, [classes.index(name) for name in names]

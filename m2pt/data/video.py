@@ -9,29 +9,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from ..checks import check_positive, one_of, require
-from .common import Samples, draw_seed, seeded
+from ..checks import check_positive, one_of
+from .common import Samples, draw_seed, read_text, seeded
+from .frames import read_frames
 from .image import image_transform
-
-THREADS = 1
-"""Of a frame's conversion. FFmpeg keeps more for the next one, which a forked data worker would wait for, for ever."""
-
-
-def read_frames(path: Path) -> list[Any]:
-    """Every frame of the file's first video stream, decoded but not yet converted to RGB.
-
-    Raises:
-        ValueError: the file is missing, damaged, or has no frame.
-    """
-    av = require("av", "video")
-    try:
-        with av.open(str(path)) as container:
-            frames = list(container.decode(video=0))
-    except (av.FFmpegError, IndexError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as video: {error}") from error
-    if not frames:
-        raise ValueError(f"{path}: has no video frame")
-    return frames
 
 
 class VideoDataset(Samples):
@@ -69,28 +50,25 @@ class VideoDataset(Samples):
         rand_augment: str = "rand-m7-n4-mstd0.5-inc1",
         erasing: float = 0.25,
     ) -> None:
-        super().__init__(num_classes, None)
+        super().__init__(num_classes, None, labels)
         check_positive(frames=frames, stride=stride, repeats=repeats, clips=clips, crops=crops)
-        self.files, self.labels, self.training = files, labels, training
+        self.files, self.training = files, training
         self.size, self.frames, self.stride, self.clips, self.crops = size, frames, stride, clips, crops
         self.transform = image_transform(training, size=size, rand_augment=rand_augment, erasing=erasing)
         self.views = repeats if training else clips * crops
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def name(self, index: int) -> str:
+        return str(self.files[index])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | int]:
-        frames, label = read_frames(self.files[index]), self.labels[index]
-        views = self._training_views(frames) if self.training else self._evaluation_views(frames)
+    def read(self, index: int) -> tuple[Tensor, Tensor | int]:
+        file, label = self.files[index], self.labels[index]
+        views = self._training_views(file) if self.training else self._evaluation_views(file)
         if self.views == 1:
             return views[0], label
         return torch.stack(views), torch.full((self.views,), label) if self.training else label
 
-    def _training_views(self, frames: list[Any]) -> list[Tensor]:
-        span = (self.frames - 1) * self.stride + 1
-        start = int(torch.randint(max(len(frames) - span, 0) + 1, ()))
-        steps = range(start, start + self.frames * self.stride, self.stride)
-        pictures = [frames[min(step, len(frames) - 1)].to_image(threads=THREADS) for step in steps]
+    def _training_views(self, file: Path) -> list[Tensor]:
+        pictures = list(map(functional.to_pil_image, read_frames(file, self._training_frames)))
         views = []
         for _ in range(self.views):
             seed = draw_seed()
@@ -101,21 +79,27 @@ class VideoDataset(Samples):
             views.append(torch.stack(transformed, dim=1))
         return views
 
-    def _evaluation_views(self, frames: list[Any]) -> list[Tensor]:
-        sampled = frames[:: self.stride]
-        sampled += sampled[-1:] * (self.frames - len(sampled))
-        arrays = [frame.to_ndarray(format="rgb24", threads=THREADS) for frame in sampled]
-        video = torch.stack(list(map(torch.from_numpy, arrays))).movedim(3, 1)
-        video = functional.resize(video, [self.size], antialias=True)
+    def _training_frames(self, count: int) -> list[int]:
+        span = (self.frames - 1) * self.stride + 1
+        start = int(torch.randint(max(count - span, 0) + 1, ()))
+        return [min(start + frame * self.stride, count - 1) for frame in range(self.frames)]
+
+    def _evaluation_views(self, file: Path) -> list[Tensor]:
+        video = torch.stack(read_frames(file, self._evaluation_frames, self.size))
         height, width = video.shape[2:]
         views = []
-        for start in _spread(len(video) - self.frames, self.clips):
-            clip = functional.to_dtype(video[start : start + self.frames], torch.float32, scale=True)
+        for clip in video.split(self.frames):
+            clip = functional.to_dtype(clip, torch.float32, scale=True)
             clip = functional.normalize(clip, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)).movedim(0, 1)
             for offset in _spread(max(height, width) - self.size, self.crops):
                 top, left = (offset, 0) if height > width else (0, offset)
                 views.append(clip[:, :, top : top + self.size, left : left + self.size])
         return views
+
+    def _evaluation_frames(self, count: int) -> list[int]:
+        last = (count - 1) // self.stride
+        starts = _spread(max(last + 1 - self.frames, 0), self.clips)
+        return [min(start + frame, last) * self.stride for start in starts for frame in range(self.frames)]
 
 
 def _spread(room: int, count: int) -> list[int]:
@@ -134,7 +118,7 @@ def file_list(root: Path, split: str, training: bool, *, num_classes: int = 400,
     lists = {path.stem: path for path in sorted(root.glob("*.txt")) + sorted(root.glob("*.csv"))}
     path = lists[one_of("split", split, lists)]
     files, labels = [], []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         name, _, label = line.strip().rpartition(" ")
         if not (name and label.isdecimal() and int(label) < num_classes):
             raise ValueError(f"{path}, line {number}: expected a path and a label below {num_classes}, got {line!r}")

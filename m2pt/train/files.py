@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ CHECKPOINT = "last.pth"
 REPLACEABLE = ("machine.", "data.root", "data.on_error")
 """What a run may be resumed with other values of."""
 PARTS = ("model", "optimizer", "recipe")
+CLASS_NAMES = "class_names"
+"""The entry of a run's checkpoint, and of the JSON file beside a merged one: the training split's, in their order."""
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -22,22 +25,24 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any], recipe: Recipe) -> None:
-    """The state of a run and its recipe, in `folder/last.pth`.
+def save_checkpoint(folder: Path, state: dict[str, Any], recipe: Recipe, class_names: Sequence[str] | None) -> None:
+    """The state of a run, its recipe and the names of its classes, in `folder/last.pth`.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
     """
     with written_whole(folder / CHECKPOINT) as temporary, temporary.open("wb") as file:
-        torch.save({**state, "recipe": recipe.as_dict()}, file)
+        names = None if class_names is None else list(class_names)
+        torch.save({**state, "recipe": recipe.as_dict(), CLASS_NAMES: names}, file)
 
 
-def load_checkpoint(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """The state in `folder/last.pth`, of the same recipe.
+def load_checkpoint(folder: Path, recipe: Recipe, class_names: Sequence[str] | None) -> dict[str, Any]:
+    """The state in `folder/last.pth`, of the same recipe and the same classes.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, or another recipe's; the message names what differs. `REPLACEABLE` may.
+        ValueError: it is damaged, or another recipe's or of other classes; the message names what differs.
+            `REPLACEABLE` may.
     """
     path = folder / CHECKPOINT
     if not path.is_file():
@@ -53,21 +58,37 @@ def load_checkpoint(folder: Path, recipe: Recipe) -> dict[str, Any]:
     ]
     if differing:
         raise ValueError(f"{path}: the run to resume had another recipe: {'; '.join(differing)}")
+    names = state.get(CLASS_NAMES)
+    if names is not None and class_names is not None and names != list(class_names):
+        new, old = (sorted(set(a) - set(b)) for a, b in ((class_names, names), (names, class_names)))
+        raise ValueError(f"{path}: the run to resume had other classes: new are {new}, gone are {old}")
     return state
 
 
-def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The weights to evaluate in a run's checkpoint, which are the moving average if it has one, or in a merged file.
+def load_trained(path: str | os.PathLike) -> tuple[dict[str, Tensor], list[str] | None]:
+    """The weights to evaluate in a run's checkpoint, which are the moving average if it has one, or in a merged file;
+    and the names of their classes, if they are there or in the JSON file beside.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a readable checkpoint.
+        ValueError: not a readable checkpoint, or a damaged JSON file.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return load_state_dict(path)
+        return load_state_dict(path), _class_names_beside(path.with_suffix(".json"))
     content = load_torch(path)
-    return state_dict_in(content["ema"] if isinstance(content, dict) and "ema" in content else content, path)
+    if not isinstance(content, dict):
+        content = {"model": content}
+    return state_dict_in(content.get("ema", content), path), content.get(CLASS_NAMES)
+
+
+def _class_names_beside(path: Path) -> list[str] | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text("utf-8")).get(CLASS_NAMES)
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: expected the description of the model beside, with {CLASS_NAMES}: {error}") from None
 
 
 def flat(table: dict[str, Any], place: str = "") -> dict[str, Any]:

@@ -68,7 +68,8 @@ class Data:
         batch_size: samples of one optimizer step, over all processes and accumulated passes.
         test_batch_size: samples of one forward pass of a process in evaluation.
         on_error: what a damaged training sample does: "stop" the run, or "skip": a line on stderr names it, and the
-            next readable one stands in. The test split always stops; in a stream timm skips, whatever is said here.
+            next readable one stands in. Of a list that names missing files the first stops before training and names
+            them. The test split always stops; in a stream timm skips, whatever is said here.
     """
 
     layout: str

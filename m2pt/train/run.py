@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -21,12 +21,13 @@ from ..checkpoint_formats import load_auxiliary, load_pretrained
 from ..checkpoints import load_state_dict, save_state_dict
 from ..checks import checked_path
 from ..data import create_dataset
+from ..data.common import Samples, missing, some
 from ..models import MaskedAutoencoder, create_model
 from .batches import pass_size, running, samples_of, steps_per_epoch, test_batches, training_batches
 from .deployment import build_plain, deployed, description, probe_head
 from .distributed import World, is_first_process, processes, termination
 from .engine import Trainer, classification_objective, evaluate
-from .files import CHECKPOINT, load_checkpoint, load_weights, save_checkpoint, write_json
+from .files import CHECKPOINT, CLASS_NAMES, load_checkpoint, load_trained, save_checkpoint, write_json
 from .log import Log, plot_curves, plot_scales
 from .metrics import metric_of
 from .optimization import create_loss
@@ -67,6 +68,9 @@ def train(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> dict[
     test_set = _test_set(recipe)
     with processes() as world:
         train_set = _training_set(recipe, world)
+        if isinstance(train_set, Samples):
+            test_set.number_as(train_set.class_names)
+            test_set.require_classes_of(train_set)
         num_classes, views = train_set.num_classes, train_set.views
         module = create_trained_model(recipe, num_classes, train_set.multi_label)
         objective = classification_objective(recipe, num_classes, views, create_loss(recipe.loss))
@@ -77,7 +81,7 @@ def train(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> dict[
         def measure(model: nn.Module) -> Metrics:
             return evaluate(model, test_set, batches, metric, recipe.machine, world)
 
-        with _log_of(trainer, out, resume, steps) as log:
+        with _log_of(trainer, out, train_set.class_names, resume, steps) as log:
             _fit(trainer, train_set, out, log, steps, lambda: measure(trainer.evaluated))
             trained = measure(trainer.evaluated)
             weights = trainer.weights()
@@ -90,7 +94,8 @@ def train(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> dict[
             log.write(trainer.step, model="merged", **merged, **description(recipe, num_classes))
         result = {"trained": trained, "merged": merged}
         if world.is_first:
-            write_json(out / "merged.json", description(recipe, num_classes))
+            classes = {CLASS_NAMES: train_set.class_names}
+            write_json(out / "merged.json", description(recipe, num_classes) | classes)
             write_json(out / "result.json", result)
             plot_curves(out)
             plot_scales({name: value.item() for name, value in weights.items() if name.endswith(SCALE)}, out)
@@ -133,7 +138,7 @@ def pretrain(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> No
             return model(input.flatten(0, 1) if views > 1 else input)
 
         trainer = Trainer(autoencoder, objective, recipe, world, steps, has_unused_parameters=True)
-        with _log_of(trainer, out, resume, steps) as log:
+        with _log_of(trainer, out, train_set.class_names, resume, steps) as log:
             _fit(trainer, train_set, out, log, steps, None)
         weights = trainer.weights()
         if world.is_first:
@@ -153,7 +158,8 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str | os.PathLike) -> Metric
     """
     checkpoint = _checked(recipe, checkpoint, "checkpoint")
     test_set = _test_set(recipe)
-    weights = load_weights(checkpoint)
+    weights, class_names = load_trained(checkpoint)
+    _number_as_trained(test_set, class_names, recipe)
     try:
         plain = build_plain(recipe, test_set.num_classes, deployed(weights))
     except ValueError as error:
@@ -238,7 +244,7 @@ def _fit(
             if not is_inside or is_due or is_stopping:
                 state = trainer.state_dict()
                 if world.is_first:
-                    save_checkpoint(out, state, recipe)
+                    save_checkpoint(out, state, recipe, dataset.class_names)
             if is_stopping:
                 log.write(step, stopped="SIGTERM")
                 raise SystemExit(TERMINATED)
@@ -250,10 +256,10 @@ def _passes(trainer: Trainer, dataset: Any) -> AbstractContextManager[Iterator[A
     return running(training_batches(dataset, trainer.recipe, trainer.world, trainer.step))
 
 
-def _log_of(trainer: Trainer, out: Path, resume: bool, steps_per_epoch: int) -> Log:
+def _log_of(trainer: Trainer, out: Path, class_names: Sequence[str] | None, resume: bool, steps_per_epoch: int) -> Log:
     """The log of a run that begins, or that goes on from its last checkpoint."""
     if resume:
-        state = load_checkpoint(out, trainer.recipe)
+        state = load_checkpoint(out, trainer.recipe, class_names)
         try:
             trainer.load_state_dict(state)
         except Exception as error:  # torch has no error of its own for a state that does not fit
@@ -282,13 +288,43 @@ def _training_set(recipe: Recipe, world: World) -> Any:
     data = recipe.data
     size = pass_size(recipe, world)
     stream = {"batch_size": size, "seed": recipe.run.seed} if data.layout == "webdataset" else {}
-    return create_dataset(
+    dataset = create_dataset(
         recipe.model.modality, data.layout, data.root, data.train_split, True, **{**data.settings, **stream}
     )
+    if data.on_error == "stop":
+        _require_files(dataset, data.train_split)
+    return dataset
 
 
 def _test_set(recipe: Recipe) -> Any:
     """The test split. It has to be opened before the processes know of each other: timm would divide a stream among
     them, and not evenly."""
     data = recipe.data
-    return create_dataset(recipe.model.modality, data.layout, data.root, data.test_split, False, **data.settings)
+    dataset = create_dataset(recipe.model.modality, data.layout, data.root, data.test_split, False, **data.settings)
+    _require_files(dataset, data.test_split)
+    return dataset
+
+
+def _require_files(dataset: Any, split: str) -> None:
+    """That the files of a list are there, before the first of them is missed in the middle of a run."""
+    lacking = missing(getattr(dataset, "files", ()))
+    if lacking:
+        raise FileNotFoundError(f"data: {len(lacking)} files of split {split!r} are not there: {some(lacking)}")
+
+
+def _number_as_trained(test_set: Any, class_names: Sequence[str] | None, recipe: Recipe) -> None:
+    """Number the classes of a test split as a checkpoint does; one that does not name them was trained on the recipe's
+    data, whose training split then does."""
+    if not isinstance(test_set, Samples) or test_set.class_names is None:
+        return
+    data = recipe.data
+    try:
+        class_names = (
+            class_names
+            or create_dataset(
+                recipe.model.modality, data.layout, data.root, data.train_split, False, **data.settings
+            ).class_names
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint: it does not name its classes, nor does a training split: {error}") from None
+    test_set.number_as(class_names)
