@@ -37,7 +37,7 @@ class Memory:
     def assert_constant(self, mib):
         (tensors, resident), (tensors_at_end, resident_at_end) = self.measured
         print(f"{self.repetitions}: {tensors_at_end} tensors, {resident:.1f} MiB, then {resident_at_end:.1f} MiB")
-        assert tensors_at_end == tensors
+        assert tensors_at_end <= tensors  # fewer, where what other tests left is freed meanwhile
         assert resident_at_end - resident < mib
 
 
