@@ -189,3 +189,22 @@ def test_merge_refuses_a_weight_that_is_not_finite(broken, value):
         layer.get_parameter(broken).flatten()[-1] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
         layer.merge()
+
+
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 3, 4, 8)])
+@pytest.mark.parametrize(
+    "change", [torch.relu_, lambda y: y.add_(1), lambda y: y.mul_(2), lambda y: y[..., :2].zero_()]
+)
+def test_the_output_may_be_changed_in_place(change, shape):
+    """As by `nn.ReLU(inplace=True)`, or by timm's attention, which adds a bias of its own."""
+    layer = FusedCrossModalLinear(8, 6, aux_weight=torch.randn(6, 8))
+    nn.init.constant_(layer.cross_modal_scale, 0.5)
+    plain, gradients = layer.merge(), []
+    for each in (layer, plain):
+        x = torch.ones(shape).cumsum(-1).requires_grad_()
+        y = each(x)
+        change(y)
+        y.square().sum().backward()
+        gradients.append((y, x.grad, each.weight.grad))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)

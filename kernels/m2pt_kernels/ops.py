@@ -190,6 +190,10 @@ def _is_unobserved(*tensors: Tensor | None) -> bool:
     )
 
 
+_shaped = torch.ops.aten._unsafe_view.default
+"""A view of a tensor that nobody else has. From an autograd function, autograd lets no other be changed in place."""
+
+
 def flat(tensor: Tensor) -> Tensor:
     if tensor.dim() == 2:
         return tensor
@@ -199,7 +203,7 @@ def flat(tensor: Tensor) -> Tensor:
 def _compute(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
     path = path_of(x, weight, aux_weight, scale, bias)
     y = path.forward(flat(x), weight, aux_weight, scale, bias, aux_weight_scale)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.dim() == 2 else _shaped(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def _compute_grad_input(grad_output, weight, aux_weight, scale, aux_weight_scale=None):
