@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .linear import FusedCrossModalLinear
 
@@ -44,13 +45,15 @@ def check_sample(sample: Sample | None) -> None:
 def check_calls(model: nn.Module, sample: Sample) -> None:
     """Run `model` once, evaluating and without `torch.compile`, and see that it calls every fused layer.
 
-    Training flags and random numbers are left as they were.
+    Training flags, buffers and torch's random numbers are left as they were; lazy modules are built.
 
     Raises:
         ValueError: it does not, or it raises an error.
     """
+    sample = tree_map_only(Tensor, Tensor.clone, sample)  # a model may write to what it gets
     keywords = sample if isinstance(sample, Mapping) else {}
     arguments = sample if isinstance(sample, tuple) else () if isinstance(sample, Mapping) else (sample,)
+    buffers = {module: {name: (own, own.clone()) for name, own in _own_buffers(module)} for module in model.modules()}
     flags = {module: module.training for module in model.modules()}
     gpus = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
     try:
@@ -63,8 +66,16 @@ def check_calls(model: nn.Module, sample: Sample) -> None:
     finally:
         for module, flag in flags.items():
             module.training = flag
+        for module, own in buffers.items():
+            for name, (buffer, before) in own.items():
+                module._buffers[name] = buffer.copy_(before)
     if names := [name for name, layer in model.named_modules() if _is_uncalled(layer)]:
         raise ValueError(f"target_model: {_description(model, names)}")
+
+
+def _own_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Those that a forward pass may write to."""
+    return [] if isinstance(module, FusedCrossModalLinear) else list(module.named_buffers(recurse=False))
 
 
 def watch_calls(model: nn.Module) -> None:

@@ -109,7 +109,9 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _foreign_classes(path: Path, error: Exception) -> str:
     """What torch refused to make, and what to do about it; of a file in its older format torch says the first only."""
-    refused = re.findall(r"GLOBAL ([a-zA-Z_]\w*(?:\.\w+)+) was not an allowed global", str(error))
+    if (found := re.search(r"but got <class '([\w.]+)'>", str(error))) and "unpickl" in type(error).__name__.lower():
+        return f": it also holds a {found[1]}, which torch does not read safely: save the state dict alone"
+    refused = re.findall(r"GLOBAL ([a-zA-Z_](?:[\w.]*\w)?) was not an allowed global", str(error))
     if not refused:
         return ""
     if zipfile.is_zipfile(path):

@@ -15,12 +15,13 @@ from .hooks import check_no_hooks, check_no_tensor_hooks
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is an `nn.Linear` in what it computes, hooks apart: no own forward, nothing parametrized."""
+    """Whether a module is an `nn.Linear` in what it computes, hooks apart: no own forward, nothing added."""
     return (
         isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
         and "forward" not in vars(module)
         and module._parameters.keys() == {"weight", "bias"}
+        and not (module._buffers or module._modules)
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from m2pt_kernels import dequantize
-from m2pt_kernels.checks import fsdp_modules, is_divided, whole
+from m2pt_kernels.checks import flattened_modules, fsdp_modules, is_divided, whole
 
 from .calls import Sample, check_calls, check_sample, is_known_to_read, stop_watching, watch_calls
 from .checks import check_kind, check_module
@@ -327,10 +327,13 @@ def cross_modal_scales(model: nn.Module) -> dict[str, float]:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no fused layer below `model`, or no data in it.
+        ValueError: no fused layer below `model`, no data in it, or one that `FullyShardedDataParallel` divides.
     """
     scales: dict[str, float] = {}
-    for name, layer in _fused_layers(model):
+    layers = _fused_layers(model)
+    if flattened_modules(model.modules()):
+        raise ValueError(f"model: FullyShardedDataParallel has divided it: {GATHER}, which has the scales")
+    for name, layer in layers:
         _require_data(layer)
         several = whole(layer.cross_modal_scale.detach()).tolist()
         scales |= {name if len(several) == 1 else f"{name}[{i}]": scale for i, scale in enumerate(several)}

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +87,32 @@ def test_numbered_classes_are_in_the_order_of_their_numbers(tmp_path):
     assert classes_of(tmp_path) == ("1", "2", "10")
 
 
-@pytest.mark.parametrize("ending", ["JPEG", "jpg", "png", "bmp", "webp", "tif", "TIFF", "ppm"])
+def test_names_that_differ_by_case_or_zeros_have_one_order_in_every_process(tmp_path):
+    names = ["A", "a", "B", "b", "1", "01", "001", "②", "10²"]
+    for name in names:
+        put(tmp_path / "train" / name)
+    read = f"create_dataset('image', 'folder', {str(tmp_path)!r}, 'train', True).class_names"
+    command = [sys.executable, "-c", f"from m2pt.data import create_dataset\nprint({read})"]
+    environments = [os.environ | {"PYTHONHASHSEED": seed} for seed in "01"]
+    found = {subprocess.run(command, env=each, capture_output=True, text=True).stdout for each in environments}
+    assert found == {f"{classes_of(tmp_path)}\n"}
+    assert set(classes_of(tmp_path)) == set(names)
+
+
+@pytest.mark.parametrize("link", ["self", "class", "split", "root"])
+def test_links_to_a_folder_around_them_are_not_followed(tmp_path, link):
+    for name in ("cat", "dog"):
+        put(tmp_path / "train" / name, count=2)
+    put(tmp_path / "elsewhere")
+    target = {"self": ".", "class": "..", "split": "../..", "root": "../../.."}[link]
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name / "loop").symlink_to(target)
+    (tmp_path / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+    dataset = create_dataset("image", "folder", tmp_path, "train", False)
+    assert dataset.labels == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("ending", ["JPEG", "jpg", "png", "bmp", "webp", "tif", "TIFF", "ppm", "gif", "jp2"])
 def test_pictures_of_every_usual_ending_are_found(tmp_path, ending):
     put(tmp_path / "train" / "cat")
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "cat" / f"a.{ending}")
@@ -106,7 +134,7 @@ def test_class_names_number_another_split(tmp_path):
     dataset = create_dataset("image", "folder", root, "val", False, size=32, class_names=names)
     assert (dataset.class_names, dataset.num_classes) == (names, 3)
     assert [dataset[index][1] for index in range(len(dataset))] == 4 * [1] + 4 * [2]
-    with pytest.raises(ValueError, match=r"val/banana/.*png: its class is not in the training split, .* banana$"):
+    with pytest.raises(ValueError, match=r"val/banana/.*png: its class is not in the training split, .* 'banana'$"):
         classes_of(root, "val", class_names=("apple", "cherry"))
 
 
@@ -125,7 +153,7 @@ def test_a_class_that_was_not_trained_is_refused_before_training(tmp_path, capsy
     root = fruit(tmp_path / "data", "apple", "banana", "cherry", more)
     assert train(root, tmp_path / "out") == 2
     sample = root / "val" / more / "255-255-255_0.png"
-    expected = f"m2pt: error: {sample}: its class is not in the training split, which lacks {more}\n"
+    expected = f"m2pt: error: {sample}: its class is not in the training split, which lacks {more!r}\n"
     assert capsys.readouterr().err == expected
     assert not (tmp_path / "out").exists()
 
@@ -164,7 +192,7 @@ def test_evaluation_numbers_classes_as_the_checkpoint_does(run, tmp_path, capsys
     assert capsys.readouterr().out == "top1 100.00, top5 100.00\n"
     put(tmp_path / "val" / "aardvark")
     assert evaluate(run / "out" / file, tmp_path) == 2
-    assert "which lacks aardvark" in capsys.readouterr().err
+    assert "which lacks 'aardvark'" in capsys.readouterr().err
 
 
 def test_evaluation_without_saved_names_numbers_classes_as_the_training_split(run, tmp_path, capsys):
@@ -180,10 +208,18 @@ def test_evaluation_without_saved_names_numbers_classes_as_the_training_split(ru
 def test_a_damaged_description_is_named(run, tmp_path, capsys):
     merged = tmp_path / "a.safetensors"
     merged.write_bytes((run / "out" / "merged.safetensors").read_bytes())
-    for content in ("[]", "{", "\xff"):
+    for content in (
+        "[]",
+        "{",
+        "\xff",
+        "3",
+        '{"class_names": "abc"}',
+        '{"class_names": [["a"]]}',
+        '{"class_names": {"a": 0}}',
+    ):
         (tmp_path / "a.json").write_text(content, encoding="latin-1")
         assert evaluate(merged, run / "data") == 2
-        assert f"m2pt: error: {tmp_path}/a.json: expected" in capsys.readouterr().err
+        assert capsys.readouterr().err.startswith(f"m2pt: error: {tmp_path}/a.json")
 
 
 def test_a_run_is_not_resumed_with_other_classes(run, tmp_path, capsys):
@@ -307,7 +343,7 @@ def test_a_class_that_the_training_split_lacks_is_named_in_every_layout(tmp_path
             number = 1 if layout is not esc50 else training.class_names.index("class1")
             assert test.labels in ([number], [[number]]) and test.class_names == training.class_names
             continue
-        with pytest.raises(ValueError, match=f": its class is not in the training split, which lacks {lacking}$"):
+        with pytest.raises(ValueError, match=f": its class is not in the training split, which lacks '{lacking}'$"):
             test.number_as(training.class_names)
             test.require_classes_of(training)
 
@@ -321,7 +357,7 @@ def test_a_run_names_a_class_that_no_training_sample_has(tmp_path, capsys):
     command = ["train", "tiny_video", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     settings = ["data.layout=list", "data.settings={num_classes=3}", "data.batch_size=2"]
     assert main([*command, *settings]) == 2
-    assert "test0.mp4: its class is not in the training split, which lacks 2" in capsys.readouterr().err
+    assert "test0.mp4: its class is not in the training split, which lacks '2'" in capsys.readouterr().err
 
 
 # files of lists
@@ -351,6 +387,13 @@ def test_missing_files_are_found(tmp_path):
     (tmp_path / "a" / "1").touch()
     files = [tmp_path / "a" / "1", tmp_path / "a" / "2", tmp_path / "b" / "1", Path(__file__)]
     assert missing(files) == [str(files[1]), str(files[2])]
+
+
+def test_a_name_that_only_the_file_system_finds_is_not_missing(tmp_path, monkeypatch):
+    """As of another case, on systems to which that is the same."""
+    (tmp_path / "a.wav").touch()
+    monkeypatch.setattr("os.listdir", lambda folder: ["A.WAV"])
+    assert missing([tmp_path / "a.wav"]) == []
 
 
 def test_listed_words_that_were_not_unpacked_are_named(tmp_path):
@@ -409,6 +452,16 @@ def test_a_text_file_that_is_not_there(tmp_path):
             "filename,fold,target,category\na.wav,1,dog,3\n",
             r"line 2: expected an integer from 0 on as target, got 'dog'",
         ),
+        ("filename,fold,target,category\na.wav,1,1,dog,2\n", r"line 2: expected a cell for each of filename, fold"),
+        ("filename,fold,target,category\n,1,1,dog\n", r"line 2: expected a cell for each of filename, fold"),
+        ("filename,fold,target,category,fold\na.wav,1,0,dog,2\n", r"esc50\.csv: expected different columns"),
+        ("filename,fold,target,category\na.wav,1,0,dog\nb.wav,1,0,cat\n", r"expected one category for each target"),
+        ("filename,fold,target,category\na.wav,1,0,dog\nb.wav,1,1,dog\n", r"expected one category for each target"),
+        (
+            f"filename,fold,target,category\na.wav,1,{'1' * 5000},dog\n",
+            r"line 2: expected an integer from 0 on as target",
+        ),
+        ('filename,fold,target,category\n"' + "a" * 200_000, r"esc50\.csv, line 1: field larger"),
         ("filename,fold,target,category\na.wav,1,1,dog\n", r"esc50\.csv: expected the column target to count from 0"),
     ],
 )
@@ -417,3 +470,86 @@ def test_damaged_rows_are_named(tmp_path, text, message):
     (tmp_path / "meta" / "esc50.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         create_dataset("audio", "esc50", tmp_path, "train", False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"data": [{"wav": "a.wav", "labels": ["/m/0"]}]}', r"train\.json, entry 0: expected text as wav and labels"),
+        ('{"data": [{"wav": null, "labels": "/m/0"}]}', r"train\.json, entry 0: expected text as wav and labels"),
+        ('{"data": [{"wav": 3, "labels": "/m/0"}]}', r"train\.json, entry 0: expected text as wav and labels"),
+        ('{"data": {"wav": "a.wav"}}', r"train\.json: expected"),
+        ("[" * 100_000, r"train\.json: cannot be read as JSON"),
+        ('{"data": [', r"train\.json: cannot be read as JSON"),
+    ],
+)
+def test_damaged_entries_are_named(tmp_path, content, message):
+    (tmp_path / "class_labels_indices.csv").write_text("index,mid,display_name\n0,/m/0,low\n")
+    (tmp_path / "train.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        create_dataset("audio", "list", tmp_path, "train", False)
+
+
+def test_a_class_that_is_listed_twice_is_refused(tmp_path):
+    (tmp_path / "class_labels_indices.csv").write_text("index,mid,display_name\n0,/m/0,low\n1,/m/0,high\n")
+    (tmp_path / "train.csv").write_text("wav,labels\na.wav,/m/0\n")
+    with pytest.raises(ValueError, match=r"indices\.csv: expected every class once in the column mid"):
+        create_dataset("audio", "list", tmp_path, "train", False)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("synsetoffset2category.txt", "Airplane\n", r"category\.txt: expected lines of a category and its synset"),
+        ("synsetoffset2category.txt", "Airplane a b\n", r"category\.txt: expected lines of a category and its synset"),
+        ("synsetoffset2category.txt", "Chicken a\n", r"category\.txt: category: expected one of Airplane"),
+        (
+            "train_test_split/shuffled_train_file_list.json",
+            '["shape_data/z/1"]',
+            r"list\.json: expected shape_data/synset",
+        ),
+        ("train_test_split/shuffled_train_file_list.json", '["a/1"]', r"list\.json: expected shape_data/synset/shape"),
+        ("train_test_split/shuffled_train_file_list.json", "[3]", r"list\.json: expected shape_data/synset/shape"),
+        ("train_test_split/shuffled_train_file_list.json", "{}", r"list\.json: expected shape_data/synset/shape"),
+        ("train_test_split/shuffled_train_file_list.json", "[", r"list\.json: cannot be read as JSON"),
+    ],
+)
+def test_damaged_lists_of_parts_are_named(tmp_path, file, content, message):
+    shapenetpart(tmp_path, {"train": [0], "test": [0]})
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        create_dataset("point", "shapenetpart", tmp_path, "train", False)
+
+
+def test_words_are_found_however_they_are_written(tmp_path):
+    speech_commands(tmp_path, {"train": [0, 1], "test": [1]})
+    (tmp_path / "testing_list.txt").write_text("./word1/test0.wav\nword1\\\\other test.WAV\n".replace("\\\\", "\\"))
+    (tmp_path / "word1" / "other test.WAV").touch()
+    (tmp_path / "word0" / "._train0.wav").touch()
+    (tmp_path / "@eaDir").mkdir()
+    splits = {name: create_dataset("audio", "speech_commands", tmp_path, name, False) for name in ("train", "test")}
+    assert [file.name for file in splits["test"].files] == ["other test.WAV", "test0.wav"]
+    assert [file.name for file in splits["train"].files] == ["train0.wav", "train1.wav"]
+    assert splits["train"].class_names == ("word0", "word1")
+
+
+def test_a_test_split_without_a_sample_is_refused_before_training(tmp_path, capsys):
+    video_list(tmp_path, {"train": [0, 1] * 4, "test": []})
+    for index in range(8):
+        (tmp_path / f"train{index}.mp4").write_bytes(b"")
+    command = ["train", "tiny_video", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main([*command, "data.layout=list", "data.settings={num_classes=2}", "data.batch_size=2"]) == 2
+    assert capsys.readouterr().err == "m2pt: error: data.test_split: there is no sample in 'test'\n"
+
+
+@pytest.mark.parametrize(
+    "names", ["ab", {"a", "b"}, {"a": 0}, 5, np.array(["a"]), iter("ab"), [1, 2], ["a", None], torch.ones(2)]
+)
+def test_class_names_of_another_kind_are_refused(names):
+    with pytest.raises(TypeError, match=r"^class_names"):
+        create_dataset("image", "embedded", None, "test", False, class_names=names)
+
+
+def test_class_names_that_are_there_twice_are_refused():
+    with pytest.raises(ValueError, match="class_names: expected different names"):
+        create_dataset("image", "embedded", None, "test", False, class_names=["a", "b", "a"])

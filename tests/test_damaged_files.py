@@ -187,6 +187,24 @@ def test_what_stands_beside_the_weights_is_named_and_can_be_allowed(tmp_path, be
         assert torch.equal(load_state_dict(path)["weight"], weights["weight"])
 
 
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (np.str_("a"), "numpy.dtypes.StrDType"),
+        (np.datetime64("2026-01-01"), "numpy.dtypes.DateTime64DType"),
+        (frozenset([1]), "frozenset"),
+        (range(3), "range"),
+        (slice(3), "slice"),
+    ],
+)
+def test_the_reason_is_told_whatever_stands_beside_the_weights(tmp_path, value, name, is_zip):
+    path = tmp_path / "model.pth"
+    torch.save({"model": {"weight": torch.ones(2)}, "beside": value}, path, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(ValueError, match=rf"model\.pth: not a readable .*: it also holds .*{name}"):
+        load_state_dict(path)
+
+
 @pytest.mark.parametrize("code", np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?")
 def test_numbers_of_numpy_may_stand_beside_the_weights(tmp_path, code):
     torch.save({"model": {"weight": torch.ones(2)}, "best": np.dtype(code).type(1)}, tmp_path / "model.pth")

@@ -202,6 +202,46 @@ def test_a_label_out_of_range_in_a_shard_is_refused_by_the_name_of_its_sample(tm
         list(DataLoader(dataset, num_workers=workers))
 
 
+@pytest.mark.parametrize("label", ["dog", "1.0", "", None, "9" * 5000])
+def test_a_shard_s_label_that_is_no_integer_is_refused_by_the_name_of_its_sample(tmp_path, label):
+    """timm would leave the sample out."""
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "val-0000.tar")) as tar:
+        for index in range(4):
+            content = {"__key__": f"sample{index}", "jpeg": Image.new("RGB", (8, 8)), "cls": "1"}
+            content |= {} if index < 2 else {"cls": label}
+            tar.write({name: value for name, value in content.items() if value is not None})
+    split = {"name": "val", "num_samples": 4, "filenames": ["val-0000.tar"], "shard_lengths": [4]}
+    (tmp_path / "info.json").write_text(json.dumps({"splits": {"val": split}}))
+    dataset = create_dataset("image", "webdataset", tmp_path, "val", False, size=32, num_classes=3)
+    samples = iter(dataset)
+    assert [next(samples)[1] for _ in range(2)] == [1, 1]
+    with pytest.raises(ValueError, match=r"val-0000\.tar, sample sample2: expected a label from 0 to 2 as cls, got "):
+        next(samples)
+
+
+def test_a_label_that_is_changed_later_is_checked_when_its_sample_is_read():
+    dataset = create_dataset("image", "embedded", None, "train", True)
+    dataset.labels[3] = 10
+    dataset[2], dataset[4]
+    with pytest.raises(ValueError, match="embedded data, sample 3: expected a label from 0 to 9, got 10"):
+        dataset[3]
+
+
+def test_pictures_in_shards_are_read_as_those_in_folders(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    (tmp_path / "train" / "scan").mkdir(parents=True)
+    file = tmp_path / "train" / "scan" / "0.png"
+    Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(file)
+    with webdataset.TarWriter(str(tmp_path / "train-0000.tar")) as tar:
+        tar.write({"__key__": "0", "png": file.read_bytes(), "cls": 0})
+    split = {"name": "train", "num_samples": 1, "filenames": ["train-0000.tar"], "shard_lengths": [1]}
+    (tmp_path / "info.json").write_text(json.dumps({"splits": {"train": split}}))
+    ((shard, _),) = create_dataset("image", "webdataset", tmp_path, "train", False, size=32, num_classes=1)
+    assert torch.equal(shard, create_dataset("image", "folder", tmp_path, "train", False, size=32)[0][0])
+    assert len(shard.unique()) > 100
+
+
 def test_a_sample_that_is_not_finite_is_a_damaged_sample():
     dataset = create_dataset("image", "embedded", None, "train", True)
     dataset.inputs = dataset.inputs.clone()

@@ -120,6 +120,33 @@ def test_any_sampling_rate_is_resampled_in_bounded_memory_and_time(tmp_path, rat
     assert peak < 256 * 2**20 and seconds < 10
 
 
+def test_a_sound_of_unknown_length_is_read_and_one_of_an_impossible_length_is_named(tmp_path):
+    """As programs write that do not know the length when they begin."""
+    path = tmp_path / "a.flac"
+    soundfile.write(path, chirp(1.0, 100, 3000), 16_000)
+    expected, content = read_wave(path), bytearray(path.read_bytes())
+    total = content.index(b"fLaC") + 8 + 13  # the last four bits of this byte, and the next four bytes
+    content[total : total + 5] = bytes([content[total] & 0xF0, 0, 0, 0, 0])
+    path.write_bytes(content)
+    try:
+        assert torch.equal(read_wave(path), expected)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: cannot be read as sound")  # by libsndfile's that do not know it
+    content[total : total + 5] = bytes([content[total] | 0x0F, 255, 255, 255, 255])
+    path.write_bytes(content)
+    try:
+        assert len(read_wave(path)) == len(expected)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: cannot be read as sound")
+
+
+@pytest.mark.parametrize("rate", [1, 999, 2_000_000])
+def test_an_impossible_sampling_rate_is_refused(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", np.ones(100, np.float32), rate)
+    with pytest.raises(ValueError, match=rf"a\.wav: expected a sampling rate of 1 to 1000 kHz, got {rate} Hz"):
+        read_wave(tmp_path / "a.wav")
+
+
 def test_a_sound_too_loud_to_compute_with_is_a_damaged_sample(esc50):
     dataset = create_dataset("audio", "esc50", esc50, "test", False)
     soundfile.write(dataset.files[0], 1e30 * chirp(1.0, 100, 3000), 16_000, subtype="FLOAT")

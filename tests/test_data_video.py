@@ -514,11 +514,16 @@ def test_video_whose_description_is_no_text_is_named_or_read(tmp_path):
         assert "a.mp4: cannot be read as video" in str(error)
 
 
-@pytest.mark.parametrize("line", ["only_a_path.mp4", "a.mp4 400", "a.mp4 -1", "a.mp4 cat", ""])
+@pytest.mark.parametrize("line", ["only_a_path.mp4", "a.mp4 400", "a.mp4 -1", "a.mp4 cat", "a.mp4 " + 5000 * "1"])
 def test_damaged_list_is_named(tmp_path, line):
     (tmp_path / "train.csv").write_text(f"a.mp4 0\n{line}\nb.mp4 1\n")
     with pytest.raises(ValueError, match=r"train\.csv, line 2: expected a path and a label below 400"):
         create_dataset("video", "list", tmp_path, "train", True)
+
+
+def test_empty_lines_of_a_list_are_left_out(tmp_path):
+    (tmp_path / "train.csv").write_text("a.mp4 0\n\nb.mp4 1\n  \n")
+    assert create_dataset("video", "list", tmp_path, "train", True).labels == [0, 1]
 
 
 def test_unknown_split_is_refused(kinetics):

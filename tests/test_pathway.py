@@ -1,5 +1,6 @@
 """Connecting two timm ViTs, training what should be trained, and folding the connection away."""
 
+import contextlib
 import copy
 import re
 from contextlib import contextmanager
@@ -410,6 +411,43 @@ def test_a_sample_proves_that_layers_are_called(sample, is_compiled):
     assert list(fused_layers(target)) == ["blocks.0.fc", "blocks.1.fc"]
     assert [module.training for module in fused_layers(target).values()] == [False, True]
     assert not target._forward_hooks
+
+
+@pytest.mark.parametrize("layers", [("fc",), ("fc", "attn.v_proj")])
+def test_the_pass_with_a_sample_changes_no_buffer_and_no_input(layers):
+    """Also where the target writes to both, and where it is refused afterwards."""
+
+    def writes(module, arguments):
+        arguments[0].zero_()
+        module.count += 1
+        module.mean = module.mean + 1
+
+    target, aux, sample = Readers(0), Readers(1), X.clone()
+    target.register_buffer("count", torch.zeros(2))
+    target.register_buffer("mean", torch.zeros(3))
+    before = dict(target.named_buffers())
+    target.register_forward_pre_hook(writes)
+    with contextlib.nullcontext() if layers == ("fc",) else pytest.raises(ValueError, match="not called"):
+        reparameterize_aux_into_target_model(target, aux, layers, sample=sample)
+    assert torch.equal(sample, X)
+    after = dict(target.named_buffers())
+    assert after.keys() == before.keys() and all(after[name] is buffer for name, buffer in before.items())
+    assert not target.count.any() and not target.mean.any()
+
+
+@pytest.mark.parametrize(
+    "add",
+    [lambda layer: layer.register_buffer("seen", torch.zeros(1)), lambda layer: layer.add_module("extra", nn.ReLU())],
+)
+def test_a_layer_to_which_something_was_added_is_refused(add):
+    """It would be lost."""
+    target = vit()
+    add(target.blocks[1].mlp.fc1)
+    with (
+        unchanged(target),
+        pytest.raises(ValueError, match=r"^target_model: blocks.1.mlp.fc1 is a Linear, expected a plain"),
+    ):
+        reparameterize_aux_into_target_model(target, vit(1))
 
 
 def interrupt(*arguments):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 from sklearn.datasets import load_sample_image
 
 from m2pt.data import create_dataset
@@ -79,6 +79,35 @@ def test_a_ramp_from_black_to_white_stays_one(tmp_path, values, ending, mode):
     found, pixels = seen(tmp_path / f"a.{ending}")
     assert found == mode
     assert np.abs(pixels - RAMP[:, :, None]).max() <= 1
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+def test_a_scan_may_count_from_white(tmp_path, kind):
+    values = (255 - RAMP).astype(kind) * (257 if kind == np.uint16 else 1)
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    info[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] = 0
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo=info)
+    assert np.abs(seen(tmp_path / "a.tif")[1] - RAMP[:, :, None]).max() <= 1
+
+
+def test_integers_of_32_bits_may_have_no_sign():
+    picture = Image.fromarray((RAMP.astype(np.uint32) * 16_843_009).view(np.int32))
+    picture.tag_v2 = {TiffImagePlugin.BITSPERSAMPLE: (32,), TiffImagePlugin.SAMPLEFORMAT: (1,)}
+    assert np.abs(np.asarray(as_seen(picture))[:, :, 0].astype(int) - RAMP).max() <= 1
+
+
+def test_twelve_bits_count_to_4095():
+    picture = Image.fromarray(RAMP.astype(np.uint16) * 16)
+    picture.tag_v2 = {258: (12,)}
+    assert np.abs(np.asarray(as_seen(picture))[:, :, 0].astype(int) - RAMP).max() <= 1
+
+
+def test_a_grey_of_sixteen_bits_may_be_transparent(tmp_path):
+    grey = np.full((8, 8), 25700, np.uint16)
+    grey[:, :4] = 1000
+    Image.fromarray(grey).save(tmp_path / "a.png", transparency=1000)
+    _, pixels = seen(tmp_path / "a.png")
+    assert (pixels[:, :4] == 255).all() and (pixels[:, 4:] == 100).all()
 
 
 def test_sixteen_bits_are_not_stretched(tmp_path):

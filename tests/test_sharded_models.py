@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from test_pathway import PLACES, connected, fused_layers, images, vit
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -237,3 +237,17 @@ def half_of_each():
 def test_two_processes():
     want = {"head.weight", "head.bias"} | {f"{place}.cross_modal_scale" for place in PLACES}
     assert in_two_processes(half_of_each) == [want, want]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("keeps_parameters", [True, False])
+def test_fsdp1_is_refused_by_name(keeps_parameters):
+    """It leaves a process with parts of some scales and none of others, which no function could tell."""
+    model = FullyShardedDataParallel(connected().requires_grad_(), use_orig_params=keeps_parameters, device_id=torch.device("cpu"))
+    expected = model(images())
+    for function in (merge_pathways, quantize_aux, cross_modal_scales, scale_table):
+        with pytest.raises(ValueError, match=r"divided .*get_model_state_dict|divided among processes: quantise"):
+            function(model)
+    with pytest.raises(ValueError, match=r"divided among processes: ask before"):
+        quantization_errors(model, "int8")
+    assert torch.equal(model(images()), expected)

@@ -141,6 +141,23 @@ def test_an_empty_or_damaged_cell_is_a_damaged_sample(tmp_path):
             dataset[row]
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("train.csv", "image,label\na.png,1,2,3\nb.png,1\n"),
+        ("train.csv", "image,label\n\xe9.png,1\n"),
+        ("train.jsonl", '{"image": "a.png", "label": 0}\n{"image": "b.p'),
+        ("train-00000-of-00001.parquet", "no parquet"),
+        ("train.zip", "no archive"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named(tmp_path, file, content):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / file).write_text(content, encoding="latin-1")
+    with pytest.raises((OSError, ValueError), match="data"):
+        read(tmp_path / "data")
+
+
 def test_a_test_split_has_the_numbers_of_the_training_split(tmp_path):
     root = table(tmp_path / "data", label=([3, 5, 9], Value("int64")))
     table(root, "test", label=([9, 5], Value("int64")))

@@ -6,12 +6,14 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 
 import pytest
 import torch
 from tiny_runs import assert_equal, no_plots
+from torch.utils.data import DataLoader
 
 from m2pt.cli import main
 from m2pt.data.embedded import TensorSamples
@@ -60,8 +62,9 @@ def command(out, *more):
     return ["train", "tiny_image", *SETTINGS, "--out", str(out), *more]
 
 
-def run(arguments, log, failure, sample):
-    """A training process in which the `sample`-th sample that a process reads fails."""
+def run(arguments, log, failure, sample, milliseconds=None):
+    """A training process in which the `sample`-th sample that a process reads fails; with a time Ctrl-C comes so long
+    after data workers begin to start."""
     os.setsid()  # so that a signal can be sent to it and its data workers together, as Ctrl-C does
     multiprocessing.set_start_method("fork", force=True)
     no_plots(pytest.MonkeyPatch())
@@ -77,6 +80,14 @@ def run(arguments, log, failure, sample):
         return read(dataset, index)
 
     TensorSamples.read = failing
+    if milliseconds is not None:
+        init = DataLoader.__iter__
+
+        def interrupted(loader):
+            threading.Timer(milliseconds / 1000, os.killpg, [os.getpid(), signal.SIGINT]).start()
+            return init(loader)
+
+        DataLoader.__iter__ = interrupted
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(arguments))
 
@@ -87,8 +98,8 @@ def start():
     context.set_forkserver_preload(["m2pt.cli", "m2pt.train", "torch._dynamo", "pytest", "matplotlib.figure"])
     processes = []
 
-    def start(arguments, log, failure="", sample=0):
-        process = context.Process(target=run, args=(arguments, log, failure, sample))
+    def start(arguments, log, failure="", sample=0, milliseconds=None):
+        process = context.Process(target=run, args=(arguments, log, failure, sample, milliseconds))
         process.start()
         processes.append(process)
         return process
@@ -158,6 +169,32 @@ def test_ctrl_c_ends_a_run_whose_workers_hang(tmp_path, start, failure):
     os.killpg(process.pid, signal.SIGINT)
     assert ended(process, 130, 10)
     assert error_in(tmp_path / "log").startswith("m2pt: interrupted")
+
+
+@pytest.mark.parametrize("milliseconds", [1, 5, 20, 50, 200])
+def test_ctrl_c_while_workers_start_that_hang(tmp_path, start, milliseconds):
+    arguments = command(tmp_path / "out", "machine.workers=3")
+    process = start(arguments, tmp_path / "log", "sleeps", 1, milliseconds)
+    assert ended(process, 130, 15)
+    assert error_in(tmp_path / "log") == "m2pt: interrupted"
+
+
+def test_ctrl_c_twice(tmp_path, start):
+    process = start(command(tmp_path / "out", "machine.workers=3"), tmp_path / "log", "sleeps", 200)
+    time.sleep(4)
+    for _ in range(3):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.001)
+    assert ended(process, 130, 10)
+    assert error_in(tmp_path / "log").startswith("m2pt: interrupted")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker ends with its sample")
+def test_workers_that_hang_end_with_the_process_that_trains(tmp_path, start):
+    process = start(command(tmp_path / "out", "machine.workers=3"), tmp_path / "log", "sleeps", 200)
+    time.sleep(4)
+    process.kill()
+    assert ended(process, -signal.SIGKILL)
 
 
 @pytest.mark.parametrize("workers", [0, 3])

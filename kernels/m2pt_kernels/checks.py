@@ -53,7 +53,7 @@ def is_divided(model: nn.Module, place: str) -> bool:
     names = place.split(".") if place else []
     around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
     own = (*around[-1].parameters(recurse=False), *around[-1].buffers(recurse=False))
-    return bool(fsdp_modules(around)) or any(map(_is_dtensor, own))
+    return bool(fsdp_modules(around) or flattened_modules(around)) or any(map(_is_dtensor, own))
 
 
 def check_undivided(model: nn.Module, remedy: str) -> None:
@@ -63,9 +63,19 @@ def check_undivided(model: nn.Module, remedy: str) -> None:
 
 
 def fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
-    """Those that FSDP2 divides. Its class takes most of a second to import, which whoever divided one has done."""
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    return [module for module in modules if isinstance(module, kind)]
+    """Those that FSDP2 divides."""
+    return _of_fsdp(modules, "FSDPModule")
+
+
+def flattened_modules(modules: Iterable[nn.Module]) -> list[Any]:
+    """Those that FSDP1 divides, whose parameters a process may have a part of, or nothing."""
+    return _of_fsdp(modules, "FullyShardedDataParallel")
+
+
+def _of_fsdp(modules: Iterable[nn.Module], kind: str) -> list[Any]:
+    """Those of a class that takes most of a second to import, which whoever divided one has done."""
+    found = getattr(sys.modules.get("torch.distributed.fsdp"), kind, ())
+    return [module for module in modules if isinstance(module, found)]
 
 
 def _is_dtensor(tensor: Tensor | None) -> bool:

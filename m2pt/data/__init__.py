@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ..checks import checked_path, one_of
+from ..checks import check_kind, checked_path, one_of
 from . import audio, embedded, image, point, video
 from .common import Samples
 
@@ -61,10 +61,15 @@ def create_dataset(
         ValueError: an unknown modality, layout, split or setting, no root, a file that does not hold what it should, a
             label out of range, or a class that is not in `class_names`. A sample is read when it is asked for, and the
             error for a damaged one names its file.
-        TypeError: a `root` that is no path.
+        TypeError: a `root` that is no path, or `class_names` that are no sequence of names.
         FileNotFoundError: `root`, or a file that lists the samples, does not exist.
         ImportError: the layout needs an optional dependency; the message says how to install it.
     """
+    if class_names is not None:
+        check_kind((list, tuple), "a list or tuple of names", class_names=class_names)
+        check_kind(str, "names", **{f"class_names[{index}]": name for index, name in enumerate(class_names)})
+        if len(set(class_names)) != len(class_names):
+            raise ValueError(f"class_names: expected different names, got {class_names!r}")
     layouts = LAYOUTS[one_of("modality", modality, LAYOUTS)]
     build, configured = layouts[one_of(f"layout of modality {modality}", layout, layouts)]
     allowed = _keyword_arguments(build) | _keyword_arguments(configured)

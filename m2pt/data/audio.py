@@ -2,19 +2,20 @@
 
 import csv
 import io
-import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..checks import check_positive, check_probability, one_of, require
-from .common import Samples, read_text, some
+from .common import Samples, is_hidden, read_json, read_lines, read_text, some
 
 SAMPLE_RATE = 16_000
 WINDOW, HOP, FFT = SAMPLE_RATE * 25 // 1000, SAMPLE_RATE * 10 // 1000, 512
@@ -29,15 +30,25 @@ def read_wave(path: Path) -> Tensor:
     """
     soundfile, signal = require("soundfile", "audio"), require("scipy.signal", "audio")
     try:
-        values, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as error:
+        with soundfile.SoundFile(path) as file:
+            values, rate = np.concatenate(list(_blocks(file))), file.samplerate
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as sound: {error}") from error
+    if not 1000 <= rate <= 1_000_000:
+        raise ValueError(f"{path}: expected a sampling rate of 1 to 1000 kHz, got {rate} Hz")
     if len(values) * SAMPLE_RATE < WINDOW * rate:
         raise ValueError(f"{path}: expected at least 25 ms of sound, got {1000 * len(values) / rate:.1f} ms")
     wave = torch.from_numpy(signal.resample_poly(values.mean(axis=1), SAMPLE_RATE, rate))
     if not wave.isfinite().all():
         raise ValueError(f"{path}: holds values that are not finite")
     return wave - wave.mean()
+
+
+def _blocks(file: Any) -> Iterator[np.ndarray]:
+    """The values (samples, channels) to the end, which may not be where the file says."""
+    while len(block := file.read(2**16, dtype="float32", always_2d=True)):
+        yield block
+    yield block
 
 
 def log_mel(wave: Tensor, frames: int) -> Tensor:
@@ -179,6 +190,8 @@ def file_list(root: Path, split: str, training: bool, **settings: Any) -> AudioD
     if [row["index"] for row in classes] != list(range(len(classes))):
         raise ValueError(f"{classes_csv}: expected the column index to count from 0 to {len(classes) - 1}")
     index_of = {row["mid"]: row["index"] for row in classes}
+    if len(index_of) != len(classes):
+        raise ValueError(f"{classes_csv}: expected every class once in the column mid")
     rows = _rows(path, "wav", "labels") if path.suffix == ".csv" else _json_rows(path)
     for row in rows:
         for label in row["labels"].split(","):
@@ -208,6 +221,8 @@ def esc50(root: Path, split: str, training: bool, *, fold: int = 1, **settings: 
     table = root / "meta" / "esc50.csv"
     rows = _rows(table, "filename", "fold", "target", "category", integers=["fold", "target"])
     names = {row["target"]: row["category"] for row in rows}
+    if len({*names.values()}) != len(names) or any(names[row["target"]] != row["category"] for row in rows):
+        raise ValueError(f"{table}: expected one category for each target")
     if sorted(names) != list(range(len(names))):
         raise ValueError(f"{table}: expected the column target to count from 0, got {sorted(names)}")
     rows = [row for row in rows if (row["fold"] == fold) == (split == "test")]
@@ -229,9 +244,17 @@ def speech_commands(root: Path, split: str, training: bool, **settings: Any) -> 
     """
     one_of("split", split, ("train", "validation", "test"))
     lists = {"validation": "validation_list.txt", "test": "testing_list.txt"}
-    members = {name: set(read_text(root / file).split()) for name, file in lists.items()}
-    words = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(("_", ".")))
-    every = {f"{word}/{file.name}": index for index, word in enumerate(words) for file in (root / word).glob("*.wav")}
+    members = {name: set(map(_as_listed, read_lines(root / file))) for name, file in lists.items()}
+    folders = sorted(
+        path for path in root.iterdir() if path.is_dir() and not is_hidden(path.name) and path.name[0] != "_"
+    )
+    words = [path.name for path in folders]
+    every = {
+        f"{folder.name}/{file.name}": index
+        for index, folder in enumerate(folders)
+        for file in folder.iterdir()
+        if file.suffix.lower() == ".wav" and not is_hidden(file.name)
+    }
     chosen = members.get(split, every.keys() - members["validation"] - members["test"])
     files = sorted(chosen)
     if lacking := [file for file in files if file not in every]:
@@ -247,29 +270,44 @@ def speech_commands(root: Path, split: str, training: bool, **settings: Any) -> 
     )
 
 
+def _as_listed(line: str) -> str:
+    """A path in a list, however it is written."""
+    return str(PurePosixPath(line.replace("\\", "/")))
+
+
 def _rows(path: Path, *columns: str, integers: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows of a csv file, by column; the columns `integers` are converted."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    if lacking := set(columns) - set(reader.fieldnames or ()):
+    header = reader.fieldnames or ()
+    if lacking := set(columns) - set(header):
         raise ValueError(f"{path}: expected the columns {', '.join(columns)}; missing: {', '.join(sorted(lacking))}")
+    if len(set(header)) != len(header):
+        raise ValueError(f"{path}: expected different columns, got {', '.join(header)}")
     rows: list[dict[str, Any]] = []
-    for row in reader:
-        place = f"{path}, line {reader.line_num}"
-        if None in (cells := [row[column] for column in columns]):
-            raise ValueError(f"{place}: expected a cell for each of {', '.join(columns)}")
-        for column in integers:
-            if not row[column].strip().isdecimal():
-                raise ValueError(f"{place}: expected an integer from 0 on as {column}, got {row[column]!r}")
-        rows.append(dict(zip(columns, cells, strict=True)) | {column: int(row[column]) for column in integers})
+    try:
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row or not all(row[column] for column in columns):
+                raise ValueError(f"{place}: expected a cell for each of {', '.join(header)}")
+            for column in integers:
+                if not re.fullmatch(r"\s*\d{1,18}\s*", row[column]):
+                    raise ValueError(f"{place}: expected an integer from 0 on as {column}, got {row[column]!r}")
+            rows.append({column: row[column] for column in columns} | {column: int(row[column]) for column in integers})
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     return rows
 
 
 def _json_rows(path: Path) -> list[dict[str, str]]:
-    try:
-        rows = json.loads(read_text(path))["data"]
-        return [{"wav": row["wav"], "labels": row["labels"]} for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path}: expected {{"data": [{{"wav": ..., "labels": ...}}, ...]}}: {error!r}') from error
+    content = read_json(path)
+    rows = content.get("data") if isinstance(content, dict) else None
+    keys = ("wav", "labels")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f'{path}: expected {{"data": [{{"wav": "...", "labels": "..."}}, ...]}}')
+    for number, row in enumerate(rows):
+        if not all(isinstance(row.get(key), str) for key in keys):
+            raise ValueError(f"{path}, entry {number}: expected text as wav and labels, got {row}")
+    return [{key: row[key] for key in keys} for row in rows]
 
 
 LAYOUTS = {

@@ -1,6 +1,7 @@
 """What the modalities share: samples and their labels, the text files that list them, and random numbers."""
 
 import codecs
+import json
 import os
 import random
 from collections.abc import Collection, Iterator, Sequence
@@ -95,7 +96,8 @@ class Samples(Dataset):
         lacking = [name for name in present if name not in known]
         if lacking:
             raise ValueError(
-                f"{self.name(present[lacking[0]])}: its class is not in the training split, which lacks {some(lacking)}"
+                f"{self.name(present[lacking[0]])}: its class is not in the training split, which lacks"
+                f" {some(list(map(repr, lacking)))}"
             )
 
     def _first_samples(self) -> dict[int, int]:
@@ -165,6 +167,25 @@ def read_text(path: Path) -> str:
     if "\0" in text:
         raise ValueError(f"{path}: expected UTF-8, got zeros between the letters: save the file as UTF-8")
     return text
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of such a file, without white space around them; empty ones are left out."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another encoding, or no JSON.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
 
 
 def draw_seed() -> int:

@@ -5,19 +5,22 @@ Mixup and cutmix mix batches: they belong to the training loop.
 
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import timm.data
 from PIL import Image
-from timm.utils.misc import natural_key
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..checks import check_positive, check_probability, one_of, require
 from .common import Samples, check_label, draw_seed, is_hidden, seeded, some
 from .pictures import as_seen
+
+ENDINGS = (*IMG_EXTENSIONS, ".jfif", ".gif", ".jp2", ".avif")
+"""Of pictures in folders; of those in shards without the dot."""
 
 
 class Files:
@@ -71,7 +74,7 @@ class ImageDataset(Samples):
         try:
             with self.pictures.open(index) as file, Image.open(file) as opened:
                 picture = as_seen(opened)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow has no error of its own for damaged files
             raise ValueError(f"{self.name(index)}: cannot be read as an image: {error}") from error
         return self.transform(picture), self.labels[index]
 
@@ -124,25 +127,37 @@ def folder(root: Path, split: str, training: bool, **settings: Any) -> ImageData
     """
     one_of("split", split, [path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name)])
     place = root / split
-    files = sorted(_pictures(place), key=lambda file: natural_key(str(file)))
+    files = sorted(_pictures(place, set(Path(os.path.realpath(place)).parents)), key=lambda file: _natural(str(file)))
     parts = [file.relative_to(place).parts for file in files]
     outside = [own[0] for own in parts if len(own) == 1]
     if outside:
         raise ValueError(f"{place}: expected a folder for every class, got pictures outside of one: {some(outside)}")
     if not files:
-        raise ValueError(f"{place}: Found 0 images in it, which are files that end in {', '.join(IMG_EXTENSIONS)}")
-    names = sorted({own[0] for own in parts}, key=natural_key)
+        raise ValueError(f"{place}: Found 0 images in it, which are files that end in {', '.join(ENDINGS)}")
+    names = sorted({own[0] for own in parts}, key=_natural)
     numbers = {name: number for number, name in enumerate(names)}
     labels = [numbers[own[0]] for own in parts]
     return ImageDataset(Files(files), labels, names, image_transform(training, **settings))
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        for name in files:
-            if name.lower().endswith(IMG_EXTENSIONS) and not is_hidden(name):
-                yield Path(place, name)
+def _pictures(folder: Path, around: Set[Path]) -> Iterator[Path]:
+    """Those in a folder and below, links followed, unless to a folder around it."""
+    real = Path(os.path.realpath(folder))
+    if real in around:
+        return
+    for entry in folder.iterdir():
+        if is_hidden(entry.name):
+            continue
+        if entry.is_dir():
+            yield from _pictures(entry, around | {real})
+        elif entry.name.lower().endswith(ENDINGS):
+            yield entry
+
+
+def _natural(name: str) -> tuple[list[Any], str]:
+    """A key that sorts names by the numbers in them, and then without regard to case."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)], name
 
 
 def huggingface(
@@ -157,8 +172,12 @@ def huggingface(
         label_column: the column of classes; by default `label`, or the only one that is declared to hold class labels.
     """
     datasets = require("datasets", "image")
-    one_of("split", split, datasets.get_dataset_split_names(str(root)))
-    rows = datasets.load_dataset(str(root.absolute()), split=split)
+    try:
+        splits = datasets.get_dataset_split_names(str(root.absolute()))
+        rows = datasets.load_dataset(str(root.absolute()), split=split) if split in splits else None
+    except Exception as error:  # of whichever reader the files need
+        raise ValueError(f"{root}: cannot be read as a table: {error.__cause__ or error}") from error
+    one_of("split", split, splits)
     place = f"{root}, split {split!r}"
     image_column = _column("image_column", image_column, "image", rows.features, datasets.Image)
     label_column = _column("label_column", label_column, "label", rows.features, datasets.ClassLabel)
@@ -189,7 +208,8 @@ def _classes(rows: Any, column: str, place: str) -> tuple[list[int], list[str]]:
         raise ValueError(f"{place}, row {values.index(None)}: expected a label in column {column!r}, got none")
     if hasattr(kind, "names"):
         return values, kind.names
-    if not str(getattr(kind, "dtype", "")).startswith(("int", "uint", "bool", "string", "large_string")):
+    is_value = isinstance(kind, require("datasets", "image").Value)
+    if not is_value or not kind.dtype.startswith(("int", "uint", "bool", "string", "large_string")):
         raise ValueError(
             f"label_column: expected class labels, integers, strings or bools in {column!r} of {place}, got {kind}"
         )
@@ -207,18 +227,32 @@ class ShardDataset(timm.data.IterableImageDataset):
     class_names, views, multi_label = None, 1, False
 
     def __init__(self, num_classes: int, transform: Callable[[Image.Image], Tensor], **arguments: Any) -> None:
-        super().__init__(reader="wds/", input_img_mode="", transform=transform, **arguments)
+        endings = ";".join(ending.removeprefix(".") for ending in ENDINGS)
+        super().__init__(reader="wds/", input_img_mode="", input_key=endings, transform=transform, **arguments)
         self.num_classes = num_classes
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        if self.reader.ds is None:
-            self.reader._lazy_init()
-            self.reader.ds.append(require("webdataset", "image").map(self._prepared))
+        reader, webdataset = self.reader, require("webdataset", "image")
+        if reader.ds is None:
+            reader._lazy_init()
+            decode = len(reader.ds.pipeline) - 2  # which would leave out a sample without a label
+            reader.ds.pipeline.insert(decode, webdataset.map(self._labelled))
+            reader.ds.append(webdataset.map(_seen, handler=webdataset.warn_and_continue))
         return super().__iter__()
 
-    def _prepared(self, sample: dict[str, Any]) -> dict[str, Any]:
-        check_label(f"{self.reader.root}, sample {sample['__key__']}", sample["target"], self.num_classes)
-        return sample | {"image": as_seen(sample["image"])}
+    def _labelled(self, sample: dict[str, Any]) -> dict[str, Any]:
+        name, label = (
+            f"{sample['__url__']}, sample {sample['__key__']}",
+            sample.get("cls", b"").decode(errors="replace"),
+        )
+        if not re.fullmatch(r"\s*-?\d{1,18}\s*", label):
+            raise ValueError(f"{name}: expected a label from 0 to {self.num_classes - 1} as cls, got {label!r}")
+        check_label(name, int(label), self.num_classes)
+        return sample
+
+
+def _seen(sample: dict[str, Any]) -> dict[str, Any]:
+    return sample | {"image": as_seen(sample["image"])}
 
 
 def webdataset(

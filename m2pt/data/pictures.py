@@ -1,7 +1,9 @@
 """What a picture file looks like: every mode of Pillow's in eight bits of red, green and blue."""
 
+from typing import Any
+
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -25,32 +27,42 @@ def as_seen(picture: Image.Image) -> Image.Image:
         ValueError: it holds values that are not finite.
     """
     picture.load()
-    picture = _upright(picture)
+    turn = TURNS.get(_orientation(picture))
     if picture.mode == "F" or picture.mode.startswith("I"):
         picture = _in_eight_bits(picture)
     if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa"):
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    picture = picture.convert("RGB")
+    return picture if turn is None else picture.transpose(turn)
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _orientation(picture: Image.Image) -> Any:
     try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+        return picture.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow has no error of its own for damaged Exif data, and the picture may be whole
-        return picture
-    return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture
+        return None
 
 
 def _in_eight_bits(picture: Image.Image) -> Image.Image:
-    values = np.asarray(picture, np.float64)
+    """In grey levels; what a TIFF file says of its bits, their sign and its white is followed."""
+    tags = getattr(picture, "tag_v2", {})
+    bits, kind = (tags.get(tag, (None,))[0] for tag in (TiffImagePlugin.BITSPERSAMPLE, TiffImagePlugin.SAMPLEFORMAT))
+    values = np.asarray(picture)
+    if picture.mode == "I" and (bits, kind) == (32, 1):
+        values = values.view(np.uint32)
+    values = values.astype(np.float64)
     black, white = values.min(), values.max()
     if not np.isfinite([black, white]).all():
         raise ValueError("it holds values that are not finite")
     if picture.mode.startswith("I;16"):
-        black, white = 0, 65535
+        black, white = 0, 2 ** (bits or 16) - 1
     elif black >= 0:
         usual = (1, 255, 65535) if picture.mode == "F" else (255, 65535)
         black, white = next(((0, most) for most in usual if white <= most), (black, white))
     scaled = (values - black) * (255 / max(white - black, np.finfo(float).tiny))
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        scaled = 255 - scaled
+    if "transparency" in picture.info:
+        scaled[values == picture.info["transparency"]] = 255
     return Image.fromarray(np.round(scaled).astype(np.uint8))

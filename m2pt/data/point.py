@@ -1,7 +1,6 @@
 """Point clouds for Point-MAE's recipes (Pang et al., ECCV 2022): classification, few-shot and part segmentation."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ..checks import check_positive, one_of, require
 from ..models.grouping import farthest_point_sampling
-from .common import Samples, listed, read_text
+from .common import Samples, listed, read_json, read_lines
 
 SCANOBJECTNN_CLASSES = (
     *("bag", "bin", "box", "cabinet", "chair", "desk", "display", "door"),
@@ -43,7 +42,7 @@ def unit_sphere(points: Tensor) -> Tensor:
     centred = points - points.mean(dim=0)
     radius = centred.norm(dim=1).max()
     if (points == points[0]).all() or not radius.isfinite():
-        raise ValueError("expected finite points that are not all the same")
+        raise ValueError("expected points that differ, are finite, and have squares that float32 can hold")
     return centred / radius
 
 
@@ -91,15 +90,17 @@ class ArrayClouds(Dataset):
         for path in files:
             try:
                 with h5py.File(path) as file:
-                    data, label = np.asarray(file["data"], np.float32), np.asarray(file["label"], np.int64).reshape(-1)
+                    data, label = np.asarray(file["data"], np.float32), np.asarray(file["label"]).reshape(-1)
             except (KeyError, OSError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}: cannot be read as point clouds: {error}") from error
             if data.ndim != 3 or data.shape[2] != 3 or len(data) != len(label):
                 raise ValueError(
                     f"{path}: expected data (clouds, N, 3) and as many labels, got {data.shape}, {label.shape}"
                 )
+            if label.dtype.kind not in "bui" and not (label.dtype.kind == "f" and np.all(label % 1 == 0)):
+                raise ValueError(f"{path}: expected integers as labels, got {label.dtype}: {label[:5]}")
             clouds.append(data)
-            labels.extend(label.tolist())
+            labels.extend(map(int, label))
             self.names += [f"{path}, cloud {index}" for index in range(len(data))]
         self.clouds, self.labels = torch.from_numpy(np.concatenate(clouds)), labels
 
@@ -208,10 +209,10 @@ class PartDataset(Samples):
         values, category = self.clouds[index], self.labels[index]
         cloud, labels = _normalized(values[:, :3], self.name(index)), values[:, -1].long()
         expected = self.parts[self.category_names[category]]
-        if labels.min() < expected.start or labels.max() >= expected.stop:
+        if not (labels == values[:, -1]).all() or labels.min() < expected.start or labels.max() >= expected.stop:
             raise ValueError(
                 f"{self.name(index)}: expected part labels {expected.start} to {expected.stop - 1} of a"
-                f" {self.category_names[category]}, got {labels.min()} to {labels.max()}"
+                f" {self.category_names[category]}, got {values[:, -1].min():g} to {values[:, -1].max():g}"
             )
         if self.training:
             chosen = torch.randint(len(cloud), (self.points,))
@@ -237,7 +238,7 @@ def modelnet40_h5(root: Path, split: str, training: bool, **settings: Any) -> Po
     if not files:
         raise FileNotFoundError(f"{root}: no file ply_data_{split}*.h5")
     clouds = ArrayClouds(files)
-    return PointDataset(clouds, clouds.labels, read_text(root / "shape_names.txt").split(), training, **settings)
+    return PointDataset(clouds, clouds.labels, read_lines(root / "shape_names.txt"), training, **settings)
 
 
 def modelnet40_few_shot(
@@ -295,12 +296,20 @@ def shapenetpart(root: Path, split: str, training: bool, **settings: Any) -> Par
         split: `train`, `val`, `test`, or `trainval`, on which the published model is trained.
     """
     one_of("split", split, ("train", "val", "trainval", "test"))
-    lines = [line.split() for line in read_text(root / "synsetoffset2category.txt").splitlines() if line]
-    category_of = {synset: one_of("category", name, SHAPENET_PARTS) for name, synset in lines}
+    path = root / "synsetoffset2category.txt"
+    lines = [line.split() for line in read_lines(path)]
+    if not all(len(line) == 2 for line in lines):
+        raise ValueError(f"{path}: expected lines of a category and its synset")
+    category_of = {synset: one_of(f"{path}: category", name, SHAPENET_PARTS) for name, synset in lines}
     shapes: list[list[str]] = []
     for part in ("train", "val") if split == "trainval" else (split,):
         path = root / "train_test_split" / f"shuffled_{part}_file_list.json"
-        shapes += [entry.split("/")[1:] for entry in json.loads(read_text(path))]
+        entries = read_json(path)
+        for entry in entries if isinstance(entries, list) else [entries]:
+            _, *shape = str(entry).split("/")
+            if len(shape) != 2 or shape[0] not in category_of:
+                raise ValueError(f"{path}: expected shape_data/synset/shape of a known synset, got {entry!r}")
+            shapes.append(shape)
     shapes.sort()
     clouds = TextClouds([root / synset / f"{shape}.txt" for synset, shape in shapes], 7, None)
     return PartDataset(clouds, [category_of[synset] for synset, _ in shapes], training, **settings)
@@ -308,8 +317,8 @@ def shapenetpart(root: Path, split: str, training: bool, **settings: Any) -> Par
 
 def _modelnet40(root: Path, split: str) -> tuple[list[str], list[Path], list[int]]:
     """The class names, and the files of a split with their class indices."""
-    classes = read_text(root / "modelnet40_shape_names.txt").split()
-    shapes = read_text(root / f"modelnet40_{split}.txt").split()
+    classes = read_lines(root / "modelnet40_shape_names.txt")
+    shapes = read_lines(root / f"modelnet40_{split}.txt")
     names = [one_of("class", shape.rpartition("_")[0], classes) for shape in shapes]
     files = [root / name / f"{shape}.txt" for name, shape in zip(names, shapes, strict=True)]
     return classes, files, [classes.index(name) for name in names]

@@ -1,5 +1,6 @@
 """Clips of video files, sampled and augmented for VideoMAE's recipe (Tong et al., NeurIPS 2022)."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,10 @@ def file_list(root: Path, split: str, training: bool, *, num_classes: int = 400,
     path = lists[one_of("split", split, lists)]
     files, labels = [], []
     for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
         name, _, label = line.strip().rpartition(" ")
-        if not (name and label.isdecimal() and int(label) < num_classes):
+        if not (name and re.fullmatch(r"\d{1,18}", label) and int(label) < num_classes):
             raise ValueError(f"{path}, line {number}: expected a path and a label below {num_classes}, got {line!r}")
         files.append(root / name.strip())
         labels.append(int(label))

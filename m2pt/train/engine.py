@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset
 
 from ..optimizer_in_backward import step_in_backward
-from .batches import derived_seed, running, to_device
+from .batches import derived_seed, running, samples_of, to_device
 from .distributed import World, distribute, shard, synchronised
 from .metrics import Metric
 from .optimization import create_mixing, create_optimizer, create_scheduler
@@ -290,7 +290,7 @@ def evaluate(
     """The metrics of a model on a test split, the same in every process; logits are averaged over a sample's views.
 
     Raises:
-        ValueError: no sample, or one that cannot be read.
+        ValueError: no sample, or one that cannot be read; in a stream, fewer than it says to have.
     """
     model.eval()
     views = dataset.views
@@ -306,6 +306,8 @@ def evaluate(
     if not kept:
         raise ValueError("data: the test split has no sample that can be read")
     rows, targets = (_in_order(parts, dataset, world) for parts in zip(*kept, strict=True))
+    if len(rows) < (samples := samples_of(dataset)):  # a stream leaves out what it cannot read
+        raise ValueError(f"data: only {len(rows)} of the {samples} samples of the test split can be read")
     return metric.summary(rows, targets)
 
 

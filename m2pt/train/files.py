@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import load_state_dict, load_torch, state_dict_in, written_whole
+from ..data.common import read_json
 from .recipe import Recipe
 
 CHECKPOINT = "last.pth"
@@ -79,16 +80,20 @@ def load_trained(path: str | os.PathLike) -> tuple[dict[str, Tensor], list[str] 
     content = load_torch(path)
     if not isinstance(content, dict):
         content = {"model": content}
-    return state_dict_in(content.get("ema", content), path), content.get(CLASS_NAMES)
+    return state_dict_in(content.get("ema", content), path), _class_names_in(content, path)
 
 
 def _class_names_beside(path: Path) -> list[str] | None:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text("utf-8")).get(CLASS_NAMES)
-    except (AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: expected the description of the model beside, with {CLASS_NAMES}: {error}") from None
+    return _class_names_in(read_json(path), path) if path.is_file() else None
+
+
+def _class_names_in(content: Any, path: Path) -> list[str] | None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected the description of a model, got {content!r}")
+    names = content.get(CLASS_NAMES)
+    if names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return names
+    raise ValueError(f"{path}: expected a list of names as {CLASS_NAMES}, got {names!r}")
 
 
 def flat(table: dict[str, Any], place: str = "") -> dict[str, Any]:

@@ -302,6 +302,8 @@ def _test_set(recipe: Recipe) -> Any:
     data = recipe.data
     dataset = create_dataset(recipe.model.modality, data.layout, data.root, data.test_split, False, **data.settings)
     _require_files(dataset, data.test_split)
+    if isinstance(dataset, Samples) and not len(dataset):
+        raise ValueError(f"data.test_split: there is no sample in {data.test_split!r}")
     return dataset
 
 

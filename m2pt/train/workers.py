@@ -1,6 +1,9 @@
 """The processes that read data: however a block ends that uses them, they end with it, in seconds."""
 
+import ctypes
+import multiprocessing
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +12,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+PR_SET_PDEATHSIG = 1
 PATIENCE = 3
 """Seconds that they have to end by themselves."""
 
@@ -20,17 +24,22 @@ def received(loader: DataLoader) -> Iterator[Iterator[Any]]:
     Raises:
         ChildProcessError: a worker was lost, by a signal or by its own exit.
     """
-    with _delayed_interrupt():
-        batches: Any = iter(loader)
-    workers: Sequence[BaseProcess] = getattr(batches, "_workers", ())
-    with _no_handler_of_dead_children():
-        try:
+    batches: Any = None
+    workers: list[BaseProcess] = []
+    try:
+        with _delayed_interrupt():
+            others = multiprocessing.active_children()
+            try:
+                batches = iter(loader)
+            finally:
+                workers = [child for child in multiprocessing.active_children() if child not in others]
+        with _no_handler_of_dead_children():
             yield batches
-        except (EOFError, OSError, RuntimeError) as error:  # workers send their own errors as values
-            raise ChildProcessError(f"data: a process that reads samples (machine.workers) was lost: {error}") from None
-        finally:
-            if workers:
-                _end(batches, workers)
+    except (EOFError, OSError, RuntimeError) as error:  # workers send their own errors as values
+        raise ChildProcessError(f"data: a process that reads samples (machine.workers) was lost: {error}") from None
+    finally:
+        with _no_handler_of_dead_children(), _delayed_interrupt():
+            _end(batches, workers)
 
 
 def leave_signals_to_parent(worker: int) -> None:
@@ -38,17 +47,18 @@ def leave_signals_to_parent(worker: int) -> None:
     that trains has to finish its step, for which it needs data."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with the one that trains, even in a sample
 
 
 def _end(batches: Any, workers: Sequence[BaseProcess]) -> None:
     """Ask the workers to end, and kill those that do not: they ignore SIGTERM, by which Python would end them."""
-    deadline = threading.Timer(PATIENCE, _kill, [workers])
-    deadline.start()
-    try:
+    if batches is not None and workers:
+        deadline = threading.Timer(PATIENCE, _kill, [workers])
+        deadline.start()
         batches._shutdown_workers()
-    finally:
         deadline.cancel()
-        _kill(workers)
+    _kill(workers)
 
 
 def _kill(workers: Sequence[BaseProcess]) -> None:
@@ -73,7 +83,7 @@ def _no_handler_of_dead_children() -> Iterator[None]:
 
 @contextmanager
 def _delayed_interrupt() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: it would leave workers that nobody knows yet."""
+    """Ctrl-C waits for the end of the block: it would leave workers that nobody knows yet, or that nobody ends."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
