@@ -53,7 +53,11 @@ def check_calls(model: nn.Module, sample: Sample) -> None:
     sample = tree_map_only(Tensor, Tensor.clone, sample)  # a model may write to what it gets
     keywords = sample if isinstance(sample, Mapping) else {}
     arguments = sample if isinstance(sample, tuple) else () if isinstance(sample, Mapping) else (sample,)
-    buffers = {module: {name: (own, own.clone()) for name, own in _own_buffers(module)} for module in model.modules()}
+    buffers = {
+        module: {name: (own, own if own is None else own.clone()) for name, own in module._buffers.items()}
+        for module in model.modules()
+        if not isinstance(module, FusedCrossModalLinear)
+    }
     flags = {module: module.training for module in model.modules()}
     gpus = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
     try:
@@ -68,14 +72,9 @@ def check_calls(model: nn.Module, sample: Sample) -> None:
             module.training = flag
         for module, own in buffers.items():
             for name, (buffer, before) in own.items():
-                module._buffers[name] = buffer.copy_(before)
+                module._buffers[name] = buffer if buffer is None else buffer.copy_(before)
     if names := [name for name, layer in model.named_modules() if _is_uncalled(layer)]:
         raise ValueError(f"target_model: {_description(model, names)}")
-
-
-def _own_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Those that a forward pass may write to."""
-    return [] if isinstance(module, FusedCrossModalLinear) else list(module.named_buffers(recurse=False))
 
 
 def watch_calls(model: nn.Module) -> None:
@@ -88,7 +87,7 @@ def watch_calls(model: nn.Module) -> None:
 
 
 def stop_watching(model: nn.Module) -> None:
-    """Take back `watch_calls` of a module."""
+    """Undo `watch_calls`."""
     for key, hook in list(model._forward_hooks.items()):
         if hook is _warn_of_uncalled:
             model._forward_hooks.pop(key, None)

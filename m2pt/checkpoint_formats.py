@@ -15,7 +15,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from m2pt_kernels.checks import check_undivided
+from m2pt_kernels.divided import check_undivided
 
 from .checkpoints import load_state_dict
 from .checks import check_module, check_state_dict

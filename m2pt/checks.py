@@ -12,7 +12,8 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 
-from m2pt_kernels.checks import check_tensor, check_whole
+from m2pt_kernels.checks import check_tensor
+from m2pt_kernels.divided import check_whole
 
 
 def check_module(argument: str, module: nn.Module) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from m2pt_kernels import combined_weight, cross_modal_linear, quantize
-from m2pt_kernels.checks import GEMM_DTYPES, check_tensor, check_whole
+from m2pt_kernels.checks import GEMM_DTYPES, check_tensor
+from m2pt_kernels.divided import check_whole
 from m2pt_kernels.quantization import DTYPES
 
 from .checks import check_kind, check_sizes

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from m2pt_kernels import dequantize
-from m2pt_kernels.checks import flattened_modules, fsdp_modules, is_divided, whole
+from m2pt_kernels.divided import flattened_modules, fsdp_modules, is_divided, whole
 
 from .calls import Sample, check_calls, check_sample, is_known_to_read, stop_watching, watch_calls
 from .checks import check_kind, check_module
@@ -63,20 +63,20 @@ def reparameterize_aux_into_target_model(
     """
     check_module("target_model", target_model)
     check_kind(str, "a dotted name", main_body_name=main_body_name)
-    target_blocks = _blocks(target_model, "target_model", main_body_name)
+    target_names = _block_names(target_model, "target_model", main_body_name)
     aux_models = _named_models(aux_model)
-    aux_blocks = {argument: _blocks(model, argument, main_body_name) for argument, model in aux_models.items()}
-    for argument, blocks in aux_blocks.items():
-        if len(target_blocks) != len(blocks):
+    aux_names = {argument: _block_names(model, argument, main_body_name) for argument, model in aux_models.items()}
+    for argument, blocks in aux_names.items():
+        if len(target_names) != len(blocks):
             raise ValueError(
-                f"{argument}: expected {len(target_blocks)} blocks in {main_body_name!r} as in target_model,"
+                f"{argument}: expected {len(target_names)} blocks in {main_body_name!r} as in target_model,"
                 f" got {len(blocks)}"
             )
     _require_names(layer_names)
     check_sample(sample)
     replacements = []
     connected: dict[nn.Linear, str] = {}
-    for target_block, *own_blocks in zip(target_blocks, *aux_blocks.values(), strict=True):
+    for target_block, *own_names in zip(target_names, *aux_names.values(), strict=True):
         for layer_name in layer_names:
             place = f"{target_block}.{layer_name}"
             origin_layer = _linear(target_model, "target_model", place)
@@ -84,7 +84,7 @@ def reparameterize_aux_into_target_model(
             _require_called(target_model, place)
             aux_weights = [
                 _aux_weight(model, argument, f"{block}.{layer_name}", origin_layer)
-                for (argument, model), block in zip(aux_models.items(), own_blocks, strict=True)
+                for (argument, model), block in zip(aux_models.items(), own_names, strict=True)
             ]
             if origin_layer in connected:
                 raise ValueError(f"target_model: {place} is {connected[origin_layer]}, used twice")
@@ -134,7 +134,7 @@ def _require_names(layer_names: Sequence[str]) -> None:
         raise ValueError(f"layer_names: expected a sequence of different names, got {layer_names!r}")
 
 
-def _blocks(model: nn.Module, argument: str, main_body_name: str) -> list[str]:
+def _block_names(model: nn.Module, argument: str, main_body_name: str) -> list[str]:
     """The dotted names of the blocks."""
     try:
         blocks = model.get_submodule(main_body_name)

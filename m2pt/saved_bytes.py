@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from m2pt_kernels.checks import check_undivided
+from m2pt_kernels.divided import check_undivided
 
 from .checks import check_module
 from .linear import FusedCrossModalLinear

@@ -230,6 +230,14 @@ def test_a_run_is_not_resumed_with_other_classes(run, tmp_path, capsys):
     assert expected in capsys.readouterr().err
 
 
+def test_a_run_is_not_resumed_with_its_classes_in_another_order(run, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    state = torch.load(run / "out" / "last.pth", weights_only=True)
+    torch.save(state | {"class_names": list(COLOURS)[::-1]}, tmp_path / "out" / "last.pth")
+    assert train(run / "data", tmp_path / "out", "--resume") == 2
+    assert "last.pth: the run to resume had its classes in another order" in capsys.readouterr().err
+
+
 # every layout: its test split has one class, and then one that its training split lacks
 
 
@@ -433,6 +441,12 @@ def test_other_encodings_are_refused_by_name(tmp_path, encoding, name, message):
     (tmp_path / "train.csv").write_bytes(f"a.mp4 0\n{name}.mp4 1\n".encode(encoding))
     with pytest.raises(ValueError, match=message):
         create_dataset("video", "list", tmp_path, "train", False)
+
+
+def test_a_wrong_byte_behind_a_mark_is_named_with_its_line(tmp_path):
+    (tmp_path / "list.txt").write_bytes(MARK.encode() + b"one\n\xff")
+    with pytest.raises(ValueError, match=r"list\.txt, line 2: expected UTF-8, got the byte 0xff"):
+        read_text(tmp_path / "list.txt")
 
 
 def test_a_text_file_that_is_not_there(tmp_path):

@@ -220,6 +220,28 @@ def test_a_shard_s_label_that_is_no_integer_is_refused_by_the_name_of_its_sample
         next(samples)
 
 
+@pytest.mark.parametrize("labels", [[0, 2, 1], [0, 3, 1]])
+def test_labels_of_shards_may_lie_in_json_files(tmp_path, labels):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "val-0000.tar")) as tar:
+        for index, label in enumerate(labels):
+            tar.write({"__key__": f"sample{index}", "png": Image.new("RGB", (8, 8)), "json": {"species": label}})
+    split = {
+        "name": "val",
+        "num_samples": 3,
+        "filenames": ["val-0000.tar"],
+        "shard_lengths": [3],
+        "alt_label": "species",
+    }
+    (tmp_path / "info.json").write_text(json.dumps({"splits": {"val": split}}))
+    dataset = create_dataset("image", "webdataset", tmp_path, "val", False, size=32, num_classes=3)
+    if 3 not in labels:
+        assert [label for _, label in dataset] == labels
+    else:
+        with pytest.raises(ValueError, match="sample sample1: expected a label from 0 to 2, got 3"):
+            list(dataset)
+
+
 def test_a_label_that_is_changed_later_is_checked_when_its_sample_is_read():
     dataset = create_dataset("image", "embedded", None, "train", True)
     dataset.labels[3] = 10

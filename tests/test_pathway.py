@@ -421,10 +421,12 @@ def test_the_pass_with_a_sample_changes_no_buffer_and_no_input(layers):
         arguments[0].zero_()
         module.count += 1
         module.mean = module.mean + 1
+        module.first = torch.ones(1)
 
     target, aux, sample = Readers(0), Readers(1), X.clone()
     target.register_buffer("count", torch.zeros(2))
     target.register_buffer("mean", torch.zeros(3))
+    target.register_buffer("first", None)
     before = dict(target.named_buffers())
     target.register_forward_pre_hook(writes)
     with contextlib.nullcontext() if layers == ("fc",) else pytest.raises(ValueError, match="not called"):
@@ -432,7 +434,7 @@ def test_the_pass_with_a_sample_changes_no_buffer_and_no_input(layers):
     assert torch.equal(sample, X)
     after = dict(target.named_buffers())
     assert after.keys() == before.keys() and all(after[name] is buffer for name, buffer in before.items())
-    assert not target.count.any() and not target.mean.any()
+    assert not target.count.any() and not target.mean.any() and target.first is None
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,10 @@ def test_a_scan_may_count_from_white(tmp_path, kind):
     assert np.abs(seen(tmp_path / "a.tif")[1] - RAMP[:, :, None]).max() <= 1
 
 
-def test_integers_of_32_bits_may_have_no_sign():
+@pytest.mark.parametrize("tags", [{TiffImagePlugin.SAMPLEFORMAT: (1,)}, {}])
+def test_integers_of_32_bits_may_have_no_sign(tags):
     picture = Image.fromarray((RAMP.astype(np.uint32) * 16_843_009).view(np.int32))
-    picture.tag_v2 = {TiffImagePlugin.BITSPERSAMPLE: (32,), TiffImagePlugin.SAMPLEFORMAT: (1,)}
+    picture.tag_v2 = {TiffImagePlugin.BITSPERSAMPLE: (32,)} | tags
     assert np.abs(np.asarray(as_seen(picture))[:, :, 0].astype(int) - RAMP).max() <= 1
 
 

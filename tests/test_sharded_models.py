@@ -243,7 +243,9 @@ def test_two_processes():
 @pytest.mark.parametrize("keeps_parameters", [True, False])
 def test_fsdp1_is_refused_by_name(keeps_parameters):
     """It leaves a process with parts of some scales and none of others, which no function could tell."""
-    model = FullyShardedDataParallel(connected().requires_grad_(), use_orig_params=keeps_parameters, device_id=torch.device("cpu"))
+    model = FullyShardedDataParallel(
+        connected().requires_grad_(), use_orig_params=keeps_parameters, device_id=torch.device("cpu")
+    )
     expected = model(images())
     for function in (merge_pathways, quantize_aux, cross_modal_scales, scale_table):
         with pytest.raises(ValueError, match=r"divided .*get_model_state_dict|divided among processes: quantise"):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from m2pt.cli import main
 from m2pt.data.embedded import TensorSamples
 from m2pt.train.log import read_log
+from m2pt.train.workers import received
 
 SETTINGS = ["model.overrides.embed_dim=16", "model.overrides.depth=1", "model.overrides.num_heads=2"]
 SETTINGS += ["data.batch_size=120", "schedule.epochs=2", "run.log_steps=1", "run.checkpoint_steps=1"]
@@ -76,6 +78,7 @@ def run(arguments, log, failure, sample, milliseconds=None):
     def failing(dataset, index):
         done.append(index)
         if len(done) == sample:
+            Path(f"{log}.failing").touch()
             (FAILURES | ENDS | HANGS)[failure]()
         return read(dataset, index)
 
@@ -124,6 +127,13 @@ def ended(process, status, seconds=20):
     return False
 
 
+def wait_for_failure(log):
+    """Until a worker has failed, and the process that trains waits for it."""
+    while not Path(f"{log}.failing").exists():
+        time.sleep(0.01)
+    time.sleep(1)
+
+
 def error_in(log):
     (line,) = (line for line in log.read_text().splitlines() if line.startswith("m2pt:"))
     assert "Traceback" not in log.read_text()
@@ -164,8 +174,7 @@ def test_a_run_whose_worker_was_lost_goes_on_as_if_nothing_had_been(tmp_path, st
 @pytest.mark.parametrize("failure", HANGS)
 def test_ctrl_c_ends_a_run_whose_workers_hang(tmp_path, start, failure):
     process = start(command(tmp_path / "out", "machine.workers=3"), tmp_path / "log", failure, 200)
-    time.sleep(4)
-    assert process.exitcode is None
+    wait_for_failure(tmp_path / "log")
     os.killpg(process.pid, signal.SIGINT)
     assert ended(process, 130, 10)
     assert error_in(tmp_path / "log").startswith("m2pt: interrupted")
@@ -181,7 +190,7 @@ def test_ctrl_c_while_workers_start_that_hang(tmp_path, start, milliseconds):
 
 def test_ctrl_c_twice(tmp_path, start):
     process = start(command(tmp_path / "out", "machine.workers=3"), tmp_path / "log", "sleeps", 200)
-    time.sleep(4)
+    wait_for_failure(tmp_path / "log")
     for _ in range(3):
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.001)
@@ -192,7 +201,7 @@ def test_ctrl_c_twice(tmp_path, start):
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker ends with its sample")
 def test_workers_that_hang_end_with_the_process_that_trains(tmp_path, start):
     process = start(command(tmp_path / "out", "machine.workers=3"), tmp_path / "log", "sleeps", 200)
-    time.sleep(4)
+    wait_for_failure(tmp_path / "log")
     process.kill()
     assert ended(process, -signal.SIGKILL)
 
@@ -226,3 +235,29 @@ def test_an_error_of_the_training_process_ends_workers_that_hang(tmp_path, start
     process = start(command(tmp_path / "out", *more), tmp_path / "log", "sleeps", 700)
     assert ended(process, 2)
     assert "m2pt: error: step 2: the loss is nan" in error_in(tmp_path / "log")
+
+
+def test_other_processes_are_left_alone():
+    """Also one that another thread starts while workers start."""
+    context = multiprocessing.get_context("fork")
+    other = context.Process(target=time.sleep, args=(1000,))
+    init = DataLoader.__iter__
+
+    def beside(loader):
+        other.start()
+        return init(loader)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DataLoader, "__iter__", beside)
+        with received(DataLoader([1, 2, 3], num_workers=1)) as batches:
+            assert len(list(batches)) == 3
+    assert other.is_alive()
+    other.kill()
+    other.join()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_that_is_no_worker_s_is_left_as_it_is(workers):
+    with pytest.raises(BrokenPipeError), received(DataLoader([1, 2, 3], num_workers=workers)) as batches:
+        next(batches)
+        raise BrokenPipeError

@@ -191,7 +191,7 @@ def _is_unobserved(*tensors: Tensor | None) -> bool:
 
 
 _shaped = torch.ops.aten._unsafe_view.default
-"""A view of a tensor that nobody else has. From an autograd function, autograd lets no other be changed in place."""
+"""Reshape a tensor that nothing else refers to. Other views from an autograd function may not be changed in place."""
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ package.
 import torch
 from torch import Tensor
 
-from .checks import GEMM_DTYPES, check_tensor, check_whole
+from .checks import GEMM_DTYPES, check_tensor
+from .divided import check_whole
 
 GROUP_SIZE = 64
 """Columns of an int4 matrix that share a scale."""

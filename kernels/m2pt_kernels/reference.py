@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import GEMM_DTYPES, check_operand, check_tensor, check_whole
+from .checks import GEMM_DTYPES, check_operand, check_tensor
+from .divided import check_whole
 from .quantization import check_aux_weight, dequantize
 
 BLOCK_ENTRIES = 2**18

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from . import gemm, ops, records
-from .checks import check_undivided
 from .configs import EAGER, TUNED, Plan, problem, variant
+from .divided import check_undivided
 from .verification import verify
 
 _OPERATORS = {

@@ -3,7 +3,6 @@
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -53,7 +52,7 @@ def create_dataset(
         split: the part of the data, in the names of the layout.
         training: augment at random; otherwise prepare for evaluation.
         class_names: those of the training split, in their order, to number the classes of another split as there.
-            Without them folders and tables number the classes that they have.
+            Without them folders and tables number the classes that they have. Layouts without names ignore them.
         settings: the keyword arguments of the layout's function, and of the dataset's class or, for images, of
             `m2pt.data.image.image_transform`.
 
@@ -75,16 +74,15 @@ def create_dataset(
     allowed = _keyword_arguments(build) | _keyword_arguments(configured)
     for name in settings:
         one_of(f"setting of layout {layout}", name, allowed)
+    folder = None
     if layout == "embedded":
         if root:
             raise ValueError(f"root: layout embedded comes with the package and reads no folder, got {root}")
-        dataset = build(None, split, training, **settings)
     elif not root:
         raise ValueError(f"root: layout {layout} of modality {modality} needs the folder of the data set, got none")
-    elif not checked_path("root", root).is_dir():
-        raise FileNotFoundError(f"root: {root}: no such folder")
-    else:
-        dataset = build(Path(root), split, training, **settings)
+    elif not (folder := checked_path("root", root)).is_dir():
+        raise FileNotFoundError(f"root: {folder}: no such folder")
+    dataset = build(folder, split, training, **settings)
     if isinstance(dataset, Samples):
         dataset.check_labels()
         dataset.number_as(class_names)

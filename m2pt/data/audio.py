@@ -278,13 +278,15 @@ def _as_listed(line: str) -> str:
 def _rows(path: Path, *columns: str, integers: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows of a csv file, by column; the columns `integers` are converted."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    header = reader.fieldnames or ()
-    if lacking := set(columns) - set(header):
-        raise ValueError(f"{path}: expected the columns {', '.join(columns)}; missing: {', '.join(sorted(lacking))}")
-    if len(set(header)) != len(header):
-        raise ValueError(f"{path}: expected different columns, got {', '.join(header)}")
     rows: list[dict[str, Any]] = []
     try:
+        header = reader.fieldnames or ()
+        if lacking := set(columns) - set(header):
+            raise ValueError(
+                f"{path}: expected the columns {', '.join(columns)}; missing: {', '.join(sorted(lacking))}"
+            )
+        if len(set(header)) != len(header):
+            raise ValueError(f"{path}: expected different columns, got {', '.join(header)}")
         for row in reader:
             place = f"{path}, line {reader.line_num}"
             if None in row or not all(row[column] for column in columns):

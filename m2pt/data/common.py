@@ -162,8 +162,9 @@ def read_text(path: Path) -> str:
     try:
         text = content.decode("utf-16" if has_two_bytes else "utf-8-sig")
     except UnicodeDecodeError as error:
-        place = f"{path}, line {1 + content[: error.start].count(10)}"
-        raise ValueError(f"{place}: expected UTF-8, got the byte {content[error.start]:#x}: save it as UTF-8") from None
+        place = f"{path}, line {1 + error.object[: error.start].count(10)}"
+        byte = error.object[error.start]
+        raise ValueError(f"{place}: expected UTF-8, got the byte {byte:#x}: save it as UTF-8") from None
     if "\0" in text:
         raise ValueError(f"{path}: expected UTF-8, got zeros between the letters: save the file as UTF-8")
     return text

@@ -131,11 +131,14 @@ def _from_keyframes(
 
 def _from_start(container: Any, stream: Any, wanted: list[int]) -> Iterator[Any]:
     """The wanted frames, with all before them decoded. If there are fewer, the last one is repeated."""
+    number, frame = -1, None
     for number, frame in enumerate(container.decode(stream)):
         if number in wanted:
             yield frame
         if number == wanted[-1]:
             return
+    if frame is None:
+        raise ValueError("none of its frames can be decoded")
     yield from [frame] * sum(later > number for later in wanted)
 
 

@@ -145,13 +145,14 @@ def _pictures(folder: Path, around: Set[Path]) -> Iterator[Path]:
     real = Path(os.path.realpath(folder))
     if real in around:
         return
-    for entry in folder.iterdir():
-        if is_hidden(entry.name):
-            continue
-        if entry.is_dir():
-            yield from _pictures(entry, around | {real})
-        elif entry.name.lower().endswith(ENDINGS):
-            yield entry
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                yield from _pictures(Path(entry.path), around | {real})
+            elif entry.name.lower().endswith(ENDINGS):
+                yield Path(entry.path)
 
 
 def _natural(name: str) -> tuple[list[Any], str]:
@@ -235,8 +236,10 @@ class ShardDataset(timm.data.IterableImageDataset):
         reader, webdataset = self.reader, require("webdataset", "image")
         if reader.ds is None:
             reader._lazy_init()
-            decode = len(reader.ds.pipeline) - 2  # which would leave out a sample without a label
-            reader.ds.pipeline.insert(decode, webdataset.map(self._labelled))
+            if not reader.split_info.alt_label:  # the name of the label in a json file beside
+                decode = len(reader.ds.pipeline) - 2  # which leaves out a sample whose label is no number
+                reader.ds.pipeline.insert(decode, webdataset.map(self._labelled))
+            reader.ds.append(webdataset.map(self._checked))
             reader.ds.append(webdataset.map(_seen, handler=webdataset.warn_and_continue))
         return super().__iter__()
 
@@ -247,7 +250,10 @@ class ShardDataset(timm.data.IterableImageDataset):
         )
         if not re.fullmatch(r"\s*-?\d{1,18}\s*", label):
             raise ValueError(f"{name}: expected a label from 0 to {self.num_classes - 1} as cls, got {label!r}")
-        check_label(name, int(label), self.num_classes)
+        return sample
+
+    def _checked(self, sample: dict[str, Any]) -> dict[str, Any]:
+        check_label(f"{self.reader.root}, sample {sample['__key__']}", sample["target"], self.num_classes)
         return sample
 
 
@@ -283,6 +289,8 @@ def webdataset(
             batch_size=batch_size,
             seed=seed,
         )
+    except KeyError as error:
+        raise ValueError(f"{root}: split {split!r} has no {error} in info.json") from None
     except RuntimeError as error:  # timm's for an unknown split; it names the splits
         raise ValueError(f"split: {error}") from error
 

@@ -49,7 +49,7 @@ def _in_eight_bits(picture: Image.Image) -> Image.Image:
     tags = getattr(picture, "tag_v2", {})
     bits, kind = (tags.get(tag, (None,))[0] for tag in (TiffImagePlugin.BITSPERSAMPLE, TiffImagePlugin.SAMPLEFORMAT))
     values = np.asarray(picture)
-    if picture.mode == "I" and (bits, kind) == (32, 1):
+    if picture.mode == "I" and (bits, kind or 1) == (32, 1):
         values = values.view(np.uint32)
     values = values.astype(np.float64)
     black, white = values.min(), values.max()

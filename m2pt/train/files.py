@@ -62,7 +62,8 @@ def load_checkpoint(folder: Path, recipe: Recipe, class_names: Sequence[str] | N
     names = state.get(CLASS_NAMES)
     if names is not None and class_names is not None and names != list(class_names):
         new, old = (sorted(set(a) - set(b)) for a, b in ((class_names, names), (names, class_names)))
-        raise ValueError(f"{path}: the run to resume had other classes: new are {new}, gone are {old}")
+        what = f"other classes: new are {new}, gone are {old}" if new or old else "its classes in another order"
+        raise ValueError(f"{path}: the run to resume had {what}")
     return state
 
 

@@ -285,26 +285,29 @@ def _require_free(out: Path, resume: bool) -> None:
 
 
 def _training_set(recipe: Recipe, world: World) -> Any:
-    data = recipe.data
     size = pass_size(recipe, world)
-    stream = {"batch_size": size, "seed": recipe.run.seed} if data.layout == "webdataset" else {}
-    dataset = create_dataset(
-        recipe.model.modality, data.layout, data.root, data.train_split, True, **{**data.settings, **stream}
-    )
-    if data.on_error == "stop":
-        _require_files(dataset, data.train_split)
+    stream = {"batch_size": size, "seed": recipe.run.seed} if recipe.data.layout == "webdataset" else {}
+    dataset = _opened(recipe, recipe.data.train_split, training=True, **stream)
+    if recipe.data.on_error == "stop":
+        _require_files(dataset, recipe.data.train_split)
     return dataset
 
 
 def _test_set(recipe: Recipe) -> Any:
     """The test split. It has to be opened before the processes know of each other: timm would divide a stream among
     them, and not evenly."""
-    data = recipe.data
-    dataset = create_dataset(recipe.model.modality, data.layout, data.root, data.test_split, False, **data.settings)
-    _require_files(dataset, data.test_split)
+    split = recipe.data.test_split
+    dataset = _opened(recipe, split, training=False)
+    _require_files(dataset, split)
     if isinstance(dataset, Samples) and not len(dataset):
-        raise ValueError(f"data.test_split: there is no sample in {data.test_split!r}")
+        raise ValueError(f"data.test_split: there is no sample in {split!r}")
     return dataset
+
+
+def _opened(recipe: Recipe, split: str, training: bool, **more: Any) -> Any:
+    data = recipe.data
+    settings = {**data.settings, **more}
+    return create_dataset(recipe.model.modality, data.layout, data.root, split, training, **settings)
 
 
 def _require_files(dataset: Any, split: str) -> None:
@@ -319,14 +322,9 @@ def _number_as_trained(test_set: Any, class_names: Sequence[str] | None, recipe:
     data, whose training split then does."""
     if not isinstance(test_set, Samples) or test_set.class_names is None:
         return
-    data = recipe.data
-    try:
-        class_names = (
-            class_names
-            or create_dataset(
-                recipe.model.modality, data.layout, data.root, data.train_split, False, **data.settings
-            ).class_names
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint: it does not name its classes, nor does a training split: {error}") from None
+    if class_names is None:
+        try:
+            class_names = _opened(recipe, recipe.data.train_split, training=False).class_names
+        except (OSError, ValueError) as error:
+            raise ValueError(f"checkpoint: it does not name its classes, nor does a training split: {error}") from None
     test_set.number_as(class_names)

@@ -1,12 +1,13 @@
-"""The processes that read data: however a block ends that uses them, they end with it, in seconds."""
+"""The processes that read data: they end, in seconds, with the block that uses them, however that ends."""
 
 import ctypes
-import multiprocessing
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import active_children
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader
 
 PR_SET_PDEATHSIG = 1
 PATIENCE = 3
-"""Seconds that they have to end by themselves."""
+"""Seconds that workers get to end by themselves."""
+LOST = "data: a process that reads samples (machine.workers) was lost"
 
 
 @contextmanager
@@ -25,18 +27,17 @@ def received(loader: DataLoader) -> Iterator[Iterator[Any]]:
         ChildProcessError: a worker was lost, by a signal or by its own exit.
     """
     batches: Any = None
-    workers: list[BaseProcess] = []
+    workers: Sequence[BaseProcess] = ()
     try:
         with _delayed_interrupt():
-            others = multiprocessing.active_children()
-            try:
-                batches = iter(loader)
-            finally:
-                workers = [child for child in multiprocessing.active_children() if child not in others]
+            batches, workers = _started(loader)
         with _no_handler_of_dead_children():
-            yield batches
-    except (EOFError, OSError, RuntimeError) as error:  # workers send their own errors as values
-        raise ChildProcessError(f"data: a process that reads samples (machine.workers) was lost: {error}") from None
+            try:
+                yield batches
+            except (EOFError, OSError, RuntimeError) as error:  # workers send their own errors as values
+                if not wait([worker.sentinel for worker in workers], timeout=1):
+                    raise
+                raise ChildProcessError(f"{LOST}: {error}") from None
     finally:
         with _no_handler_of_dead_children(), _delayed_interrupt():
             _end(batches, workers)
@@ -49,6 +50,16 @@ def leave_signals_to_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with the one that trains, even in a sample
+
+
+def _started(loader: DataLoader) -> tuple[Any, Sequence[BaseProcess]]:
+    others = active_children()
+    try:
+        batches: Any = iter(loader)
+    except (OSError, RuntimeError) as error:
+        _kill([child for child in active_children() if child not in others])
+        raise ChildProcessError(f"{LOST}: {error}") from None
+    return batches, getattr(batches, "_workers", ())
 
 
 def _end(batches: Any, workers: Sequence[BaseProcess]) -> None:
@@ -78,7 +89,7 @@ def _no_handler_of_dead_children() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, before)
+        _restore(signal.SIGCHLD, before)
 
 
 @contextmanager
@@ -92,6 +103,12 @@ def _delayed_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if asked:
-        signal.raise_signal(signal.SIGINT)
+        _restore(signal.SIGINT, before)
+        if asked:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _restore(number: signal.Signals, handler: Any) -> None:
+    """Set a handler again, unless it was not Python's own."""
+    if handler is not None:
+        signal.signal(number, handler)
