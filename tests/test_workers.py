@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import assert_equal, no_plots
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from m2pt.cli import main
 from m2pt.data.embedded import TensorSamples
+from m2pt.train.batches import Batches, StreamedSamples, running
+from m2pt.train.distributed import World
 from m2pt.train.log import read_log
+from m2pt.train.recipe import Machine
 from m2pt.train.workers import received
 
 SETTINGS = ["model.overrides.embed_dim=16", "model.overrides.depth=1", "model.overrides.num_heads=2"]
@@ -254,6 +257,33 @@ def test_other_processes_are_left_alone():
     assert other.is_alive()
     other.kill()
     other.join()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="Windows has no such signal")
+def test_handlers_of_signals_are_as_before():
+    with received(DataLoader([1], num_workers=1)) as batches:
+        next(batches)
+    before = [signal.getsignal(number) for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)]
+    assert callable(before[0])  # torch's, which it sets only once
+    with received(DataLoader([1], num_workers=1)) as batches:
+        next(batches)
+    assert [signal.getsignal(number) for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)] == before
+
+
+class Stream(IterableDataset):
+    """One sample, and then an error."""
+
+    def __iter__(self):
+        yield 1
+        raise ValueError("sample 2 is damaged")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_stream_is_not_left_out_with_a_batch_that_is_not_whole(workers):
+    machine, world = Machine(workers=workers), World(0, 1, torch.device("cpu"))
+    batches = Batches(StreamedSamples(Stream()), machine, world, batch_size=4, drop_last=True)
+    with pytest.raises(ValueError, match="sample 2 is damaged"), running(batches) as read:
+        list(read)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

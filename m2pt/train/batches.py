@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 from ..data.common import seeded
 from .distributed import World
 from .recipe import Data, Machine, Recipe
-from .workers import leave_signals_to_parent, received
+from .workers import leave_to_parent, received
 
 
 def derived_seed(*numbers: int) -> int:
@@ -89,7 +89,7 @@ class Batches:
             collate_fn=_collate,
             num_workers=machine.workers,
             pin_memory=world.device.type == "cuda",
-            worker_init_fn=leave_signals_to_parent,
+            worker_init_fn=leave_to_parent,
             **sampling,
         )
 

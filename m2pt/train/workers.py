@@ -43,13 +43,17 @@ def received(loader: DataLoader) -> Iterator[Iterator[Any]]:
             _end(batches, workers)
 
 
-def leave_signals_to_parent(worker: int) -> None:
-    """To be called in each worker: SIGTERM is often sent to all processes of a job, and Ctrl-C always is, but the one
-    that trains has to finish its step, for which it needs data."""
+def leave_to_parent(worker: int) -> None:
+    """To be called in each worker: signals and errors are for the process that trains.
+
+    SIGTERM is often sent to all processes of a job, and Ctrl-C always is, but that process has to finish its step, for
+    which it needs data. Python's thread that hands over tensors complains where that process stops in the middle.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with the one that trains, even in a sample
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also in the middle of a sample
 
 
 def _started(loader: DataLoader) -> tuple[Any, Sequence[BaseProcess]]:
