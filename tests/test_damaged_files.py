@@ -4,6 +4,7 @@ was good before is still there afterwards."""
 import datetime
 import errno
 import functools
+import io
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_runs import (
     RECIPES,
     assert_equal,
@@ -639,6 +641,26 @@ def test_a_stream_without_a_readable_sample_is_refused(tmp_path, capsys, damaged
     command = ["train", RECIPES["image"], "--data", str(tmp_path), "--out", str(tmp_path / "run")]
     assert main([*command, *assignments("image"), *stream]) == 2
     assert "m2pt: error: data: the training split ended at step 0, after 0 of 1 passes" in capsys.readouterr().err
+
+
+def test_a_stream_that_leaves_out_a_test_sample_is_no_whole_split(tmp_path, capsys):
+    """Of the training split it may."""
+    webdataset = pytest.importorskip("webdataset")
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(file, "PNG")
+    splits = {}
+    for split, damaged in (("train", 8), ("val", 2)):
+        with webdataset.TarWriter(str(tmp_path / f"{split}.tar")) as tar:
+            for index in range(9):
+                picture = b"no picture" if index == damaged else file.getvalue()
+                tar.write({"__key__": str(index), "png": picture, "cls": index % 2})
+        splits[split] = {"name": split, "num_samples": 9, "filenames": [f"{split}.tar"], "shard_lengths": [9]}
+    (tmp_path / "info.json").write_text(json.dumps({"splits": splits}))
+    stream = ["data.layout=webdataset", "data.settings.num_classes=2", "schedule.epochs=1"]
+    command = ["train", RECIPES["image"], "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert main([*command, *assignments("image"), *stream]) == 2
+    error = capsys.readouterr().err
+    assert "m2pt: error: data: only 8 of the 9 samples of the test split can be read" in error
 
 
 def test_a_test_split_without_a_sample_is_refused():

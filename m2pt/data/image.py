@@ -244,11 +244,9 @@ class ShardDataset(timm.data.IterableImageDataset):
         return super().__iter__()
 
     def _labelled(self, sample: dict[str, Any]) -> dict[str, Any]:
-        name, label = (
-            f"{sample['__url__']}, sample {sample['__key__']}",
-            sample.get("cls", b"").decode(errors="replace"),
-        )
+        label = sample.get("cls", b"").decode(errors="replace")
         if not re.fullmatch(r"\s*-?\d{1,18}\s*", label):
+            name = f"{sample['__url__']}, sample {sample['__key__']}"
             raise ValueError(f"{name}: expected a label from 0 to {self.num_classes - 1} as cls, got {label!r}")
         return sample
 

@@ -20,8 +20,9 @@ TURNS = {
 def as_seen(picture: Image.Image) -> Image.Image:
     """A picture of any of Pillow's modes in RGB, as a person sees it: upright, and over white where it is transparent.
 
-    Integers of 16 bits count to 65535. Floats and integers of 32 bits do not say what is white: they count from 0 to 1
-    (floats only), 255 or 65535, if all lie there, and otherwise from the smallest to the largest.
+    Integers of 16 bits count to 65535, or as far as a TIFF file says. Floats and integers of 32 bits do not say what is
+    white: they count from 0 to 1 (floats only), 255 or 65535, if all lie there, and otherwise from the smallest to the
+    largest.
 
     Raises:
         ValueError: it holds values that are not finite.

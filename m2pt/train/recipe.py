@@ -69,7 +69,7 @@ class Data:
         test_batch_size: samples of one forward pass of a process in evaluation.
         on_error: what a damaged training sample does: "stop" the run, or "skip": a line on stderr names it, and the
             next readable one stands in. Of a list that names missing files the first stops before training and names
-            them. The test split always stops; in a stream timm skips, whatever is said here.
+            them. The test split always stops; in a training stream timm skips, whatever is said here.
     """
 
     layout: str
