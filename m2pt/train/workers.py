@@ -28,19 +28,20 @@ def received(loader: DataLoader) -> Iterator[Iterator[Any]]:
     """
     batches: Any = None
     workers: Sequence[BaseProcess] = ()
+    handler: Any = None
     try:
         with _delayed_interrupt():
             batches, workers = _started(loader)
-        with _no_handler_of_dead_children():
-            try:
-                yield batches
-            except (EOFError, OSError, RuntimeError) as error:  # workers send their own errors as values
-                if not wait([worker.sentinel for worker in workers], timeout=1):
-                    raise
-                raise ChildProcessError(f"{LOST}: {error}") from None
+            handler = _without_handler_of_dead_children()
+        yield batches
+    except (EOFError, OSError, RuntimeError) as error:  # workers send their own errors as values
+        if not wait([worker.sentinel for worker in workers], timeout=1):
+            raise
+        raise ChildProcessError(f"{LOST}: {error}") from None
     finally:
-        with _no_handler_of_dead_children(), _delayed_interrupt():
+        with _delayed_interrupt():
             _end(batches, workers)
+            _restore("SIGCHLD", handler)
 
 
 def leave_to_parent(worker: int) -> None:
@@ -82,18 +83,16 @@ def _kill(workers: Sequence[BaseProcess]) -> None:
             worker.kill()
 
 
-@contextmanager
-def _no_handler_of_dead_children() -> Iterator[None]:
-    """torch's handler raises its error wherever the program is, be it in the middle of writing a file. Without it a
-    dead worker is noticed, within seconds, when its batch is asked for."""
+def _without_handler_of_dead_children() -> Any:
+    """Take torch's handler away, which raises its error wherever the program is, be it in the middle of writing a file;
+    without it a dead worker is noticed, within seconds, when its batch is asked for.
+
+    Returns:
+        The handler; None if there is none, or if it is not for this thread to set.
+    """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        _restore(signal.SIGCHLD, before)
+        return None
+    return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @contextmanager
@@ -107,12 +106,12 @@ def _delayed_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        _restore(signal.SIGINT, before)
+        _restore("SIGINT", before)
         if asked:
             signal.raise_signal(signal.SIGINT)
 
 
-def _restore(number: signal.Signals, handler: Any) -> None:
-    """Set a handler again, unless it was not Python's own."""
+def _restore(name: str, handler: Any) -> None:
+    """Set the handler of a signal again, if it was one that Python knows."""
     if handler is not None:
-        signal.signal(number, handler)
+        signal.signal(getattr(signal, name), handler)
