@@ -14,7 +14,7 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import JITFunction
 
 from benchmarks.sass import assembler
-from m2pt_kernels import gemm, implementation
+from m2pt_kernels import implementation, plans
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -74,10 +74,10 @@ def compiling_for(target: GPUTarget, *others: JITFunction) -> Iterator[list[Comp
     try:
         with implementation("triton"):
             yield compiled
-        for kernel in (*gemm.KERNELS, *others):
+        for kernel in (*plans.KERNELS, *others):
             compiled += kernel.device_caches.pop(str(target), ({},))[0].values()
     finally:
-        for kernel in (*gemm.KERNELS, *others):
+        for kernel in (*plans.KERNELS, *others):
             kernel.device_caches.pop(str(target), None)
         triton.runtime.driver.set_active(None)
 

@@ -19,7 +19,9 @@ from tqdm import tqdm
 from benchmarks import results
 from benchmarks.results import Row
 from m2pt_kernels import gemm
-from m2pt_kernels.configs import EAGER, Plan
+from m2pt_kernels.combined import CombinedWeight
+from m2pt_kernels.plans import EAGER, candidates
+from m2pt_kernels.products import CombinedMatmul, GradParameters, Product
 
 ROUNDS = 15
 PLAIN = "plain GEMM"
@@ -68,8 +70,8 @@ def milliseconds(calls: dict[str, Callable[[], object]], emptied: Tensor) -> dic
     return {name: median(start.elapsed_time(end) for start, end in timed) for name, timed in pairs.items()}
 
 
-def products(layer: Layer, weights: str) -> dict[str, tuple[Callable[[], object], tuple]]:
-    """By name, the plain GEMM and the arguments in `gemm`, W, s and b being trained and W_aux frozen."""
+def products(layer: Layer, weights: str) -> list[tuple[Callable[[], object], Product]]:
+    """Return each beside its plain GEMM, W, s and b being trained and W_aux frozen."""
     weight_dtype, aux_dtype = WEIGHTS[weights]
     draw = partial(torch.randn, device="cuda")
     x = draw(layer.tokens, layer.in_features, dtype=HALF)
@@ -79,21 +81,22 @@ def products(layer: Layer, weights: str) -> dict[str, tuple[Callable[[], object]
     scale, bias = torch.full((1,), 0.1, device="cuda"), draw(layer.out_features, dtype=weight_dtype)
     half_bias, transposed = bias.to(HALF), grad_output.t()
     wide = {} if weight_dtype == HALF else {"out_dtype": FLOAT}
-    return {
-        "forward": (partial(F.linear, x, half, half_bias), (x, weight, aux_weight, scale, bias, None)),
-        "grad_input": (partial(torch.mm, grad_output, half), (grad_output, weight, aux_weight, scale, None)),
-        "grad_parameters": (
+    combined = CombinedWeight(weight, aux_weight, scale)
+    return [
+        (partial(F.linear, x, half, half_bias), CombinedMatmul(x, combined._replace(transposed=True), bias)),
+        (partial(torch.mm, grad_output, half), CombinedMatmul(grad_output, combined)),
+        (
             partial(torch.mm, transposed, x, **wide),
-            (grad_output, x, aux_weight, None, weight_dtype, None, None),
+            GradParameters(grad_output, x, aux_weight, None, weight_dtype, None),
         ),
-    }
+    ]
 
 
 def report(layer: Layer, weights: str, emptied: Tensor) -> list[Row]:
     rows = []
-    for product, (plain, arguments) in products(layer, weights).items():
-        plans: list[Plan] = [EAGER, *gemm.plans(product, *arguments)]
-        calls = {PLAIN: plain} | {str(plan): partial(gemm.compute, plan, product, *arguments) for plan in plans}
+    for plain, product in products(layer, weights):
+        plans = [EAGER, *candidates(product)]
+        calls = {PLAIN: plain} | {str(plan): partial(gemm.compute, plan, product) for plan in plans}
         times = milliseconds(calls, emptied)
         flops = 2 * layer.tokens * layer.in_features * layer.out_features
         rows.append(
@@ -101,7 +104,7 @@ def report(layer: Layer, weights: str, emptied: Tensor) -> list[Row]:
                 "layer": layer.name,
                 "tokens": layer.tokens,
                 "weights": weights,
-                "product": product,
+                "product": product.name,
                 "plain GEMM, us": times[PLAIN] * 1e3,
                 "TFLOP/s": flops / times[PLAIN] / 1e9,
                 "transient copy / plain": times[str(EAGER)] / times[PLAIN],

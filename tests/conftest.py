@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from m2pt_kernels import implementation, records
-from m2pt_kernels.configs import INTERPRETED, UNTUNED
+from m2pt_kernels.devices import INTERPRETED
+from m2pt_kernels.plans import UNTUNED
 
 if INTERPRETED:
     PATHS = [("triton", "cpu")]

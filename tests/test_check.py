@@ -15,9 +15,12 @@ from test_compilation import by_tma
 
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt.cli import main
-from m2pt_kernels import cases, check, configs, cross_modal_linear, gemm, processes, records
+from m2pt_kernels import cases, check, cross_modal_linear, plans, processes, records, reference
 from m2pt_kernels.cases import KINDS, Row, Shape
-from m2pt_kernels.configs import INTERPRETED
+from m2pt_kernels.combined import CombinedWeight
+from m2pt_kernels.devices import INTERPRETED
+from m2pt_kernels.plans import KERNELS, TUNED, UNTUNED
+from m2pt_kernels.products import CombinedMatmul
 from m2pt_kernels.versions import HAS_HOPPER_LOOPS
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="it starts the interpreter itself")
@@ -58,7 +61,7 @@ def on_gpu(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**33, 2**34))
-        monkeypatch.setattr(gemm, "supports", lambda device: True)
+        monkeypatch.setattr(check, "supports", lambda device: True)
         monkeypatch.setattr(check, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
 
     return pretend
@@ -98,7 +101,7 @@ def test_without_a_gpu_the_interpreter_runs_the_kernels(in_interpreter, tmp_path
     ]
     assert {row.kind for row in rows} == {"bf16, two models"} and {row.fault for row in rows} == {None}
     assert all(row.plan.startswith("pointers") and row.error_ratio > 0 for row in rows)
-    assert not records.path_of("findings", "cpu", gemm.KERNELS).exists()
+    assert not records.path_of("findings", "cpu", KERNELS).exists()
 
 
 def test_the_interpreter_is_used_beside_a_gpu_if_it_is_asked_for(on_gpu, in_interpreter, monkeypatch, capsys):
@@ -108,7 +111,7 @@ def test_the_interpreter_is_used_beside_a_gpu_if_it_is_asked_for(on_gpu, in_inte
     monkeypatch.setattr(check, "INTERPRETED", True)
     assert main(["check"]) == 0
     assert capsys.readouterr().out.startswith("TRITON_INTERPRET is set: ")
-    assert not records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS).exists()
+    assert not records.path_of("findings", "NVIDIA H100 80GB HBM3", KERNELS).exists()
 
 
 def test_an_exception_is_a_fault_of_one_line(monkeypatch, capsys):
@@ -170,7 +173,7 @@ def test_everything_right_on_a_gpu(on_gpu, tmp_path, capsys):
     assert signal.getsignal(signal.SIGTERM) is before
     assert {row.milliseconds for row in rows if row.shape == SHAPES[0]} == {0.3}
     assert {row.milliseconds for row in rows if row.shape == SHAPES[1]} == {None}
-    known = records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS))
+    known = records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", KERNELS))
     assert known.keys() == {row.variant for row in rows}
     assert {place: fault for tried in known.values() for place, fault in tried.items()} == {
         row.place: None for row in rows
@@ -202,7 +205,7 @@ def test_a_fault_is_a_row_and_not_the_end(on_gpu, monkeypatch, tmp_path, capsys,
     ends_the_process = "row[" not in fault
     assert len(set(places)) == len(places) == 36 - ends_the_process
     assert {row.variant for row in rows if row.fault} == {faulty}
-    known = records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS))
+    known = records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", KERNELS))
     assert records._faults(known).keys() == {faulty} and len(known) == 18
 
 
@@ -216,7 +219,7 @@ def test_a_process_that_cannot_start_is_a_row(on_gpu, monkeypatch, capsys):
         == "grad_parameters of autocast, int8: status 1: ModuleNotFoundError: No module named 'no_such_module'"
     )
     assert lines[-7] == "0 of 6 kernels are right"
-    assert records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS)) == {}
+    assert records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", KERNELS)) == {}
 
 
 @pytest.mark.parametrize("supported", [False, True])
@@ -269,7 +272,7 @@ if request['timed']: row['milliseconds'] = row['plain_milliseconds'] = 0.2
     assert "16 of 18 kernels are right\nforward by pointers b of bf16: while it was timed: status 3" in output
     timed = [row for row in rows_of(tmp_path / "check.json") if row.milliseconds]
     assert len(timed) == 16
-    assert len(records.faults("NVIDIA H100 80GB HBM3", gemm.KERNELS)) == 2
+    assert len(records.faults("NVIDIA H100 80GB HBM3", KERNELS)) == 2
 
 
 def test_times_that_cannot_be_had_are_no_fault(on_gpu, capsys):
@@ -284,28 +287,28 @@ def test_what_could_not_be_run_is_not_remembered(on_gpu, capsys):
     assert main(["check"]) == 0
     output = capsys.readouterr().out
     assert output.endswith("12 of 36 cases were not run: CUDA out of memory\n") and "not run\n" in output
-    known = records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS))
+    known = records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", KERNELS))
     assert len(known) == 12 and not any("pointers b" in variant for variant in known)
 
 
 def test_a_fault_is_forgotten_where_it_was_found_alone(on_gpu):
-    path = records.path_of("findings", "NVIDIA H100 80GB HBM3", gemm.KERNELS)
+    path = records.path_of("findings", "NVIDIA H100 80GB HBM3", KERNELS)
     on_gpu("if row['plan'] == 'pointers b': row['fault'] = 'wrong'")
     assert main(["check"]) == 1
     elsewhere = {"forward by pointers b of bf16": {"(788, 768)": "wrong at another size"}}
-    records.remember("NVIDIA H100 80GB HBM3", gemm.KERNELS, elsewhere)
-    faults = records.faults("NVIDIA H100 80GB HBM3", gemm.KERNELS)
+    plans.remember("NVIDIA H100 80GB HBM3", elsewhere)
+    faults = records.faults("NVIDIA H100 80GB HBM3", KERNELS)
     assert len(faults) == len(records._faults(records.read(path))) == 6
     on_gpu("")
     assert main(["check"]) == 0
     expected = {"forward by pointers b of bf16": "wrong at another size"}
-    assert records.faults("NVIDIA H100 80GB HBM3", gemm.KERNELS) == expected
+    assert records.faults("NVIDIA H100 80GB HBM3", KERNELS) == expected
     assert len(records.read(path)) == 18 and records._faults(records.read(path)) == expected
 
 
 def test_an_old_gpu_has_nothing_to_check(on_gpu, monkeypatch, capsys):
     on_gpu("")
-    monkeypatch.setattr(gemm, "supports", lambda device: False)
+    monkeypatch.setattr(check, "supports", lambda device: False)
     assert main(["check"]) == 0
     assert "below 8.0" in capsys.readouterr().out
 
@@ -353,13 +356,17 @@ def kernels(x, weights):
 
 
 @pytest.fixture
-def plans(weights):
-    """Those of that forward pass, by variant."""
+def product(weights):
+    """That of the forward pass."""
     x = torch.randn(1024, 512, dtype=torch.bfloat16)
-    arguments = gemm.prepared("forward", x, *weights.values(), torch.ones(1), None, None)
+    return CombinedMatmul(x, CombinedWeight(*weights.values(), torch.ones(1), transposed=True))
+
+
+@pytest.fixture
+def variants(product):
+    """Its plans, by variant."""
     with compiling_for(TARGETS["sm_90"]):
-        key = configs.problem("forward", *arguments)
-        return {configs.variant(plan, key): plan for plan in gemm.plans("forward", *arguments)}
+        return {plans.variant(plan, plans.problem(product)): plan for plan in plans.candidates(product)}
 
 
 def wrong(*variants):
@@ -378,65 +385,65 @@ def wrong(*variants):
     ],
 )
 def test_a_variant_names_what_decides_which_kernel_is_compiled(monkeypatch, kind, product, precision, expected):
-    monkeypatch.setattr(configs, "input_precision", lambda dtype, target: precision)
+    monkeypatch.setattr(plans, "input_precision", lambda dtype, target: precision)
     with compiling_for(TARGETS["sm_90"]):
         for case in cases.cases(KINDS[kind], product, SHAPES[0], "cpu"):
-            assert configs.variant(configs.Plan("P"), configs.problem(product, *case.arguments)) == expected
+            assert plans.variant(plans.Plan("P"), plans.problem(case.product)) == expected
 
 
 @by_tma
-def test_a_faulty_plan_is_not_used_and_one_warning_names_the_next(weights, plans):
+def test_a_faulty_plan_is_not_used_and_one_warning_names_the_next(weights, variants):
     x = torch.randn(1024, 512, dtype=torch.bfloat16)
-    first, second = list(plans)[:2]
-    records.remember("cpu", gemm.KERNELS, wrong(first))
+    first, second = list(variants)[:2]
+    plans.remember("cpu", wrong(first))
     with pytest.warns(UserWarning) as caught:
         kernels(x, weights)
         kernels(x[:900], weights)
     (warning,) = caught
     expected = (
-        f"{first} was found faulty on this GPU (error of the output 0.3) and is not used: next is {plans[second]}; "
+        f"{first} was found faulty on this GPU (error of the output 0.3) and is not used: next is {variants[second]}; "
     )
     assert str(warning.message).startswith(expected)
-    assert plans[first] not in configs.UNTUNED.values()
+    assert variants[first] not in UNTUNED.values()
 
 
 @by_tma
 @pytest.mark.filterwarnings("ignore:.*was found faulty")
-def test_a_plan_that_is_found_faulty_later_is_given_up(weights, plans):
+def test_a_plan_that_is_found_faulty_later_is_given_up(weights, variants):
     x = torch.randn(1024, 512, dtype=torch.bfloat16)
     kernels(x, weights)
-    for count, variant in enumerate(plans, 1):
-        assert list(configs.UNTUNED.values()) == [plans[variant]]
-        records.remember("cpu", gemm.KERNELS, wrong(variant))
-        assert len(records.read(records.path_of("findings", "cpu", gemm.KERNELS))) == count
+    for count, variant in enumerate(variants, 1):
+        assert list(UNTUNED.values()) == [variants[variant]]
+        plans.remember("cpu", wrong(variant))
+        assert len(records.read(records.path_of("findings", "cpu", KERNELS))) == count
         kernels(x, weights)
-    assert list(configs.UNTUNED.values()) == [configs.EAGER]
+    assert list(UNTUNED.values()) == [plans.EAGER]
 
 
 @by_tma
-def test_kernels_without_a_right_plan_leave_the_product_to_plain_torch(weights, plans):
-    records.remember("cpu", gemm.KERNELS, wrong(*plans))
+def test_kernels_without_a_right_plan_leave_the_product_to_plain_torch(weights, variants):
+    plans.remember("cpu", wrong(*variants))
     with pytest.warns(UserWarning, match="next is eager"):
         assert kernels(torch.randn(1024, 512, dtype=torch.bfloat16), weights) == []
 
 
 @by_tma
-def test_other_dtypes_and_gpus_keep_the_plan(weights, plans, monkeypatch):
+def test_other_dtypes_and_gpus_keep_the_plan(weights, product, variants, monkeypatch):
     x = torch.randn(1024, 512, dtype=torch.bfloat16)
     usual = kernels(x, weights)
     with compiling_for(TARGETS["sm_90"]):
-        key = configs.problem("forward", *gemm.prepared("forward", x, *weights.values(), torch.ones(1), None, None))
-    monkeypatch.setitem(configs.TUNED, key, next(iter(plans.values())))
-    records.remember("NVIDIA H100 80GB HBM3", gemm.KERNELS, wrong(*plans))
-    assert key in configs.TUNED and kernels(x, weights) == usual
-    records.remember("cpu", gemm.KERNELS, wrong(*plans))
+        key = plans.problem(product)
+    monkeypatch.setitem(TUNED, key, next(iter(variants.values())))
+    plans.remember("NVIDIA H100 80GB HBM3", wrong(*variants))
+    assert key in TUNED and kernels(x, weights) == usual
+    plans.remember("cpu", wrong(*variants))
     assert kernels(x.half(), {name: weight.half() for name, weight in weights.items()}) == usual
 
 
 def test_a_product_reads_what_was_found_once_and_verifies_nothing(weights, monkeypatch):
     read, x = [], torch.randn(1024, 512, dtype=torch.bfloat16)
     monkeypatch.setattr(records, "read", lambda path: read.append(path) or {})
-    monkeypatch.setattr(gemm.reference, "forward", None)
+    monkeypatch.setattr(reference, "combined_matmul", None)
     for rows in (1024, 900, 800):
         assert len(kernels(x[:rows], weights)) == 1
     assert len(read) == 1
@@ -444,11 +451,11 @@ def test_a_product_reads_what_was_found_once_and_verifies_nothing(weights, monke
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"forward by pointers": 1}', '{"a": {"b": 3}}', '"forward"'])
 def test_damaged_findings_are_none(weights, content):
-    path = records.path_of("findings", "cpu", gemm.KERNELS)
+    path = records.path_of("findings", "cpu", KERNELS)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
-    assert records.faults("cpu", gemm.KERNELS) == {}
-    records.remember("cpu", gemm.KERNELS, wrong("forward by pointers"))
+    assert records.faults("cpu", KERNELS) == {}
+    plans.remember("cpu", wrong("forward by pointers"))
     assert records.read(path)["forward by pointers"] == {"at 1024": "error of the output 0.3"}
 
 
@@ -456,8 +463,8 @@ def test_findings_that_cannot_be_written_hold_in_this_process(tmp_path, monkeypa
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("M2PT_CACHE_DIR", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="M2PT_CACHE_DIR: cannot write"):
-        records.remember("cpu", gemm.KERNELS, wrong("forward by pointers"))
-    assert records.faults("cpu", gemm.KERNELS) == {"forward by pointers": "error of the output 0.3"}
+        plans.remember("cpu", wrong("forward by pointers"))
+    assert records.faults("cpu", KERNELS) == {"forward by pointers": "error of the output 0.3"}
 
 
 def test_without_a_home_folder_nothing_was_found(weights, monkeypatch):
@@ -465,7 +472,7 @@ def test_without_a_home_folder_nothing_was_found(weights, monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", home)
-    assert str(records.path_of("times", "cpu", gemm.KERNELS)).startswith(os.environ["M2PT_CACHE_DIR"])
+    assert str(records.path_of("times", "cpu", KERNELS)).startswith(os.environ["M2PT_CACHE_DIR"])
     monkeypatch.delenv("M2PT_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert len(kernels(torch.randn(1024, 512, dtype=torch.bfloat16), weights)) == 1
@@ -482,13 +489,13 @@ def test_the_shapes_reach_every_tile(name, monkeypatch):
                 continue
             torch.backends.cuda.matmul.fp32_precision = "tf32" if kind.tf32 else "ieee"
             for case in cases.cases(kind, product, shape, "meta"):
-                plans = gemm.plans(product, *case.arguments)
-                reached |= {(label, product == "grad_parameters", plan.by, plan.tile) for plan in plans}
+                found = plans.candidates(case.product)
+                reached |= {(label, product == "grad_parameters", plan.by, plan.tile) for plan in found}
     torch.backends.cuda.matmul.fp32_precision = before
     labels = {"half": "bf16", "mixed": "autocast", "tf32": "tf32", "ieee": "fp32"}
-    for row in (configs.architecture(target), "small", "portable"):
-        for product, tiles in configs.TILES[row].items():
-            for operands, of_kind in tiles.items():
+    for is_grad, tiles in enumerate((plans.POINTER_TILES, plans.POINTER_GRAD_TILES)):
+        for row in (plans.architecture(target), "small", "portable"):
+            for operands, of_kind in tiles[row].items():
                 for tile in of_kind:
-                    assert (labels[operands], product == "grad_parameters", "pointers", tile) in reached
+                    assert (labels[operands], bool(is_grad), "pointers", tile) in reached
     assert name != "sm_90" or not HAS_HOPPER_LOOPS or {"hopper", "tma"} <= {by for _, _, by, _ in reached}

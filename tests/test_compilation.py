@@ -10,8 +10,10 @@ from test_ops import operands
 
 from benchmarks.offline import TARGETS, can_compile, compiling_for, resources
 from benchmarks.sass import main_loop, serialised_wgmma
-from m2pt_kernels import cross_modal_linear, gemm, gemm_tma, quantize
-from m2pt_kernels.configs import TILES, architecture, input_precision
+from m2pt_kernels import cross_modal_linear, gemm, gemm_pointers, gemm_tma, plans, quantize
+from m2pt_kernels.combined import CombinedWeight
+from m2pt_kernels.devices import input_precision
+from m2pt_kernels.products import CombinedMatmul
 from m2pt_kernels.versions import HAS_HOPPER_LOOPS, HAS_TMA_LOOPS, RELEASE
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -56,11 +58,15 @@ def matmul_precision():
 @pytest.fixture
 def without_gluon(monkeypatch):
     """What the kernels in `gemm_hopper` would compute is left to those in `gemm_tma`."""
-    monkeypatch.setattr(gemm, "gemm_hopper", None)
+    monkeypatch.setattr(plans, "gemm_hopper", None)
+
+
+OTHER_ROWS = {"small", "portable", "thor"}  # for any GPU, and one whose tiles are those of another
 
 
 def test_every_architecture_is_compiled_for():
-    assert {architecture(target) for target in TARGETS.values()} == set(TILES) - {"small", "portable"}
+    assert plans.POINTER_TILES.keys() == plans.POINTER_GRAD_TILES.keys()
+    assert {plans.architecture(target) for target in TARGETS.values()} == set(plans.POINTER_TILES) - OTHER_ROWS
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,11 +141,15 @@ POINTERS = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "EVEN_K": False, "INPUT
 POINTERS |= {"COMBINE_IN_WARPS": False, "DEPTH_FIRST": False, "num_stages": 2}
 TMA = {"BLOCK_M": 256, "MORE_M": 0, "BLOCK_N": 128, "BLOCK_K": 32, "DEPTH_FIRST": False, "PANEL": 32, "num_stages": 4}
 LAUNCHES = {
-    "combined_matmul": (gemm.combined_matmul_kernel, TYPES, POINTERS),
-    "combined_matmul, int8, depth first": (gemm.combined_matmul_kernel, TYPES | INT8, POINTERS | {"DEPTH_FIRST": True}),
-    "combined_matmul, int4": (gemm.combined_matmul_kernel, TYPES | INT4, POINTERS),
-    "grad_parameters": (gemm.grad_parameters_kernel, TYPES, POINTERS),
-    "grad_parameters, int4": (gemm.grad_parameters_kernel, TYPES | INT4, POINTERS),
+    "combined_matmul": (gemm_pointers.combined_matmul_kernel, TYPES, POINTERS),
+    "combined_matmul, int8, depth first": (
+        gemm_pointers.combined_matmul_kernel,
+        TYPES | INT8,
+        POINTERS | {"DEPTH_FIRST": True},
+    ),
+    "combined_matmul, int4": (gemm_pointers.combined_matmul_kernel, TYPES | INT4, POINTERS),
+    "grad_parameters": (gemm_pointers.grad_parameters_kernel, TYPES, POINTERS),
+    "grad_parameters, int4": (gemm_pointers.grad_parameters_kernel, TYPES | INT4, POINTERS),
     "combined_matmul by TMA": (gemm_tma.combined_matmul_tma_kernel, TYPES, TMA),
     "combined_matmul by TMA, int8": (gemm_tma.combined_matmul_tma_kernel, TYPES | INT8, TMA | {"DEPTH_FIRST": True}),
     "grad_parameters by TMA": (gemm_tma.grad_parameters_tma_kernel, TYPES, TMA | {"BLOCK_M": 128, "BLOCK_K": 64}),
@@ -149,7 +159,7 @@ if HAS_HOPPER_LOOPS:
     HOPPER = {"BLOCK_M": 256, "MORE_M": 32, "BLOCK_K": 32, "STAGES": 4, "DEPTH_FIRST": False, "num_stages": 1}
     LAUNCHES |= {
         f"combined_matmul by TMA for sm_90, depth first {depth_first}": (
-            gemm.gemm_hopper.combined_matmul_hopper_kernel,
+            plans.gemm_hopper.combined_matmul_hopper_kernel,
             TYPES,
             HOPPER | {"DEPTH_FIRST": depth_first},
         )
@@ -232,6 +242,15 @@ def test_hopper_dequantises_in_registers_without_waiting(without_gluon, storage,
         assert loop.shared_bytes <= 16 * 32 * (weight_dtype.itemsize + 1) + 8 * 32 * 4
 
 
+def compile_by_hopper(product):
+    """In all tiles of `gemm_hopper`."""
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        for plan in plans.candidates(product):
+            if plan.by == "hopper":
+                gemm.compute(plan, product)
+    return compiled
+
+
 @by_hopper
 @pytest.mark.parametrize(
     "dtype, weight_dtype, aux_dtype",
@@ -250,16 +269,10 @@ def test_hopper_combines_the_next_step_while_it_multiplies(product, dtype, weigh
     x, grad_output = torch.empty(1000, 224, dtype=dtype), torch.empty(1000, 272, dtype=dtype)
     weight, aux_weight = torch.empty(272, 224, dtype=weight_dtype), torch.empty(272, 224, dtype=aux_dtype)
     scales = torch.empty(272, 1) if aux_dtype.itemsize == 1 else None
-    if product == "forward":
-        arguments = x, weight, aux_weight, torch.empty(1), None, scales
-    else:
-        arguments = grad_output, weight, aux_weight, torch.empty(1), scales
-    with compiling_for(TARGETS["sm_90"]) as compiled:
-        plans = [plan for plan in gemm.plans(product, *arguments) if plan.by == "hopper"]
-        for plan in plans:
-            gemm.compute(plan, product, *arguments)
-    scales_of_the_depth = product == "grad_input" and scales is not None
-    assert len(compiled) == len(plans) == (0 if scales_of_the_depth else 3)
+    is_forward = product == "forward"
+    combined = CombinedWeight(weight, aux_weight, torch.empty(1), scales, transposed=is_forward)
+    compiled = compile_by_hopper(CombinedMatmul(x if is_forward else grad_output, combined))
+    assert len(compiled) == (3 if is_forward or scales is None else 0)  # which are not those of the depth
     for kernel in compiled:
         assert resources(kernel).spilled == 0
         assert serialised_wgmma(kernel) == []
@@ -271,11 +284,8 @@ def test_hopper_combines_the_next_step_while_it_multiplies(product, dtype, weigh
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
 def test_a_bias_takes_no_registers_from_hoppers_products(weight_dtype):
     x, weight = torch.empty(1000, 224, dtype=HALF), torch.empty(272, 224, dtype=weight_dtype)
-    arguments = x, weight, weight, torch.empty(1), torch.empty(272, dtype=weight_dtype), None
-    with compiling_for(TARGETS["sm_90"]) as compiled:
-        for plan in gemm.plans("forward", *arguments):
-            if plan.by == "hopper":
-                gemm.compute(plan, "forward", *arguments)
+    combined = CombinedWeight(weight, weight, torch.empty(1), transposed=True)
+    compiled = compile_by_hopper(CombinedMatmul(x, combined, torch.empty(272, dtype=weight_dtype)))
     assert len(compiled) == 3
     for kernel in compiled:
         assert resources(kernel).spilled == 0 and serialised_wgmma(kernel) == []
@@ -358,12 +368,12 @@ def test_blackwell_multiplies_from_tensor_memory(weight_dtype, aux_dtype):
 @pytest.mark.parametrize("weight_dtype, aux_dtype", [(HALF, HALF), (FLOAT, HALF), (FLOAT, FLOAT)], ids=str)
 @pytest.mark.parametrize("target, position", [("sm_90", 1), for_target("sm_100", 1), for_target("sm_100", 2)])
 def test_other_tiles_by_tma(without_gluon, target, position, weight_dtype, aux_dtype, monkeypatch):
-    for name in ("_COMBINED_TILES", "_GRAD_TILES"):
+    for name in ("TMA_TILES", "TMA_GRAD_TILES"):
         tiles = {
-            generation: {key: (candidates[min(position, len(candidates) - 1)],) for key, candidates in kinds.items()}
-            for generation, kinds in getattr(gemm_tma, name).items()
+            row: {key: (candidates[min(position, len(candidates) - 1)],) for key, candidates in kinds.items()}
+            for row, kinds in getattr(plans, name).items()
         }
-        monkeypatch.setattr(gemm_tma, name, tiles)
+        monkeypatch.setattr(plans, name, tiles)
     compile_step(target, weight_dtype, aux_dtype)
 
 
@@ -380,7 +390,7 @@ def test_float32_precision_follows_torch(matmul_precision):
 )
 def test_float32_precision_follows_torchs_other_settings(setting):
     code = (
-        "import torch; from m2pt_kernels.configs import input_precision;"
+        "import torch; from m2pt_kernels.devices import input_precision;"
         f"from triton.backends.compiler import GPUTarget; torch.backends.{setting};"
         "assert input_precision(torch.float32, GPUTarget('cuda', 90, 32)) == 'tf32'"
     )

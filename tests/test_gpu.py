@@ -12,7 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from m2pt import FusedCrossModalLinear
 from m2pt_kernels import check, cross_modal_linear, gemm, implementation, records, reference, tuning, warmup
 from m2pt_kernels.cases import KINDS, Shape
-from m2pt_kernels.configs import TUNED
+from m2pt_kernels.combined import CombinedWeight
+from m2pt_kernels.plans import KERNELS, TUNED
+from m2pt_kernels.products import GradParameters
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
@@ -171,15 +173,18 @@ def test_activations_of_more_than_2_31_entries(in_features, out_features):
     x, grad_output = draw(FAR, in_features), draw(FAR, out_features)
     weight, aux_weight = (draw(out_features, in_features, divided_by=in_features**0.5) for _ in range(2))
     scale, last = torch.full((1,), 0.5, device="cuda"), slice(-100, None)
-    y = gemm.forward(x, weight, aux_weight, scale, None)
-    assert_close(y[last], reference.forward(x[last], weight, aux_weight, scale, None))
+    combined = CombinedWeight(weight, aux_weight, scale, transposed=True)
+    y = gemm.combined_matmul(x, combined)
+    assert_close(y[last], reference.combined_matmul(x[last], combined))
     del y
-    grad_x = gemm.grad_input(grad_output, weight, aux_weight, scale)
-    assert_close(grad_x[last], reference.grad_input(grad_output[last], weight, aux_weight, scale))
+    combined = combined._replace(transposed=False)
+    grad_x = gemm.combined_matmul(grad_output, combined)
+    assert_close(grad_x[last], reference.combined_matmul(grad_output[last], combined))
     del grad_x
     grad_output[:-100], x[:-100] = 0, 0
-    found = gemm.grad_parameters(grad_output, x, aux_weight, None, torch.float32, None)
-    expected = reference.grad_parameters(grad_output[last], x[last], aux_weight, None, torch.float32, None)
+    product = GradParameters(grad_output, x, aux_weight, None, torch.float32, None)
+    found = gemm.grad_parameters(product)
+    expected = reference.grad_parameters(product._replace(grad_output=grad_output[last], x=x[last]))
     assert_close(found[0], expected[0])
     assert_close(found[2], expected[2])
 
@@ -189,12 +194,15 @@ def test_weights_of_more_than_2_31_entries():
     x, grad_output = draw(512, 4096), draw(512, FAR)
     weight, aux_weight = draw(FAR, 4096, divided_by=64), draw(FAR, 4096, divided_by=64)
     scale, last = torch.full((1,), 0.5, device="cuda"), slice(-100, None)
-    y = gemm.forward(x, weight, aux_weight, scale, None)
-    assert_close(y[:, last], reference.forward(x, weight[last], aux_weight[last], scale, None))
+    combined = CombinedWeight(weight, aux_weight, scale, transposed=True)
+    of_last = CombinedWeight(weight[last], aux_weight[last], scale, transposed=True)
+    y = gemm.combined_matmul(x, combined)
+    assert_close(y[:, last], reference.combined_matmul(x, of_last))
     grad_output[:, :-100] = 0
-    grad_x = gemm.grad_input(grad_output, weight, aux_weight, scale)
-    assert_close(grad_x, reference.grad_input(grad_output[:, last].contiguous(), weight[last], aux_weight[last], scale))
-    grad_weight, _, _ = gemm.grad_parameters(grad_output, x, None, None, torch.bfloat16, None)
+    grad_x = gemm.combined_matmul(grad_output, combined._replace(transposed=False))
+    grad_of_last = grad_output[:, last].contiguous()
+    assert_close(grad_x, reference.combined_matmul(grad_of_last, of_last._replace(transposed=False)))
+    grad_weight, _, _ = gemm.grad_parameters(GradParameters(grad_output, x, None, None, torch.bfloat16, None))
     assert_close(grad_weight[last], reference.grad_weight(grad_output[:, last].contiguous(), x))
     assert not grad_weight[:-100].any()
 
@@ -231,7 +239,7 @@ def test_warmup_times_right_kernels_and_keeps_the_times(size, monkeypatch):
     tuned = warmup(layer, x)
     assert [record.problem[0] for record in tuned] == ["forward", "grad_input", "grad_parameters"]
     assert all(record.milliseconds[record.plan] > 0 for record in tuned)
-    assert records.faults(torch.cuda.get_device_name(), gemm.KERNELS) == {}
+    assert records.faults(torch.cuda.get_device_name(), KERNELS) == {}
     monkeypatch.setattr(tuning, "_milliseconds", None)
     assert warmup(layer, x) == tuned
     tensors, grad_output = operands(size[0], size[1], size[2], size[3], size[3], "cuda")
@@ -244,4 +252,4 @@ def test_the_check_finds_every_kernel_right(monkeypatch, capsys):
     assert check.run() == 0
     output = capsys.readouterr().out
     assert "kernels are right" in output and "FAULTY" not in output
-    assert records.read(records.path_of("findings", torch.cuda.get_device_name(), gemm.KERNELS))
+    assert records.read(records.path_of("findings", torch.cuda.get_device_name(), KERNELS))

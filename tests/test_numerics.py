@@ -17,7 +17,7 @@ from test_ops import (
 )
 
 from m2pt_kernels import cross_modal_linear, gemm
-from m2pt_kernels.configs import INTERPRETED
+from m2pt_kernels.devices import INTERPRETED
 from m2pt_kernels.ops import path_of
 
 stressed = settings(max_examples=10 if INTERPRETED else 60)

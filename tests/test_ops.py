@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from m2pt_kernels import cross_modal_linear, dequantize, implementation, quantize
-from m2pt_kernels.configs import INTERPRETED
+from m2pt_kernels.devices import INTERPRETED
 from m2pt_kernels.verification import Bound
 
 HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]

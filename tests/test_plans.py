@@ -13,9 +13,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import _allocation
 
 from benchmarks.offline import TARGETS, compiling_for
-from m2pt_kernels import configs, gemm, gemm_tma, reference
-from m2pt_kernels.configs import TUNED, UNTUNED, Plan, problem
+from m2pt_kernels import gemm, plans, reference
+from m2pt_kernels.combined import CombinedWeight
+from m2pt_kernels.devices import device_of, supports
 from m2pt_kernels.ops import path_of
+from m2pt_kernels.plans import TUNED, UNTUNED, Plan, problem
+from m2pt_kernels.products import CombinedMatmul, GradParameters
 from m2pt_kernels.versions import HAS_HOPPER_LOOPS
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -56,14 +59,14 @@ UNADDRESSABLE = {
 
 
 def forward_arguments():
-    """Of `takes_combined_matmul`, in a case that it takes; weights (256, 128)."""
+    """Of a product that `gemm_tma` computes, and its target; weights (256, 128)."""
     return {
         "target": HOPPER,
         "left": matrix(1024, 128),
-        "weight": matrix(256, 128).t(),
-        "aux_weight": matrix(2, 256, 128).mT,
+        "weight": matrix(256, 128),
+        "aux_weight": matrix(2, 256, 128),
         "aux_weight_scale": None,
-        "depth_first": False,
+        "transposed": True,
         "bias": matrix(256),
     }
 
@@ -76,14 +79,14 @@ def grad_input_arguments():
         "weight": matrix(128, 256),
         "aux_weight": matrix(2, 128, 256, dtype=torch.int8),
         "aux_weight_scale": matrix(2, 128, 1, dtype=FLOAT),
-        "depth_first": True,
+        "transposed": False,
         "bias": None,
     }
 
 
 def hopper_arguments():
-    """The same of `gemm_hopper.takes`, which takes one auxiliary model."""
-    return forward_arguments() | {"aux_weight": matrix(256, 128).t()}
+    """The same for `gemm_hopper`, which takes one auxiliary model."""
+    return forward_arguments() | {"aux_weight": matrix(256, 128)}
 
 
 def grad_parameters_arguments():
@@ -96,30 +99,48 @@ def grad_parameters_arguments():
     }
 
 
+def product_of(aux_weight, aux_weight_scale, weight=None, left=None, bias=None, transposed=False, **operands):
+    if operands:
+        return GradParameters(*operands.values(), aux_weight, None, HALF, None, aux_weight_scale)
+    scale = matrix(1, dtype=FLOAT)
+    return CombinedMatmul(left, CombinedWeight(weight, aux_weight, scale, aux_weight_scale, transposed), bias)
+
+
+@pytest.fixture
+def takes(monkeypatch):
+    """Whether the kernels of a name are among those that may compute a product on a target."""
+
+    def takes(by, target, **arguments):
+        monkeypatch.setattr(plans, "active_target", lambda: target)
+        return by in {plan.by for plan in plans.candidates(product_of(**arguments))}
+
+    return takes
+
+
 OTHER_GPUS = {f"target {target}": {"target": target} for target in (AMPERE, TARGETS["sm_120"], TARGETS["gfx942"], None)}
 NOT_TAKEN = {
-    (gemm_tma.takes_combined_matmul, forward_arguments): {
+    ("tma", forward_arguments): {
         **OTHER_GPUS,
         "float32 activations": {"left": matrix(1024, 128, dtype=FLOAT)},
         "few rows": {"left": matrix(511, 128)},
-        "four models": {"aux_weight": matrix(4, 256, 128).mT},
-        "int4": {"aux_weight": matrix(256, 128, dtype=torch.uint8).mT},
+        "four models": {"aux_weight": matrix(4, 256, 128)},
+        "int4": {"aux_weight": matrix(256, 128, dtype=torch.uint8)},
         "output rows of no multiple of 16 bytes": {
-            "weight": matrix(252, 128).t(),
-            "aux_weight": matrix(252, 128).t(),
+            "weight": matrix(252, 128),
+            "aux_weight": matrix(252, 128),
             "bias": matrix(252),
         },
-        "models 2 bytes more apart": {"aux_weight": models_apart(matrix(2, 256, 128), 1).mT},
+        "models 2 bytes more apart": {"aux_weight": models_apart(matrix(2, 256, 128), 1)},
         "misaligned bias": {"bias": misaligned(matrix(256))},
-        "aux_weight by columns": {"aux_weight": matrix(128, 256)},
+        "aux_weight by columns": {"aux_weight": by_columns(matrix(256, 128))},
         **{f"left, {name}": {"left": change(matrix(1024, 128))} for name, change in UNADDRESSABLE.items()},
         **{
-            f"weight, {name}": {"weight": change(matrix(256, 128)).t()}
+            f"weight, {name}": {"weight": change(matrix(256, 128))}
             for name, change in UNADDRESSABLE.items()
             if name not in ("by columns", "2**31 rows")
         },
     },
-    (gemm_tma.takes_combined_matmul, grad_input_arguments): {
+    ("tma", grad_input_arguments): {
         "weights by columns": {
             "weight": by_columns(matrix(128, 256)),
             "aux_weight": by_columns(matrix(2, 128, 256, dtype=torch.int8)),
@@ -137,7 +158,7 @@ NOT_TAKEN = {
         },
         "aux_weight, 2 bytes more apart": {"aux_weight": matrix(2, 128, 256, dtype=torch.int8, gap=2)},
     },
-    (gemm_tma.takes_grad_parameters, grad_parameters_arguments): {
+    ("tma", grad_parameters_arguments): {
         **OTHER_GPUS,
         "float32 activations": {"x": matrix(1024, 256, dtype=FLOAT)},
         "int4": {"aux_weight": matrix(2, 128, 256, dtype=torch.uint8)},
@@ -166,10 +187,10 @@ NOT_TAKEN = {
     },
 }
 if HAS_HOPPER_LOOPS:
-    NOT_TAKEN[gemm.gemm_hopper.takes, hopper_arguments] = {
+    NOT_TAKEN["hopper", hopper_arguments] = {
         **OTHER_GPUS,
         "target sm_100": {"target": TARGETS["sm_100"]},
-        "two models": {"aux_weight": matrix(2, 256, 128).mT},
+        "two models": {"aux_weight": matrix(2, 256, 128)},
         "scales along the depth": grad_input_arguments()
         | {"aux_weight": matrix(128, 256, dtype=torch.int8), "aux_weight_scale": matrix(128, 1, dtype=FLOAT)},
         "misaligned bias": {"bias": misaligned(matrix(256))},
@@ -186,55 +207,55 @@ if HAS_HOPPER_LOOPS:
     ],
 )
 def test_tiles_for_hopper_are_chosen_by_waves(monkeypatch, rows, columns, multiprocessors, more_rows):
-    monkeypatch.setattr(gemm.gemm_hopper, "multiprocessors", lambda device: multiprocessors)
-    weight = torch.empty(64, columns, dtype=HALF, device="meta")
-    tiles = gemm.gemm_hopper.tiles(torch.empty(rows, 64, dtype=HALF, device="meta"), weight, weight)
+    monkeypatch.setattr(plans, "multiprocessors", lambda device: multiprocessors)
+    weight = torch.empty(columns, 64, dtype=HALF, device="meta")
+    combined = CombinedWeight(weight, weight, torch.empty(1), transposed=True)
+    tiles = plans.hopper_tiles(HOPPER, torch.empty(rows, 64, dtype=HALF, device="meta"), combined)
     assert [tile.MORE_M for tile in tiles] == more_rows
 
 
 @by_tma
 @pytest.mark.parametrize(
-    "takes, arguments, changes",
+    "by, arguments, changes",
     [
-        pytest.param(takes, arguments, changes, id=f"{arguments.__name__.removesuffix('_arguments')}: {name}")
-        for (takes, arguments), rows in NOT_TAKEN.items()
+        pytest.param(by, arguments, changes, id=f"{arguments.__name__.removesuffix('_arguments')}: {name}")
+        for (by, arguments), rows in NOT_TAKEN.items()
         for name, changes in rows.items()
     ],
 )
-def test_one_violated_condition_leaves_a_product_to_the_other_kernels(takes, arguments, changes):
-    assert takes(**arguments())
-    assert not takes(**arguments() | changes)
+def test_one_violated_condition_leaves_a_product_to_the_other_kernels(takes, by, arguments, changes):
+    assert takes(by, **arguments())
+    assert not takes(by, **arguments() | changes)
 
 
 @by_tma
-def test_what_is_not_read_by_tma_needs_no_alignment():
+def test_what_is_not_read_by_tma_needs_no_alignment(takes):
     frozen_scale = {"grad_output": matrix(1024, 126, gap=2), "aux_weight": None, "aux_weight_scale": None}
-    assert gemm_tma.takes_grad_parameters(**grad_parameters_arguments() | frozen_scale)
+    assert takes("tma", **grad_parameters_arguments() | frozen_scale)
 
 
-def product_arguments():
-    x, weight = matrix(64, 32), matrix(16, 32)
-    return {"x": x, "weight": weight, "aux_weight": matrix(16, 32), "scale": matrix(1), "bias": None, "scales": None}
+def forward_product(**changes):
+    tensors = {"left": matrix(64, 32), "weight": matrix(16, 32), "aux_weight": matrix(16, 32), "transposed": True}
+    return product_of(**{"aux_weight_scale": None} | tensors | changes)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"x": matrix(65, 32)},
-        {"x": matrix(64, 32, gap=8)},
-        {"x": misaligned(matrix(64, 32))},
-        {"x": matrix(64, 32, dtype=torch.float16)},
+        {"left": matrix(65, 32)},
+        {"left": matrix(64, 32, gap=8)},
+        {"left": misaligned(matrix(64, 32))},
+        {"left": matrix(64, 32, dtype=torch.float16)},
         {"weight": by_columns(matrix(16, 32))},
         {"bias": matrix(16)},
+        {"transposed": False},
     ],
-    ids=["size", "stride", "alignment", "dtype", "order", "bias"],
+    ids=["size", "stride", "alignment", "dtype", "order", "bias", "transposed"],
 )
 def test_a_tuned_plan_is_for_the_tensors_it_was_timed_with(changes):
     with compiling_for(HOPPER):
-        key = problem("forward", *product_arguments().values())
-        assert key == problem("forward", *product_arguments().values())
-        assert key != problem("forward", *(product_arguments() | changes).values())
-        assert key != problem("grad_input", *product_arguments().values())
+        assert problem(forward_product()) == problem(forward_product())
+        assert problem(forward_product()) != problem(forward_product(**changes))
 
 
 def test_a_tuned_plan_is_for_a_gpu_and_a_float32_precision(monkeypatch):
@@ -245,12 +266,12 @@ def test_a_tuned_plan_is_for_a_gpu_and_a_float32_precision(monkeypatch):
         (HOPPER, "high", "H100"),
         (HOPPER, "highest", "H200"),
     ):
-        monkeypatch.setattr(configs, "device_name", lambda device, name=name: name)
+        monkeypatch.setattr(plans, "device_name", lambda device, name=name: name)
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)
         try:
             with compiling_for(target):
-                keys.append(problem("forward", *product_arguments().values()))
+                keys.append(problem(forward_product()))
         finally:
             torch.set_float32_matmul_precision(before)
     assert len(set(keys)) == len(keys)
@@ -260,15 +281,15 @@ def test_a_tuned_plan_is_for_a_gpu_and_a_float32_precision(monkeypatch):
 def _forget():
     yield
     TUNED.clear()
-    gemm.supports.cache_clear()
+    supports.cache_clear()
 
 
 def test_remembered_plans_are_bounded(monkeypatch):
-    monkeypatch.setattr(gemm, "MOST_UNTUNED", 4)
+    monkeypatch.setattr(plans, "MOST_UNTUNED", 4)
     UNTUNED.update((str(size), Plan("pointers")) for size in range(9))
     with compiling_for(AMPERE):
         for rows in range(16, 24):
-            gemm.forward(matrix(rows, 32), matrix(16, 32), matrix(16, 32), matrix(1), None)
+            gemm.combined_matmul(*forward_product(left=matrix(rows, 32)))
             assert len(UNTUNED) <= 4
 
 
@@ -278,14 +299,14 @@ def devices(monkeypatch):
     ours, current = set(), [HOPPER]
 
     @contextmanager
-    def device_of(tensor):
+    def inside(tensor):
         before, current[0] = current[0], AMPERE if tensor.data_ptr() in ours else HOPPER
         try:
             yield
         finally:
             current[0] = before
 
-    monkeypatch.setattr(gemm, "device_of", device_of)
+    monkeypatch.setattr(gemm, "device_of", inside)
     with compiling_for(HOPPER):
         driver = triton.runtime.driver.active
         monkeypatch.setattr(driver, "get_current_target", lambda: current[0])
@@ -300,24 +321,27 @@ def devices(monkeypatch):
 def test_plans_and_launches_are_the_tensors_devices_not_the_current_ones(devices, monkeypatch, tuned):
     made = []
 
-    def record(plan, product, *arguments):
-        made.append((plan.by, product, devices.current()))
+    def launch(by):
+        return SimpleNamespace(
+            combined_matmul=lambda tile, left, combined, *_: made.append((by, combined.transposed, devices.current())),
+            grad_parameters=lambda *_: made.append((by, None, devices.current())),
+        )
 
-    monkeypatch.setattr(gemm, "compute", record)
+    monkeypatch.setattr(gemm, "_LAUNCHES", {by: launch(by) for by in ("pointers", "tma", "hopper")})
     tensors, grad_output = operands(1024, 1024, 1024, HALF, HALF, needs_grad=())
     x, weight, aux_weight, scale, bias = tensors.values()
+    combined = CombinedWeight(weight, aux_weight, scale, transposed=True)
     if tuned:  # for the other device
-        TUNED[problem("forward", *gemm.prepared("forward", x, weight, aux_weight, scale, bias, None))] = Plan("tma")
+        TUNED[problem(CombinedMatmul(x, combined, bias))] = Plan("tma")
     best = "hopper" if HAS_HOPPER_LOOPS else "tma"
     on_hopper = ("tma" if tuned else best, best, "tma")
     for target, expected in ((HOPPER, on_hopper), (AMPERE, ("pointers",) * 3)):
         if target is AMPERE:
             devices.add(x, grad_output)
-        gemm.forward(x, weight, aux_weight, scale, bias)
-        gemm.grad_input(grad_output, weight, aux_weight, scale)
-        gemm.grad_parameters(grad_output, x, aux_weight, scale, HALF, HALF)
-        products = ("forward", "grad_input", "grad_parameters")
-        assert made == [(by, product, target) for by, product in zip(expected, products, strict=True)]
+        gemm.combined_matmul(x, combined, bias)
+        gemm.combined_matmul(grad_output, combined._replace(transposed=False))
+        gemm.grad_parameters(GradParameters(grad_output, x, aux_weight, scale, HALF, HALF))
+        assert made == [(by, transposed, target) for by, transposed in zip(expected, (True, False, None), strict=True)]
         made.clear()
     assert devices.current() is HOPPER
 
@@ -327,9 +351,9 @@ def test_the_current_device_is_the_tensors_inside(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "device", lambda device: entered.append(device) or contextmanager(lambda: (yield))()
     )
-    with gemm.device_of(SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))):
+    with device_of(SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))):
         assert entered == [torch.device("cuda", 1)]
-    with gemm.device_of(torch.empty(1)):
+    with device_of(torch.empty(1)):
         assert len(entered) == 1
 
 
@@ -346,16 +370,17 @@ def test_descriptors_lie_in_memory_of_torch_on_the_current_device(target, produc
 
         return launch
 
-    x, weight, aux_weight = matrix(1024, 128), matrix(256, 128), matrix(256, 128)
-    arguments = {
-        "forward": (x, weight, aux_weight, matrix(1), None),
-        "grad_input": (matrix(1024, 256), weight, aux_weight, matrix(1)),
-        "grad_parameters": (matrix(1024, 256), x, aux_weight, matrix(1), HALF, HALF),
+    x, grad_output, aux_weight = matrix(1024, 128), matrix(1024, 256), matrix(256, 128)
+    combined = CombinedWeight(matrix(256, 128), aux_weight, matrix(1))
+    call = {
+        "forward": (gemm.combined_matmul, x, combined._replace(transposed=True)),
+        "grad_input": (gemm.combined_matmul, grad_output, combined),
+        "grad_parameters": (gemm.grad_parameters, GradParameters(grad_output, x, aux_weight, matrix(1), HALF, HALF)),
     }[product]
     with compiling_for(TARGETS[target]):
         monkeypatch.setattr(triton.runtime.driver.active, "launcher_cls", launcher_cls)
         monkeypatch.setattr(torch, "empty", lambda size, **options: (size, options))
-        Context().run(getattr(gemm, product), *arguments)
+        Context().run(*call)
     ((size, options),) = allocated
     assert size > 0 and options == {"dtype": torch.int8, "device": "cuda"}
 

@@ -34,7 +34,7 @@ from m2pt import (
 from m2pt.checkpoints import load_state_dict, merge_state_dict, save_state_dict
 from m2pt.saved_bytes import published_formulation, saved_for_backward_bytes
 from m2pt_kernels import cross_modal_linear, quantize
-from m2pt_kernels.configs import INTERPRETED
+from m2pt_kernels.devices import INTERPRETED
 
 
 @settings(max_examples=40)

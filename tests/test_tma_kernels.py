@@ -23,19 +23,13 @@ from test_ops import (
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 
-from m2pt_kernels import cross_modal_linear, gemm, gemm_tma
-from m2pt_kernels.configs import INTERPRETED, TileConfig
+from m2pt_kernels import cross_modal_linear, gemm, gemm_tma, plans
+from m2pt_kernels.devices import INTERPRETED
 from m2pt_kernels.ops import path_of
 
 ROWS = 104 if INTERPRETED else 1000
 HALVES = DTYPES[1:]
 STEP = ["combined_matmul", "combined_matmul", "grad_parameters"]
-
-
-def small_combined_tiles(target, weight, aux_weight):
-    if not gemm_tma._generation(target):
-        return ()
-    return (gemm_tma._CombinedTile(32, 16 if weight.itemsize == 2 else 0, 64, 32, 4, 1),)
 
 
 @pytest.fixture(params=["gluon", "tl"] if torch.cuda.is_available() else ["tl"])
@@ -44,26 +38,33 @@ def products(request, device, monkeypatch):
     made = []
 
     def record(module, name):
-        compute = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *arguments: made.append(name) or compute(*arguments))
+        launch = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments: made.append(name) or launch(*arguments))
 
     record(gemm_tma, "combined_matmul")
     record(gemm_tma, "grad_parameters")
-    if request.param == "gluon" and gemm.gemm_hopper is not None:
-        record(gemm.gemm_hopper, "combined_matmul")
+    if request.param == "gluon" and plans.gemm_hopper is not None:
+        record(plans.gemm_hopper, "combined_matmul")
     else:
-        monkeypatch.setattr(gemm, "gemm_hopper", None)
+        monkeypatch.setattr(plans, "gemm_hopper", None)
     if INTERPRETED:
-        monkeypatch.setattr(gemm, "active_target", lambda: GPUTarget("cuda", 90, 32))
-        monkeypatch.setattr(gemm_tma, "_MIN_ROWS", 1)
-        monkeypatch.setattr(gemm_tma, "combined_tiles", small_combined_tiles)
-        monkeypatch.setattr(gemm_tma, "grad_tiles", lambda *_: (TileConfig(32, 64, 32, 4, 1),))
+        small = gemm_tma.CombinedTile(BLOCK_M=32, MORE_M=16, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=1)
+        small_grad = gemm_tma.GradTile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=1)
+        monkeypatch.setattr(plans, "active_target", lambda: GPUTarget("cuda", 90, 32))
+        monkeypatch.setattr(plans, "_MIN_ROWS_BY_TMA", 1)
+        monkeypatch.setattr(
+            plans,
+            "tma_tiles",
+            lambda target, combined: [small._replace(MORE_M=16 if combined.weight.itemsize == 2 else 0)],
+        )
+        monkeypatch.setattr(plans, "tma_grad_tiles", lambda *_: [small_grad])
     return made
 
 
 def assert_by_tma(products, expected, device):
     """Where there is TMA, the kernels that read by it made just these."""
-    has_tma = path_of(torch.empty(0, device=device)) is gemm and gemm_tma._generation(gemm.active_target())
+    runs = path_of(torch.empty(0, device=device)) is gemm and plans.HAS_TMA_LOOPS
+    has_tma = runs and plans.architecture(plans.active_target()) in plans.TMA_TILES
     assert products == (expected if has_tma else [])
 
 

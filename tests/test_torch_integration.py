@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from m2pt import FusedCrossModalLinear, merge_pathways, quantize_aux
 from m2pt_kernels import cross_modal_linear, implementation, quantize
-from m2pt_kernels.configs import INTERPRETED
+from m2pt_kernels.devices import INTERPRETED
 
 OPS = torch.ops.m2pt_kernels
 

@@ -15,8 +15,9 @@ from torch import nn
 
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt import FusedCrossModalLinear
-from m2pt_kernels import configs, cross_modal_linear, gemm, quantize, tuning, warmup
-from m2pt_kernels.configs import TUNED
+from m2pt_kernels import cross_modal_linear, plans, quantize, tuning, warmup
+from m2pt_kernels.plans import TUNED, UNTUNED
+from m2pt_kernels.products import CombinedMatmul
 from m2pt_kernels.verification import Finding
 from m2pt_kernels.versions import HAS_HOPPER_LOOPS
 
@@ -123,10 +124,13 @@ def test_what_was_timed_is_what_runs(times, monkeypatch, frozen, storage, models
         monkeypatch.setattr(tuning, "_milliseconds", lambda function: -len(str(function.args[0])))  # not the default
         tuned = [(record.problem[0], record.plan) for record in warmup(model, x)]
         used = []
-        compute = gemm.compute
-        monkeypatch.setattr(gemm, "compute", lambda *call: used.append((call[1], str(call[0]))) or compute(*call))
+        choose = plans.choose
+        monkeypatch.setattr(
+            plans, "choose", lambda product: used.append((product.name, choose(product))) or used[-1][1]
+        )
         model(x).float().square().sum().backward()
-    assert used == tuned and len(used) == 1 + ("x" in trained) + (len(trained - {"x"}) > 0)
+    assert [(name, str(plan)) for name, plan in used] == tuned
+    assert len(used) == 1 + ("x" in trained) + (len(trained - {"x"}) > 0)
 
 
 class Product(nn.Module):
@@ -146,10 +150,10 @@ def test_each_gpu_and_state_of_the_kernels_has_its_own_times(model, sample, time
     names = iter(("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H200"))
     for count in (1, 2, 3):
         name = next(names)
-        monkeypatch.setattr(configs, "device_name", lambda device, name=name: name)
+        monkeypatch.setattr(plans, "device_name", lambda device, name=name: name)
         if count == 3:
             changed = type("ChangedKernel", (), {"cache_key": "changed", "device_caches": {}})
-            monkeypatch.setattr(gemm, "KERNELS", (*gemm.KERNELS[:3], changed))
+            monkeypatch.setattr(plans, "KERNELS", (*plans.KERNELS[:3], changed))
         timed = len(times[None])
         tune(model, sample)
         assert len(times[None]) > timed and len(list(cache.iterdir())) == count
@@ -167,7 +171,7 @@ def test_products_are_timed_on_the_device_of_their_tensors(model, sample, monkey
         finally:
             inside.pop()
 
-    monkeypatch.setattr(gemm, "device_of", device_of)
+    monkeypatch.setattr(tuning, "device_of", device_of)
     monkeypatch.setattr(tuning, "_milliseconds", lambda function: float(len(inside)))
     for record in tune(model, sample):
         assert set(record.milliseconds.values()) == {1.0}
@@ -284,8 +288,8 @@ def test_a_candidate_whose_result_is_wrong_is_never_used_again(model, sample, ti
     for file in cache.iterdir():
         file.unlink()
 
-    def verify(plan, product, *arguments):
-        return Finding("error of the output 0.3" if product == "forward" and str(plan) == first else None, 1.0)
+    def verify(plan, product):
+        return Finding("error of the output 0.3" if product.name == "forward" and str(plan) == first else None, 1.0)
 
     monkeypatch.setattr(tuning, "verify", verify)
     times[first] = 0.5
@@ -306,8 +310,8 @@ def test_a_kernel_found_wrong_at_one_product_is_given_up_at_all(sample, times, m
     times[plan] = 1.0
     larger = torch.cat([sample, sample])
 
-    def verify(plan_tried, product, x, *_):
-        return Finding("wrong" if str(plan_tried) == plan and len(x) > 1024 else None, 1.0)
+    def verify(tried, product):
+        return Finding("wrong" if str(tried) == plan and len(product.left) > 1024 else None, 1.0)
 
     monkeypatch.setattr(tuning, "verify", verify)
     with pytest.warns(UserWarning, match="is wrong and is not used any more"):
@@ -320,7 +324,7 @@ def plans_used(model, sample):
     """Those of a forward pass."""
     with pytest.warns(UserWarning, match="was found faulty"), compiling_for(TARGETS["sm_90"]):
         model(sample)
-    return {**configs.UNTUNED, **TUNED}.values()
+    return {**UNTUNED, **TUNED}.values()
 
 
 class OfTwoSizes(nn.Module):
@@ -337,12 +341,12 @@ def test_a_kernel_found_wrong_at_the_last_product_is_not_chosen_for_the_first(sa
     model = OfTwoSizes()
     plan = tune(model, sample)[0].plan
     times[plan] = 1.0
-    for name in (TUNED, configs.UNTUNED):
+    for name in (TUNED, UNTUNED):
         name.clear()
     monkeypatch.setattr(
         tuning,
         "verify",
-        lambda tried, product, x, *_: Finding("wrong" if len(x) > 1024 and str(tried) == plan else None),
+        lambda tried, product: Finding("wrong" if len(product.left) > 1024 and str(tried) == plan else None),
     )
     monkeypatch.setenv("M2PT_CACHE_DIR", str(Path(os.environ["M2PT_CACHE_DIR"]) / "another"))
     with pytest.warns(UserWarning, match="is wrong and is not used any more"):
@@ -385,7 +389,7 @@ def test_a_failure_that_leaves_the_device_unusable_is_raised(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
-        tuning._time((), "forward", (x,), {EAGER: configs.EAGER})
+        tuning._time((), CombinedMatmul(x, (), None), {EAGER: plans.EAGER})
 
 
 def test_a_product_that_no_kernel_computes_is_left_to_plain_torch(model, sample, monkeypatch):

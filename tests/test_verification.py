@@ -8,7 +8,9 @@ import torch
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt_kernels import gemm, reference, verification
 from m2pt_kernels.cases import KINDS, PRODUCTS, Shape, cases
-from m2pt_kernels.configs import EAGER, INTERPRETED, Plan
+from m2pt_kernels.devices import INTERPRETED
+from m2pt_kernels.plans import EAGER, Plan
+from m2pt_kernels.products import GradParameters
 from m2pt_kernels.verification import Bound, verify
 
 PLAN = Plan("pointers", "under test")
@@ -25,35 +27,42 @@ def _on_hopper():
 
 @pytest.fixture
 def computing_by(monkeypatch):
-    """Have PLAN computed by a function of the product and its arguments."""
+    """Have PLAN computed by a function of the product."""
 
     def replace(function):
-        def compute(plan, product, *arguments):
-            return function(product, *arguments) if plan == PLAN else in_torch(product, *arguments)
+        def compute(plan, product):
+            return function(product) if plan == PLAN else in_torch(product)
 
         monkeypatch.setattr(gemm, "compute", compute)
 
     return replace
 
 
-def in_torch(product, *arguments):
-    return getattr(reference, product)(*arguments)
+def in_torch(product):
+    if isinstance(product, GradParameters):
+        return reference.grad_parameters(product)
+    return reference.combined_matmul(*product)
 
 
-def exactly(product, first, second, aux_weight, scale, *others):
+def exactly(product):
     """In float64, rounded once."""
-    *others, aux_weight_scale = others
-    if aux_weight_scale is not None:
-        aux_weight, aux_weight_scale = verification.dequantize(aux_weight, aux_weight_scale), None
-    wide = [
-        value.double() if isinstance(value, torch.Tensor) else torch.float64 if value is not None else None
-        for value in (first, second, aux_weight, scale, *others, aux_weight_scale)
-    ]
-    result = in_torch(product, *wide)
-    if product != "grad_parameters":
-        return result.to(first.dtype)
-    dtypes = *others, torch.float32
+    result = in_torch(in_float64(product))
+    if not isinstance(product, GradParameters):
+        return result.to(product.left.dtype)
+    dtypes = product.weight_dtype, product.aux_dtype, torch.float32
     return tuple(None if value is None else value.to(dtype) for value, dtype in zip(result, dtypes, strict=True))
+
+
+def in_float64(operand):
+    """A tensor, a dtype or what is made of them; what is quantised as what it stands for."""
+    if isinstance(operand, tuple):
+        if getattr(operand, "aux_weight_scale", None) is not None:
+            values = verification.dequantize(operand.aux_weight, operand.aux_weight_scale)
+            operand = operand._replace(aux_weight=values, aux_weight_scale=None)
+        return operand._make(map(in_float64, operand))
+    if isinstance(operand, torch.dtype):
+        return torch.float64
+    return operand.double() if isinstance(operand, torch.Tensor) else operand
 
 
 def outputs(result):
@@ -68,45 +77,54 @@ ALL = list(itertools.product(KINDS, PRODUCTS))
 def test_right_results_have_no_fault(computing_by, kind, product, shape):
     computing_by(exactly)
     for case in cases(KINDS[kind], product, shape, "cpu"):
-        finding = verify(PLAN, product, *case.arguments)
+        finding = verify(PLAN, case.product)
         assert finding.fault is None and 0 <= finding.error_ratio <= 1.01
 
 
 @pytest.mark.parametrize("kind, product", ALL)
 def test_plain_torch_has_no_fault(kind, product):
     for case in cases(KINDS[kind], product, SHAPE, "cpu"):
-        assert verify(EAGER, product, *case.arguments) == (None, pytest.approx(1, abs=1))
+        assert verify(EAGER, case.product) == (None, pytest.approx(1, abs=1))
 
 
-def a_row_too_few(product, *arguments):
-    result = in_torch(product, *arguments)
+def a_row_too_few(product):
+    result = in_torch(product)
     outputs(result)[0][-1] = 0
     return result
 
 
-def the_last_terms_left_out(product, first, second, aux_weight, scale, *others):
-    if product == "grad_parameters":
-        return in_torch(product, first[:-4], second[:-4], aux_weight, scale, *others)
-    first = first.clone()
-    first[:, -4:] = 0
-    return in_torch(product, first, second, aux_weight, scale, *others)
+def the_last_terms_left_out(product):
+    if isinstance(product, GradParameters):
+        return in_torch(product._replace(grad_output=product.grad_output[:-4], x=product.x[:-4]))
+    left = product.left.clone()
+    left[:, -4:] = 0
+    return in_torch(product._replace(left=left))
 
 
-def two_entries_changed_places(product, *arguments):
-    result = in_torch(product, *arguments)
+def two_entries_changed_places(product):
+    result = in_torch(product)
     output = outputs(result)[0]
     output[[0, 1], 5] = output[[1, 0], 5]
     return result
 
 
-def left_empty(product, *arguments):
-    result = in_torch(product, *arguments)
+def left_empty(product):
+    result = in_torch(product)
     outputs(result)[-1].view(-1)[-1:] = torch.empty(1)
     return result
 
 
-def another_scale(product, first, second, aux_weight, scale, *others):
-    return in_torch(product, first, second, aux_weight, None if scale is None else 1.1 * scale, *others)
+def scale_of(product):
+    return (product if isinstance(product, GradParameters) else product.combined).cross_modal_scale
+
+
+def another_scale(product):
+    scale = scale_of(product)
+    if scale is None:
+        return in_torch(product)
+    if isinstance(product, GradParameters):
+        return in_torch(product._replace(cross_modal_scale=1.1 * scale))
+    return in_torch(product._replace(combined=product.combined._replace(cross_modal_scale=1.1 * scale)))
 
 
 FAULTS = [a_row_too_few, the_last_terms_left_out, two_entries_changed_places, left_empty]
@@ -117,55 +135,55 @@ FAULTS = [a_row_too_few, the_last_terms_left_out, two_entries_changed_places, le
 def test_a_wrong_result_is_a_fault(computing_by, kind, product, fault):
     computing_by(fault)
     for case in cases(KINDS[kind], product, SHAPE, "cpu"):
-        assert "plain torch" in verify(PLAN, product, *case.arguments).fault
+        assert "plain torch" in verify(PLAN, case.product).fault
 
 
 @pytest.mark.parametrize("kind, product", ALL)
 def test_another_scale_is_a_fault(computing_by, kind, product):
     computing_by(another_scale)
     for case in cases(KINDS[kind], product, SHAPE, "cpu"):
-        fault = verify(PLAN, product, *case.arguments).fault
-        assert (fault is None) == (case.arguments[3] is None)
+        fault = verify(PLAN, case.product).fault
+        assert (fault is None) == (scale_of(case.product) is None)
         assert fault is None or product != "grad_parameters" or fault.startswith("error of the gradient of aux_weight")
 
 
 @pytest.mark.parametrize("output, name", list(enumerate(["weight", "aux_weight", "scale"])))
 def test_each_gradient_counts(computing_by, output, name):
-    def fault(product, *arguments):
-        result = in_torch(product, *arguments)
+    def fault(product):
+        result = in_torch(product)
         result[output].view(-1)[-1] *= 1.2
         return result
 
     computing_by(fault)
     case = cases(KINDS["autocast, two models"], "grad_parameters", SHAPE, "cpu")[1]
-    found = verify(PLAN, "grad_parameters", *case.arguments).fault
+    found = verify(PLAN, case.product).fault
     assert found.startswith(f"error of the gradient of {name}") and ";" not in found
 
 
 def test_a_scale_gradient_of_a_rounded_gradient_is_a_fault(computing_by):
-    def fault(product, grad_output, x, aux_weight, *others):
-        total = in_torch(product, grad_output, x, aux_weight, *others)
+    def fault(product):
+        total, aux_weight = in_torch(product), product.aux_weight
         return *total[:2], (total[0].bfloat16().float() * aux_weight.float() * 1.004).sum().view(1)
 
     computing_by(fault)
     case = cases(KINDS["autocast"], "grad_parameters", Shape(4, 128, 96), "cpu")[0]
-    x, aux_weight = case.arguments[1].abs(), case.arguments[2].abs()  # so that nothing cancels
-    arguments = case.arguments[0].abs(), x, aux_weight, *case.arguments[3:]
-    assert "the gradient of scale" in verify(PLAN, "grad_parameters", *arguments).fault
+    grad_output, x, aux_weight, *others = case.product
+    positive = GradParameters(grad_output.abs(), x.abs(), aux_weight.abs(), *others)  # so that nothing cancels
+    assert "the gradient of scale" in verify(PLAN, positive).fault
 
 
 def test_different_bits_are_a_fault(computing_by):
     runs = itertools.count()
 
-    def fault(product, *arguments):
-        result = in_torch(product, *arguments)
+    def fault(product):
+        result = in_torch(product)
         if next(runs) == 2:
             result[-1, -1] = torch.nextafter(result[-1, -1], torch.tensor(9.0))
         return result
 
     computing_by(fault)
     (case,) = cases(KINDS["fp32"], "grad_input", SHAPE, "cpu")
-    assert "different bits" in verify(PLAN, "grad_input", *case.arguments).fault
+    assert "different bits" in verify(PLAN, case.product).fault
 
 
 @pytest.fixture(params=["tf32", "ieee"])
@@ -178,34 +196,39 @@ def precision(request):
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_operands_cut_to_tf32_are_right_if_torch_allows_tf32(computing_by, precision, product):
-    def fault(product, first, second, *others):
-        cut = ((tensor.view(torch.int32) & -(2**13)).view(torch.float32) for tensor in (first, second))
-        return in_torch(product, *cut, *others)
+    def cut(tensor):
+        return (tensor.view(torch.int32) & -(2**13)).view(torch.float32)
+
+    def fault(product):
+        if isinstance(product, GradParameters):
+            return in_torch(product._replace(grad_output=cut(product.grad_output), x=cut(product.x)))
+        combined = product.combined._replace(weight=cut(product.combined.weight))
+        return in_torch(product._replace(left=cut(product.left), combined=combined))
 
     computing_by(fault)
     for case in cases(KINDS["tf32"], product, SHAPE, "cpu"):
-        assert (verify(PLAN, product, *case.arguments).fault is None) == (precision == "tf32")
+        assert (verify(PLAN, case.product).fault is None) == (precision == "tf32")
 
 
 def test_an_error_is_raised(computing_by):
-    def fault(product, *arguments):
+    def fault(product):
         raise RuntimeError("an illegal memory access was encountered")
 
     computing_by(fault)
     (case,) = cases(KINDS["fp32"], "grad_input", SHAPE, "cpu")
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        verify(PLAN, "grad_input", *case.arguments)
+        verify(PLAN, case.product)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("kind, product", ALL)
 def test_blocks_are_the_whole(monkeypatch, kind, product):
     case = cases(KINDS[kind], product, Shape(150, 128, 96), "cpu")[-1]
-    got = verification._outputs(in_torch(product, *case.arguments))
+    got = verification._outputs(in_torch(case.product))
     compare = verification._compare_gradients if product == "grad_parameters" else verification._compare_combined
-    whole = compare(got, got, product, *case.arguments)
+    whole = compare(got, got, case.product)
     monkeypatch.setattr(verification, "_BLOCK_ENTRIES", 500)
-    blocks = compare(got, got, product, *case.arguments)
+    blocks = compare(got, got, case.product)
     assert whole.keys() == blocks.keys()
     for name, bound in whole.items():
         assert blocks[name].error == pytest.approx(bound.error, rel=1e-9)
@@ -213,28 +236,29 @@ def test_blocks_are_the_whole(monkeypatch, kind, product):
 
 
 def test_a_combined_weight_that_may_overflow_is_no_fault(computing_by):
-    def overflowing(product, grad_output, weight, *others):
-        return in_torch(product, grad_output, torch.where(weight == largest, torch.inf, weight), *others)
+    def overflowing(product):
+        weight = torch.where(product.combined.weight == largest, torch.inf, product.combined.weight)
+        return in_torch(product._replace(combined=product.combined._replace(weight=weight)))
 
     computing_by(overflowing)
     largest = torch.finfo(torch.float16).max
     (case,) = cases(KINDS["fp16"], "grad_input", SHAPE, "cpu")
-    grad_output, weight, aux_weight, *_ = case.arguments
-    weight[3, 5], aux_weight[3, 5], grad_output[:, 3] = largest, 0, 0.1
-    assert verify(PLAN, "grad_input", *case.arguments).fault is None
+    grad_output, combined, _ = case.product
+    combined.weight[3, 5], combined.aux_weight[3, 5], grad_output[:, 3] = largest, 0, 0.1
+    assert verify(PLAN, case.product).fault is None
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_torch_is_as_deterministic_as_before(computing_by, mode):
-    def check_mode(product, *arguments):
+    def check_mode(product):
         assert torch.zeros(3).new_empty(2, dtype=torch.float16).isnan().all()
-        return in_torch(product, *arguments)
+        return in_torch(product)
 
     computing_by(check_mode)
     (case,) = cases(KINDS["fp32"], "grad_input", SHAPE, "cpu")
     torch.set_deterministic_debug_mode(mode)
     try:
-        assert verify(PLAN, "grad_input", *case.arguments).fault is None
+        assert verify(PLAN, case.product).fault is None
         assert torch.get_deterministic_debug_mode() == mode
     finally:
         torch.set_deterministic_debug_mode(0)
@@ -243,7 +267,7 @@ def test_torch_is_as_deterministic_as_before(computing_by, mode):
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_nothing_is_right(product):
     case = cases(KINDS["autocast"], product, Shape(0, 64, 32), "cpu")[0]
-    assert verify(EAGER, product, *case.arguments).fault is None
+    assert verify(EAGER, case.product).fault is None
 
 
 @pytest.mark.parametrize("share, accepted", [(0.0, False), (1.5, False), (2.5, True)])

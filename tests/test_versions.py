@@ -11,7 +11,7 @@ from test_compilation import by_tma, for_target
 
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt_kernels import cross_modal_linear
-from m2pt_kernels.configs import TILES
+from m2pt_kernels.plans import POINTER_GRAD_TILES, POINTER_TILES
 from m2pt_kernels.versions import NEWEST, OLDEST, RELEASE
 
 COMPILE = """
@@ -44,7 +44,8 @@ def run(code, *arguments, **environment):
 @pytest.mark.parametrize("release", ["3.4.0", f"{NEWEST[0]}.{NEWEST[1] + 1}.0+git1234", "4.0"])
 def test_an_unknown_triton_gets_portable_kernels_and_one_warning(release):
     finished = run(COMPILE, release)
-    warps = {tile.num_warps for product in TILES["portable"].values() for (tile,) in product.values()}
+    tables = POINTER_TILES["portable"], POINTER_GRAD_TILES["portable"]
+    warps = {tile.num_warps for table in tables for (tile,) in table.values()}
     assert warps == {4}
     assert finished.stdout.splitlines() == ["combined_matmul_kernel 4 grad_parameters_kernel 4"] * 2
     assert finished.stderr.count(f"knows Triton 3.5 to 3.9, this is {release}: it uses portable kernels") == 1

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .combined import combined_weight
 from .ops import cross_modal_linear, implementation
 from .quantization import dequantize, quantize
-from .reference import combined_weight
 
 if TYPE_CHECKING:
     from .tuning import warmup

@@ -19,7 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import gemm
-from .configs import INTERPRETED, Plan, problem, variant
+from .combined import CombinedWeight
+from .devices import INTERPRETED
+from .plans import Plan, candidates, problem, variant
+from .products import CombinedMatmul, GradParameters, Product
 from .quantization import DTYPES, quantize
 from .verification import verify
 
@@ -101,10 +104,10 @@ class Row:
 
 
 class Case(NamedTuple):
-    """The arguments of a product in `gemm`, and the same product without a pathway."""
+    """A product, and the same without a pathway."""
 
     inputs: str
-    arguments: tuple
+    product: Product
     plain: Callable[[], Tensor]
 
 
@@ -129,24 +132,23 @@ def cases(kind: Kind, product: str, shape: Shape, device: str) -> list[Case]:
     else:
         aux_weight = aux_weight.to(getattr(torch, _runnable(kind.aux_weight)))
     scale, bias = torch.linspace(0.4, -0.3, kind.models, device=device), draw(out_features).to(weight_dtype)
-    half, half_bias, transposed = weight.to(x_dtype), bias.to(x_dtype), grad_output.t()
-    plain = partial(F.linear, x, half, half_bias)
+    half, half_bias = weight.to(x_dtype), bias.to(x_dtype)
+    combined = CombinedWeight(weight, aux_weight, scale, aux_weight_scale, transposed=product == "forward")
     if product == "forward":
-        found = [
-            ("bias", (x, weight, aux_weight, scale, bias, aux_weight_scale), plain),
-            ("no bias", (x, weight, aux_weight, scale, None, aux_weight_scale), partial(F.linear, x, half)),
+        return [
+            Case("bias", CombinedMatmul(x, combined, bias), partial(F.linear, x, half, half_bias)),
+            Case("no bias", CombinedMatmul(x, combined), partial(F.linear, x, half)),
         ]
-    elif product == "grad_input":
-        arguments = grad_output, weight, aux_weight, scale, aux_weight_scale
-        found = [("", arguments, partial(torch.mm, grad_output, half))]
-    else:
-        wide = {} if weight_dtype == x_dtype else {"out_dtype": weight_dtype}
-        plain = partial(torch.mm, transposed, x, **wide)
-        found = [("", (grad_output, x, aux_weight, None, weight_dtype, None, aux_weight_scale), plain)]
-        if not stored:
-            trained = grad_output, x, aux_weight, scale, weight_dtype, aux_weight.dtype, None
-            found.append(("W_aux trained", trained, plain))
-    return [Case(inputs, gemm.prepared(product, *arguments), plain) for inputs, arguments, plain in found]
+    if product == "grad_input":
+        return [Case("", CombinedMatmul(grad_output, combined), partial(torch.mm, grad_output, half))]
+    wide = {} if weight_dtype == x_dtype else {"out_dtype": weight_dtype}
+    plain = partial(torch.mm, grad_output.t(), x, **wide)
+    frozen = GradParameters(grad_output, x, aux_weight, None, weight_dtype, None, aux_weight_scale)
+    found = [Case("", frozen, plain)]
+    if not stored:
+        trained = frozen._replace(cross_modal_scale=scale, aux_dtype=aux_weight.dtype)
+        found.append(Case("W_aux trained", trained, plain))
+    return found
 
 
 def _runnable(dtype: str) -> str:
@@ -159,18 +161,18 @@ def _rows(request: dict[str, Any]) -> Iterator[tuple[Row, Case, Plan]]:
     for product, sizes in pairs(request["products"], request["shapes"]):
         shape = Shape(*sizes)
         for case in cases(kind, product, shape, "cpu" if INTERPRETED else "cuda"):
-            for plan in gemm.plans(product, *case.arguments):
-                name = variant(plan, problem(product, *case.arguments))
+            for plan in candidates(case.product):
+                name = variant(plan, problem(case.product))
                 yield Row(request["kind"], product, shape, case.inputs, str(plan), name), case, plan
 
 
 def _verify(row: Row, case: Case, plan: Plan) -> None:
-    row.fault, row.error_ratio = verify(plan, row.product, *case.arguments)
+    row.fault, row.error_ratio = verify(plan, case.product)
 
 
 def _time(row: Row, case: Case, plan: Plan) -> None:
     measure = partial(triton.testing.do_bench, warmup=5, rep=20, return_mode="median")
-    row.milliseconds = measure(partial(gemm.compute, plan, row.product, *case.arguments))
+    row.milliseconds = measure(partial(gemm.compute, plan, case.product))
     row.plain_milliseconds = measure(case.plain)
 
 

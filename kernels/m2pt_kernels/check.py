@@ -19,9 +19,9 @@ import triton
 from torch import nn
 from tqdm import tqdm
 
-from . import gemm, records
+from . import plans, records
 from .cases import GPU_SHAPES, KINDS, PRODUCTS, SMALL_SHAPES, Row, Shape
-from .configs import INTERPRETED, device_name
+from .devices import INTERPRETED, device_name, supports
 from .processes import LostError, Workers
 from .quantization import supports_float8
 
@@ -46,7 +46,7 @@ def run(model: str | None = None, batch: int = 64, json_file: Path | None = None
         raise ValueError(f"--json: expected a file in a folder that exists, got {json_file}")
     on_gpu = torch.cuda.is_available() and not INTERPRETED
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    if on_gpu and not gemm.supports(device):
+    if on_gpu and not supports(device):
         print(f"{device_name(device)} has a compute capability below 8.0, where plain torch computes: nothing to check")
         return 0
     kinds = [name for name, kind in KINDS.items() if kind.aux_weight != "float8_e4m3fn" or supports_float8(device)]
@@ -64,7 +64,7 @@ def run(model: str | None = None, batch: int = 64, json_file: Path | None = None
         for row in rows:
             if row.plan and not row.not_run:
                 findings.setdefault(row.variant, {})[row.place] = row.fault
-        records.remember(device_name(device), gemm.KERNELS, findings)
+        plans.remember(device_name(device), findings)
     print(table(rows))
     faults = {row.variant: row.fault for row in reversed(rows) if row.fault}
     count = len({row.variant for row in rows})

@@ -5,13 +5,10 @@ operand of wgmma. A block stays on its SM and computes tile after tile. One warp
 have half of a tile's columns each: while the tensor cores multiply a step, the group combines the next one's operand.
 """
 
-from functools import cache
 from typing import NamedTuple
 
-import torch
 import triton.experimental.gluon.language as gl
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -21,9 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from . import gemm_tma
-from .configs import GROUP, ceil_div
-from .reference import models_in
+from .combined import CombinedWeight
+from .devices import multiprocessors
+from .gemm_tma import provide_descriptor_memory
+from .tiles import GROUP, ceil_div
 from .versions import TMA_OPTIONS
 
 _GROUPS = gl.constexpr(2)
@@ -329,8 +327,8 @@ def combined_matmul_hopper_kernel(
     )
 
 
-class HopperTile(NamedTuple):
-    """The output tile is (BLOCK_M + MORE_M) x 128, a step of the reduction BLOCK_K."""
+class CombinedTile(NamedTuple):
+    """The output tile is (BLOCK_M + MORE_M) x BLOCK_N, a step of the reduction BLOCK_K."""
 
     BLOCK_M: int
     MORE_M: int
@@ -338,94 +336,23 @@ class HopperTile(NamedTuple):
     STAGES: int
 
 
-_STAGES = {3: 4, 4: 4, 5: 4, 6: 4, 8: 3}
-"""What shared memory holds beside 384 rows, by the bytes an element of W and one of W_aux take together."""
-_MORE_M = (128, 64, 32)
-_TILE_OVERHEAD = 200
-"""What a tile costs besides its products, in rows: so an H200's times differ between tiles of 192 to 384 rows."""
-
-
-def takes(
-    target: GPUTarget | None,
-    left: Tensor,
-    weight: Tensor,
-    aux_weight: Tensor,
-    aux_weight_scale: Tensor | None,
-    depth_first: bool,
-    bias: Tensor | None,
-) -> bool:
-    """Whether `combined_matmul` can compute this product here: on sm_90, with one auxiliary model, all read by TMA.
-
-    depth_first: whether the scales of a quantised aux_weight belong to its first dimension; those it cannot apply.
-    """
-    return (
-        target is not None
-        and target.backend == "cuda"
-        and target.arch == 90
-        and models_in(aux_weight) == 1
-        and not (depth_first and aux_weight_scale is not None)
-        and gemm_tma.takes_combined_matmul(target, left, weight, aux_weight, aux_weight_scale, depth_first, bias)
-    )
-
-
-def tiles(left: Tensor, weight: Tensor, aux_weight: Tensor) -> list[HopperTile]:
-    """The candidates of `combined_matmul`, that of the least work for the busiest SM first."""
-    rows, columns = left.shape[0], weight.shape[1]
-
-    def cost(tile: HopperTile) -> int:
-        height = tile.BLOCK_M + tile.MORE_M
-        return ceil_div(_count(tile, rows, columns), multiprocessors(left.device)) * (height + _TILE_OVERHEAD)
-
-    stages = _STAGES[weight.itemsize + aux_weight.itemsize]
-    return sorted((HopperTile(256, more, 32, stages) for more in _MORE_M), key=cost)
-
-
-def _count(tile: HopperTile, rows: int, columns: int) -> int:
+def count_tiles(tile: CombinedTile, rows: int, columns: int) -> int:
     return ceil_div(rows, tile.BLOCK_M + tile.MORE_M) * ceil_div(columns, _GROUPS.value * _COLUMNS.value)
 
 
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """SMs of a GPU; those of an H100 where there is none."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
 def combined_matmul(
-    tile: HopperTile,
-    left: Tensor,
-    weight: Tensor,
-    aux_weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    aux_weight_scale: Tensor | None,
-    output: Tensor,
+    tile: CombinedTile, left: Tensor, combined: CombinedWeight, bias: Tensor | None, output: Tensor
 ) -> None:
-    """output = left (weight + scale * aux_weight) + bias: left (M, R), weights (R, C), output (M, C) contiguous.
-
-    aux_weight_scale has an entry for each row in memory, which is a column of aux_weight.
-    """
-    rows, depth = left.shape
-    columns = weight.shape[1]
-    depth_first = weight.stride(0) != 1
-    unit = 0 if depth_first else 1
-    gemm_tma.provide_descriptor_memory()
-    combined_matmul_hopper_kernel[(min(_count(tile, rows, columns), multiprocessors(left.device)),)](
-        left,
-        weight,
-        aux_weight,
-        scale,
-        aux_weight_scale,
-        bias,
-        output,
-        rows,
-        columns,
-        depth,
-        left.stride(0),
-        weight.stride(unit),
-        aux_weight.stride(unit),
+    """Write a `CombinedMatmul` to output, contiguous. A quantised W_aux has a scale for each row in memory."""
+    (rows, depth), columns = left.shape, output.shape[1]
+    provide_descriptor_memory()
+    combined_matmul_hopper_kernel[(min(count_tiles(tile, rows, columns), multiprocessors(left.device)),)](
+        *(left, *combined[:4], bias, output),
+        *(rows, columns, depth),
+        *(left.stride(0), combined.pitch(combined.weight), combined.pitch(combined.aux_weight)),
         **tile._asdict(),
         GROUP=GROUP,
-        DEPTH_FIRST=depth_first,
+        DEPTH_FIRST=combined.depth_first,
         num_warps=4,
         **TMA_OPTIONS,
     )

@@ -2,7 +2,7 @@
 
 Products of weights are computed transposed, `Y^T = (W + s * W_aux) X^T`: then the combined tile is the A operand, which
 wgmma may read from registers and tcgen05 from tensor memory, so that it is never written to memory, not even to shared.
-Half-precision activations only; int4 and matrices that TMA cannot address go to `gemm.py`.
+Half-precision activations only; int4 and matrices that TMA cannot address go to `gemm_pointers.py`.
 """
 
 from typing import NamedTuple
@@ -11,12 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
-from .configs import GROUP, TileConfig, ceil_div
-from .reference import models_in
-from .tiles import aux_strides, offset_of, tile_of_program
-from .versions import HAS_TMA_LOOPS, TMA_OPTIONS, is_trusted
+from .combined import CombinedWeight, model_stride
+from .products import GradParameters
+from .tiles import GROUP, GradTile, ceil_div, offset_of, tile_of_program
+from .versions import TMA_OPTIONS
 
 
 @triton.jit
@@ -267,7 +266,7 @@ def grad_parameters_tma_kernel(
             partials[model].store([row], sums)
 
 
-class _CombinedTile(NamedTuple):
+class CombinedTile(NamedTuple):
     """The output tile is (BLOCK_M + MORE_M) x BLOCK_N, a step of the reduction BLOCK_K."""
 
     BLOCK_M: int
@@ -278,197 +277,21 @@ class _CombinedTile(NamedTuple):
     num_stages: int
 
 
-# Candidates, the untuned choice first. 384 rows a tile is what registers (sm_90) and tensor memory (sm_100) hold, the
-# stages are what shared memory does. By generation, then by the bytes an element of W and one of W_aux take together.
-_COMBINED_TILES: dict[int, dict[int, tuple[_CombinedTile, ...]]] = {
-    9: {
-        3: (_CombinedTile(256, 128, 128, 32, 4, 4), _CombinedTile(256, 0, 128, 32, 4, 5)),
-        5: (_CombinedTile(256, 128, 128, 32, 4, 4), _CombinedTile(256, 0, 128, 32, 4, 4)),
-        4: (_CombinedTile(256, 128, 128, 32, 4, 4), _CombinedTile(256, 0, 128, 32, 4, 5)),
-        6: (_CombinedTile(256, 128, 128, 32, 4, 4), _CombinedTile(256, 0, 128, 32, 4, 4)),
-        8: (_CombinedTile(256, 128, 128, 32, 4, 3), _CombinedTile(256, 0, 128, 32, 4, 4)),
-    },
-    10: {
-        3: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
-        5: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
-        4: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
-        6: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
-        8: (_CombinedTile(256, 128, 128, 64, 8, 2), _CombinedTile(256, 128, 128, 32, 8, 4)),
-    },
-}
-# The same for two or three auxiliary models, by the bytes that W and all W_aux take; what is left out would spill.
-_SEVERAL_TILES: dict[int, dict[int, tuple[_CombinedTile, ...]]] = {
-    9: {
-        **dict.fromkeys((4, 5, 6), (_CombinedTile(256, 128, 128, 32, 4, 4),)),
-        **dict.fromkeys((8, 10, 12), (_CombinedTile(256, 128, 128, 32, 4, 2),)),
-    },
-    10: {
-        **dict.fromkeys((4, 5, 6), (_CombinedTile(256, 128, 128, 64, 8, 2),)),
-        **dict.fromkeys((7, 8), (_CombinedTile(256, 128, 128, 32, 8, 3),)),
-        **dict.fromkeys((10, 12, 16), (_CombinedTile(256, 128, 128, 32, 8, 2),)),
-    },
-}
-# The same on sm_90 where they are quantised and their rows run along the depth, with a scale for each step of it.
-_SEVERAL_PAIRED_TILES: dict[int, tuple[_CombinedTile, ...]]
-_SEVERAL_PAIRED_TILES = dict.fromkeys((4, 5, 6, 7), (_CombinedTile(256, 0, 128, 32, 4, 4),))
-_MOST_MODELS = 3
-# By generation, then by whether W_aux and the gradients have elements of several sizes: then their layouts differ, and
-# on sm_100 only 256 rows a tile, or few columns, leave registers to convert between them.
-_GRAD_TILES: dict[int, dict[bool, tuple[TileConfig, ...]]] = {
-    9: dict.fromkeys((False, True), (TileConfig(128, 256, 64, 4, 3), TileConfig(128, 128, 64, 4, 5))),
-    10: {
-        False: (TileConfig(128, 256, 64, 8, 4), TileConfig(256, 128, 64, 8, 4), TileConfig(128, 128, 64, 8, 5)),
-        True: (TileConfig(256, 128, 64, 8, 4), TileConfig(128, 128, 64, 8, 5)),
-    },
-}
-_MIN_ROWS = 512
-_LARGEST_SIZE = 2**31 - 2**10
-"""Coordinates have 32 bits, those of a tile that reaches past the matrix too."""
-_MULTIPROCESSORS = {9: 132, 10: 148}
-
-
-def takes_combined_matmul(
-    target: GPUTarget | None,
-    left: Tensor,
-    weight: Tensor,
-    aux_weight: Tensor,
-    aux_weight_scale: Tensor | None,
-    depth_first: bool,
-    bias: Tensor | None,
-) -> bool:
-    """Whether `combined_matmul` can compute this product here, and is worth it.
-
-    depth_first: whether the scales of a quantised aux_weight are those of its first dimension here.
-    """
-    unit = 0 if weight.stride(0) == 1 else 1
-    return (
-        len(combined_tiles(target, weight, aux_weight)) > 0
-        and left.dtype.itemsize == 2
-        and left.shape[0] >= _MIN_ROWS
-        and weight.shape[1] * left.itemsize % 16 == 0
-        and _by_tma(left, 1)
-        and _by_tma(weight, unit)
-        and _by_tma(aux_weight, unit)
-        and (bias is None or bias.data_ptr() % 16 == 0)
-        and (aux_weight_scale is None or (unit == depth_first and _are_addressable(aux_weight_scale)))
-        and (aux_weight_scale is None or not depth_first or weight.shape[1] % 16 == 0)
-    )
-
-
-def takes_grad_parameters(
-    target: GPUTarget | None,
-    grad_output: Tensor,
-    x: Tensor,
-    aux_weight: Tensor | None,
-    aux_weight_scale: Tensor | None,
-) -> bool:
-    """Whether `grad_parameters` can compute this product here."""
-    return (
-        _generation(target) in _GRAD_TILES
-        and x.dtype.itemsize == 2
-        and x.shape[1] * x.itemsize % 16 == 0
-        and _by_tma(grad_output, 1)
-        and _by_tma(x, 1)
-        and (aux_weight is None or (_by_tma(aux_weight, 1) and grad_output.shape[1] % 4 == 0))
-        and (aux_weight_scale is None or _are_addressable(aux_weight_scale))
-    )
-
-
-def _generation(target: GPUTarget | None) -> int:
-    """9 for Hopper, 10 for Blackwell's data centre GPUs; 0 for other GPUs, or where Triton is too old or too new."""
-    if target is None or target.backend != "cuda" or not (HAS_TMA_LOOPS and is_trusted()):
-        return 0
-    return target.arch // 10
-
-
-def _by_tma(matrix: Tensor, unit: int) -> bool:
-    """Whether TMA can address a matrix, or several, contiguous along dimension `unit`; int4 has two entries a byte."""
-    strides, size = matrix.stride()[-2:], matrix.shape[-2:][unit]
-    pitch = strides[1 - unit]
-    return (
-        matrix.dtype != torch.uint8
-        and matrix.numel() > 0
-        and strides[unit] == 1
-        and pitch >= size
-        and pitch * matrix.itemsize % 16 == 0
-        and max(matrix.shape) <= _LARGEST_SIZE
-        and aux_strides(matrix)[-1] * matrix.itemsize % 16 == 0
-        and matrix.data_ptr() % 16 == 0
-    )
-
-
-def _are_addressable(scales: Tensor) -> bool:
-    """Whether TMA can address the scales of the rows, of each auxiliary model."""
-    return scales.data_ptr() % 16 == 0 and aux_strides(scales)[-1] % 4 == 0
-
-
-def combined_tiles(target: GPUTarget | None, weight: Tensor, aux_weight: Tensor) -> tuple[_CombinedTile, ...]:
-    """The candidates of `combined_matmul`; none where it cannot compute."""
-    generation, models = _generation(target), models_in(aux_weight)
-    if models > _MOST_MODELS:
-        return ()
-    if generation == 9 and models > 1 and weight.stride(0) != 1 and aux_weight.itemsize == 1:
-        tiles = _SEVERAL_PAIRED_TILES
-    else:
-        tiles = (_COMBINED_TILES if models == 1 else _SEVERAL_TILES).get(generation, {})
-    return tiles.get(weight.itemsize + models * aux_weight.itemsize, ())
-
-
-def grad_tiles(
-    target: GPUTarget,
-    shape: tuple[int, int],
-    aux_weight: Tensor | None,
-    weight_dtype: torch.dtype | None,
-    aux_dtype: torch.dtype | None,
-) -> tuple[TileConfig, ...]:
-    """The candidates of `grad_parameters`, for gradients of such a shape."""
-    generation = _generation(target)
-    sizes = {kind.itemsize for kind in (aux_weight, weight_dtype, aux_dtype) if kind is not None}
-    *large, small = _GRAD_TILES[generation][len(sizes) > 1]
-    if generation == 10 and aux_weight is not None and models_in(aux_weight) > 2 and aux_weight.itemsize == 4:
-        large = [tile for tile in large if tile.BLOCK_M < 256]  # the others would spill
-    small_tiles = ceil_div(shape[0], small.BLOCK_M) * ceil_div(shape[1], small.BLOCK_N)
-    return (small, *large) if small_tiles <= _MULTIPROCESSORS[generation] else (*large, small)
-
-
 def combined_matmul(
-    tile: _CombinedTile,
-    left: Tensor,
-    weight: Tensor,
-    aux_weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    aux_weight_scale: Tensor | None,
-    output: Tensor,
+    tile: CombinedTile, left: Tensor, combined: CombinedWeight, bias: Tensor | None, output: Tensor
 ) -> None:
-    """output = left (weight + scale * aux_weight) + bias: left (M, R), weights (R, C), output (M, C) contiguous.
-
-    aux_weight_scale has an entry for each row in memory, which is a column of aux_weight if that has stride(0) == 1.
-    """
-    rows, depth = left.shape
-    columns = weight.shape[1]
-    depth_first = weight.stride(0) != 1
-    tiles = ceil_div(rows, tile.BLOCK_M + tile.MORE_M) * ceil_div(columns, tile.BLOCK_N)
+    """Write a `CombinedMatmul` to output, contiguous. A quantised W_aux has a scale for each row in memory."""
+    (rows, depth), columns = left.shape, output.shape[1]
+    weight, aux_weight, *_ = combined
     provide_descriptor_memory()
-    combined_matmul_tma_kernel[(tiles,)](
-        left,
-        weight,
-        aux_weight,
-        scale,
-        aux_weight_scale,
-        bias,
-        output,
-        rows,
-        columns,
-        depth,
-        left.stride(0),
-        weight.stride(0 if depth_first else 1),
-        aux_weight.stride(-2 if depth_first else -1),
-        aux_strides(aux_weight)[-1],
+    combined_matmul_tma_kernel[(ceil_div(rows, tile.BLOCK_M + tile.MORE_M) * ceil_div(columns, tile.BLOCK_N),)](
+        *(left, *combined[:4], bias, output),
+        *(rows, columns, depth),
+        *(left.stride(0), combined.pitch(weight), combined.pitch(aux_weight), model_stride(aux_weight)),
         **tile._asdict(),
         GROUP=GROUP,
-        DEPTH_FIRST=depth_first,
-        MODELS=models_in(aux_weight),
+        DEPTH_FIRST=combined.depth_first,
+        MODELS=combined.models,
         # Fewer rows to copy; 64 would make two panels a tile, and Triton does not divide a dimension of two.
         PANEL=32 if columns % 32 == 0 else 16,
         **TMA_OPTIONS,
@@ -476,38 +299,18 @@ def combined_matmul(
 
 
 def grad_parameters(
-    tile: TileConfig,
-    grad_output: Tensor,
-    x: Tensor,
-    aux_weight: Tensor | None,
-    scale: Tensor | None,
-    aux_weight_scale: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_aux: Tensor | None,
+    tile: GradTile, product: GradParameters, grad_weight: Tensor | None, grad_aux: Tensor | None
 ) -> Tensor | None:
-    """Write the gradients asked for; returns partial sums of the scale's, in fixed order, if `aux_weight` is given."""
-    depth, rows = grad_output.shape
-    columns = x.shape[1]
-    tiles = ceil_div(rows, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N)
-    models = models_in(aux_weight, scale)
-    partials = ceil_div(columns, tile.BLOCK_N) * rows
-    partial = None if aux_weight is None else x.new_empty(models, partials, dtype=torch.float32)
+    """Write the weights' gradients that are given; return the scale's, if wanted, as partial sums (n, ...)."""
+    grad_output, x, aux_weight, scale, *_, aux_weight_scale = product
+    (rows, columns), depth, models = product.shape, len(x), product.models
+    column_tiles = ceil_div(columns, tile.BLOCK_N)
+    partial = None if aux_weight is None else x.new_empty(models, column_tiles * rows, dtype=torch.float32)
+    of_aux = (0, 0) if aux_weight is None else (aux_weight.stride(-2), model_stride(aux_weight))
     provide_descriptor_memory()
-    grad_parameters_tma_kernel[(tiles,)](
-        grad_output,
-        x,
-        aux_weight,
-        scale,
-        aux_weight_scale,
-        grad_weight,
-        grad_aux,
-        partial,
-        rows,
-        columns,
-        depth,
-        grad_output.stride(0),
-        x.stride(0),
-        *((0, 0) if aux_weight is None else aux_strides(aux_weight)[::2]),
+    grad_parameters_tma_kernel[(ceil_div(rows, tile.BLOCK_M) * column_tiles,)](
+        *(grad_output, x, aux_weight, scale, aux_weight_scale, grad_weight, grad_aux, partial),
+        *(rows, columns, depth, grad_output.stride(0), x.stride(0), *of_aux),
         **tile._asdict(),
         GROUP=GROUP,
         MODELS=models,

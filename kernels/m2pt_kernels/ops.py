@@ -13,9 +13,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .checks import GEMM_DTYPES, check_operand
+from .combined import CombinedWeight, cast, check_weights
+from .products import GradParameters
 from .quantization import DTYPES as QUANTIZED
 
-gemm = import_module(".gemm", __package__) if find_spec("triton") else None
+gemm, devices = (
+    (import_module(f".{name}", __package__) for name in ("gemm", "devices")) if find_spec("triton") else (None, None)
+)
 
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
 
@@ -75,9 +79,7 @@ def cross_modal_linear(
     if not _is_unobserved(x, weight, aux_weight, scale, bias, aux_weight_scale):
         return _cross_modal_linear(x, weight, aux_weight, scale, bias, aux_weight_scale)
     with _autocast_disabled(x):
-        return _CrossModalLinear.apply(
-            reference.cast(x, dtype), weight, aux_weight, scale, bias, aux_weight_scale, _compute
-        )
+        return _CrossModalLinear.apply(cast(x, dtype), weight, aux_weight, scale, bias, aux_weight_scale, _matmul)
 
 
 def _checked_dtype(
@@ -89,7 +91,7 @@ def _checked_dtype(
     aux_weight_scale: Tensor | None,
 ) -> torch.dtype:
     """The dtype to multiply in."""
-    reference.check_weights(weight, aux_weight, scale, aux_weight_scale)
+    check_weights(weight, aux_weight, scale, aux_weight_scale)
     out_features, in_features = weight.shape
     device = weight.device
     check_operand("x", x, device)
@@ -145,16 +147,7 @@ def implementation(name: str) -> Iterator[None]:
     if name == "triton":
         if gemm is None:
             raise RuntimeError('implementation("triton"): Triton is not installed')
-        if gemm.INTERPRETED:
-            from .versions import check_interpreter
-
-            check_interpreter()
-        try:
-            target = gemm.active_target()
-        except RuntimeError as error:
-            raise RuntimeError('implementation("triton"): Triton has no active driver') from error
-        if target is not None and target.backend == "cuda" and target.arch < gemm.OLDEST_CAPABILITY:
-            raise RuntimeError(f'implementation("triton"): needs compute capability 8.0, this is {target.arch / 10}')
+        devices.check_runs_kernels()
     previous, _forced = _forced, name
     try:
         yield
@@ -164,11 +157,11 @@ def implementation(name: str) -> Iterator[None]:
 
 def path_of(x: Tensor, *others: Tensor | None) -> ModuleType:
     """The module that computes on these tensors."""
-    if gemm is None or _forced == "eager" or (_forced == "auto" and not (x.is_cuda and gemm.supports(x.device))):
+    if gemm is None or _forced == "eager" or (_forced == "auto" and not (x.is_cuda and devices.supports(x.device))):
         return reference
-    unsupported = {tensor.dtype for tensor in (x, *others) if tensor is not None}.difference(gemm.DTYPES, QUANTIZED)
+    unsupported = {tensor.dtype for tensor in (x, *others) if tensor is not None}.difference(devices.DTYPES, QUANTIZED)
     if unsupported and _forced == "triton":
-        raise TypeError(f'implementation("triton"): expected dtypes among {gemm.DTYPES}, got {unsupported}')
+        raise TypeError(f'implementation("triton"): expected dtypes among {devices.DTYPES}, got {unsupported}')
     return reference if unsupported else gemm
 
 
@@ -194,45 +187,62 @@ _shaped = torch.ops.aten._unsafe_view.default
 """Reshape a tensor that nothing else refers to. Other views from an autograd function may not be changed in place."""
 
 
-def flat(tensor: Tensor) -> Tensor:
+def _flat(tensor: Tensor) -> Tensor:
     if tensor.dim() == 2:
         return tensor
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
 
 
-def _compute(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
-    path = path_of(x, weight, aux_weight, scale, bias)
-    y = path.forward(flat(x), weight, aux_weight, scale, bias, aux_weight_scale)
-    return y if x.dim() == 2 else _shaped(y, (*x.shape[:-1], weight.shape[0]))
+def _matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | None = None) -> Tensor:
+    path = path_of(left, combined.weight, combined.aux_weight, combined.cross_modal_scale, bias)
+    output = path.combined_matmul(_flat(left), combined, bias)
+    return output if left.dim() == 2 else _shaped(output, (*left.shape[:-1], output.shape[1]))
 
 
-def _compute_grad_input(grad_output, weight, aux_weight, scale, aux_weight_scale=None):
-    path = path_of(grad_output, weight, aux_weight, scale)
-    grad = path.grad_input(flat(grad_output), weight, aux_weight, scale, aux_weight_scale)
-    return grad if grad_output.dim() == 2 else grad.view(*grad_output.shape[:-1], weight.shape[1])
+def _grad_product(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale=None):
+    """The product of `grad_parameters`, which may also be given what no gradient asked for needs."""
+    if scale is None or aux_dtype is None:
+        scale = aux_dtype = None
+    aux_weight_scale = None if aux_weight is None else aux_weight_scale
+    return GradParameters(_flat(grad_output), _flat(x), aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale)
 
 
-def _compute_grad_parameters(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale=None):
-    path = path_of(grad_output, x, aux_weight, scale)
-    return path.grad_parameters(
-        flat(grad_output), flat(x), aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale
-    )
+def _gradients(*arguments):
+    product = _grad_product(*arguments)
+    return path_of(*(operand for operand in product if isinstance(operand, Tensor))).grad_parameters(product)
+
+
+def _dispatched_matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | None = None) -> Tensor:
+    weight, aux_weight, scale, aux_weight_scale, transposed = combined
+    if transposed:
+        return _cross_modal_linear(left, weight, aux_weight, scale, bias, aux_weight_scale)
+    return _grad_input(left, weight, aux_weight, scale, aux_weight_scale)
+
+
+def _forward(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
+    return _matmul(x, CombinedWeight(weight, aux_weight, scale, aux_weight_scale, transposed=True), bias)
+
+
+def _backward_to_input(grad_output, weight, aux_weight, scale, aux_weight_scale=None):
+    return _matmul(grad_output, CombinedWeight(weight, aux_weight, scale, aux_weight_scale))
+
+
+def _backward_to_parameters(grad_output, *others):
+    gradients = _gradients(grad_output, *others)
+    return tuple(grad_output.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def _implement(operator: torch._ops.OpOverload, compute: Callable) -> None:
     def run(first, *others):
         with _autocast_disabled(first):
-            result = compute(first, *others)
-        if isinstance(result, Tensor):
-            return result
-        return tuple(first.new_empty(0) if grad is None else grad for grad in result)
+            return compute(first, *others)
 
     _library.impl(operator, run, "CompositeExplicitAutograd")
 
 
-_implement(_cross_modal_linear, _compute)
-_implement(_grad_input, _compute_grad_input)
-_implement(_grad_parameters, _compute_grad_parameters)
+_implement(_cross_modal_linear, _forward)
+_implement(_grad_input, _backward_to_input)
+_implement(_grad_parameters, _backward_to_parameters)
 
 
 @torch.library.register_fake("m2pt_kernels::cross_modal_linear", lib=_library)
@@ -246,15 +256,12 @@ def _(grad_output, weight, aux_weight, scale, aux_weight_scale=None):
 
 
 @torch.library.register_fake("m2pt_kernels::grad_parameters", lib=_library)
-def _(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale=None):
-    shape = (grad_output.shape[-1], x.shape[-1])
-    wide = torch.promote_types(x.dtype, torch.float32)
+def _(grad_output, x, *others):
+    product, wide = _grad_product(grad_output, x, *others), torch.promote_types(x.dtype, torch.float32)
     return (
-        x.new_empty(0) if weight_dtype is None else x.new_empty(shape, dtype=weight_dtype),
-        x.new_empty(0)
-        if scale is None or aux_dtype is None
-        else x.new_empty(reference.aux_shape(shape, scale), dtype=aux_dtype),
-        x.new_empty(0) if aux_weight is None else x.new_empty(reference.models_in(aux_weight), dtype=wide),
+        x.new_empty(0 if product.weight_dtype is None else product.shape, dtype=product.weight_dtype),
+        x.new_empty(0 if product.aux_dtype is None else product.aux_shape, dtype=product.aux_dtype),
+        x.new_empty(0) if product.aux_weight is None else x.new_empty(product.models, dtype=wide),
     )
 
 
@@ -276,7 +283,7 @@ class _CrossModalLinear(torch.autograd.Function):
             aux_weight_scale if need_x or need_scale else None,
         )
         ctx.dtypes = weight.dtype, aux_weight.dtype, scale.dtype, None if bias is None else bias.dtype
-        return compute(x, weight, aux_weight, scale, bias, aux_weight_scale)
+        return compute(x, CombinedWeight(weight, aux_weight, scale, aux_weight_scale, transposed=True), bias)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -286,14 +293,14 @@ class _CrossModalLinear(torch.autograd.Function):
         weight_dtype, aux_dtype, scale_dtype, bias_dtype = ctx.dtypes
         need_x, need_weight, need_aux, need_scale, need_bias, *_ = ctx.needs_input_grad
         if _is_unobserved(grad_output, *saved) and not _autocast_enabled(grad_output):
-            grad_input, grad_parameters = _compute_grad_input, _compute_grad_parameters
+            matmul, gradients = _matmul, _gradients
         else:
-            grad_input, grad_parameters = _grad_input, _grad_parameters
+            matmul, gradients = _dispatched_matmul, _grad_parameters
         grad_x = grad_weight = grad_aux = grad_scale = grad_bias = None
         if need_x:
-            grad_x = grad_input(grad_output, weight, aux_weight, scale, aux_weight_scale)
+            grad_x = matmul(grad_output, CombinedWeight(weight, aux_weight, scale, aux_weight_scale))
         if need_weight or need_aux or need_scale:
-            grad_weight, grad_aux, grad_scale = grad_parameters(
+            grad_weight, grad_aux, grad_scale = gradients(
                 grad_output,
                 x,
                 aux_weight if need_scale else None,
@@ -305,12 +312,12 @@ class _CrossModalLinear(torch.autograd.Function):
         if need_bias:
             # Before torch 2.12 a DTensor does not flatten a batch dimension that is sharded.
             batch = tuple(range(grad_output.dim() - 1))
-            grad_bias = grad_output.sum(batch, dtype=bias_dtype) if batch else reference.cast(grad_output, bias_dtype)
+            grad_bias = grad_output.sum(batch, dtype=bias_dtype) if batch else cast(grad_output, bias_dtype)
         return (
             grad_x,
             grad_weight if need_weight else None,
             grad_aux if need_aux else None,
-            reference.cast(grad_scale, scale_dtype) if need_scale else None,
+            cast(grad_scale, scale_dtype) if need_scale else None,
             grad_bias,
             None,
             None,
@@ -321,9 +328,9 @@ class _CrossModalLinear(torch.autograd.Function):
         raise NotImplementedError(_UNSUPPORTED)
 
 
-def _below_autograd(x, weight, aux_weight, scale, bias, aux_weight_scale):
+def _below_autograd(x: Tensor, combined: CombinedWeight, bias: Tensor | None) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():
-        return _cross_modal_linear(x, weight, aux_weight, scale, bias, aux_weight_scale)
+        return _dispatched_matmul(x, combined, bias)
 
 
 def _autograd(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):

@@ -134,10 +134,21 @@ def _check_scale(name: str, scale: Tensor, data: Tensor) -> None:
 
 
 def supports_float8(device: torch.device) -> bool:
-    """Whether the kernels can read float8_e4m3fn on a device: with CUDA from compute capability 8.9; the CPU always."""
-    if device.type != "cuda":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether the kernels can read float8_e4m3fn on a device; on a CPU plain torch does."""
+    return device.type != "cuda" or reads_float8(cuda_capability(device))
+
+
+def reads_float8(capability: int | None) -> bool:
+    """Whether a GPU with CUDA and ten times this compute capability, or with none, can read float8_e4m3fn."""
+    return capability is not None and capability >= 89
+
+
+def cuda_capability(device: torch.device) -> int | None:
+    """Ten times the compute capability of a GPU; None of one without CUDA."""
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _pack(entries: Tensor) -> Tensor:

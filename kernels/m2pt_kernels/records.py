@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.runtime import JITFunction
 
-from .configs import INTERPRETED, TUNED, UNTUNED, variant
+from .devices import INTERPRETED
 
 Kernels = tuple[JITFunction, ...]
 
@@ -96,8 +96,4 @@ def remember(device: str, kernels: Kernels, findings: Findings) -> None:
         content[name] = (before if isinstance(before, dict) else {}) | tried
         known.pop(name, None)
         known.update(_faults({name: content[name]}))
-    UNTUNED.clear()
-    for key, plan in tuple(TUNED.items()):
-        if key[1] == device and variant(plan, key) in known:
-            del TUNED[key]
     write(path, content)

@@ -15,32 +15,22 @@ import torch
 import triton
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from . import gemm, ops, records
-from .configs import EAGER, TUNED, Plan, problem, variant
+from . import gemm, plans, records
+from .devices import device_of
 from .divided import check_undivided
+from .plans import EAGER, TUNED, Plan, Problem
+from .products import Product
 from .verification import verify
-
-_OPERATORS = {
-    torch.ops.m2pt_kernels.cross_modal_linear.default: "forward",
-    torch.ops.m2pt_kernels.grad_input.default: "grad_input",
-    torch.ops.m2pt_kernels.grad_parameters.default: "grad_parameters",
-}
-
-_ARGUMENTS = {"forward": 6, "grad_input": 5, "grad_parameters": 7}
-
-Calls = dict[tuple, tuple[str, tuple]]
-"""A product's name and arguments, by its problem."""
 
 
 @dataclass(frozen=True)
 class Tuned:
     """One product of the model: its problem, what each candidate that ran takes in milliseconds, which one is used."""
 
-    problem: tuple
+    problem: Problem
     milliseconds: dict[str, float]
     plan: str
 
@@ -75,19 +65,19 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     check_undivided(model, "warm up before dividing the model")
-    calls = _products(model, sample)
-    if not calls:
+    products = _products(model, sample)
+    if not products:
         raise ValueError(f"model: expected a model on a GPU with fused layers, got a {type(model).__name__} without")
-    paths = {device: records.path_of("times", device, gemm.KERNELS) for _, device, *_ in calls}
+    paths = {key.device: records.path_of("times", key.device, plans.KERNELS) for key in products}
     caches = {device: _times(records.read(path)) for device, path in paths.items()}
     timed = {}
-    for key, (product, arguments) in tqdm(calls.items(), desc="tuning", unit="product"):
-        cache = caches[key[1]]
-        with gemm.device_of(arguments[0]):
-            plans = {str(plan): plan for plan in gemm.usable_plans(key, *arguments)}
-            if not cache.get(str(key), {}).keys() >= plans.keys():
-                cache[str(key)] = _time(key, product, arguments, plans)
-        timed[key] = plans, cache[str(key)]
+    for key, product in tqdm(products.items(), desc="tuning", unit="product"):
+        cache = caches[key.device]
+        with device_of(product[0]):
+            named = {str(plan): plan for plan in plans.usable(product)}
+            if not cache.get(str(key), {}).keys() >= named.keys():
+                cache[str(key)] = _time(key, product, named)
+        timed[key] = named, cache[str(key)]
     tuned = [_choose(key, *found, use_eager) for key, found in timed.items()]
     for device, cache in caches.items():
         records.write(paths[device], cache)
@@ -98,52 +88,30 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
     return tuned
 
 
-def _choose(key: tuple, plans: dict[str, Plan], times: dict[str, float], use_eager: bool) -> Tuned:
-    """The fastest from now on, of what runs and has not been found faulty meanwhile, in whichever product."""
-    faults = records.faults(key[1], gemm.KERNELS)
-    times = {name: times[name] for name, plan in plans.items() if name in times and variant(plan, key) not in faults}
+def _choose(key: Problem, named: dict[str, Plan], times: dict[str, float], use_eager: bool) -> Tuned:
+    """Use the fastest from now on, of what runs and has not been found faulty meanwhile, in whichever product."""
+    faults = records.faults(key.device, plans.KERNELS)
+    right = {name: plan for name, plan in named.items() if plans.variant(plan, key) not in faults}
+    times = {name: times[name] for name in right if name in times}
     runs = [name for name, time in times.items() if time < math.inf]
-    allowed = [name for name in runs if use_eager or plans[name] != EAGER]
+    allowed = [name for name in runs if use_eager or named[name] != EAGER]
     fastest = min(allowed, key=times.__getitem__, default=str(EAGER))
-    TUNED[key] = plans[fastest]
+    TUNED[key] = named[fastest]
     return Tuned(key, times, fastest)
 
 
-class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Calls = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if product := _OPERATORS.get(function):
-            arguments = _flattened(product, *args)
-            if ops.path_of(*(argument for argument in arguments if isinstance(argument, Tensor))) is gemm:
-                with gemm.device_of(arguments[0]):
-                    arguments = gemm.prepared(product, *arguments)
-                    self.calls.setdefault(problem(product, *arguments), (product, arguments))
-        return function(*args, **(kwargs or {}))
-
-
-def _flattened(product: str, first: Tensor, second: Tensor, *others: Any) -> tuple:
-    """The arguments of a product in `gemm`, from those of its operator."""
-    if product == "grad_parameters":
-        second = ops.flat(second)
-    left_out = _ARGUMENTS[product] - 2 - len(others)
-    return ops.flat(first), second, *others, *(None,) * left_out
-
-
-def _products(model: nn.Module, sample: Tensor | tuple[Any, ...]) -> Calls:
+def _products(model: nn.Module, sample: Tensor | tuple[Any, ...]) -> dict[Problem, Product]:
     inputs = sample if isinstance(sample, tuple) else (sample,)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     leaves = (*model.parameters(), *tree_leaves(inputs))
     wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     gpus = {leaf.device.index for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda}
-    with torch.random.fork_rng(gpus), _Recorder() as recorder:
+    with torch.random.fork_rng(gpus), plans.recording() as products:
         outputs = tree_leaves(functional_call(model, buffers, inputs))
         losses = [output.float().square().sum() for output in outputs if output.requires_grad]
         if losses:
             torch.autograd.grad(losses, wanted, allow_unused=True)
-    return recorder.calls
+    return products
 
 
 def _times(content: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -154,25 +122,25 @@ def _times(content: dict[str, Any]) -> dict[str, dict[str, float]]:
         return {}
 
 
-def _time(key: tuple, product: str, arguments: tuple, plans: dict[str, Plan]) -> dict[str, float]:
-    """Milliseconds of the plans that run and are right; infinite where the device has too few resources."""
+def _time(key: Problem, product: Product, named: dict[str, Plan]) -> dict[str, float]:
+    """Return milliseconds of the plans that run and are right; infinite where the device has too few resources."""
     milliseconds = {}
-    sizes = ", ".join(str(tuple(argument.shape)) for argument in arguments if isinstance(argument, Tensor))
-    for name, plan in plans.items():
+    sizes = ", ".join(str(tuple(operand.shape)) for operand in product.operands if isinstance(operand, Tensor))
+    for name, plan in named.items():
         try:
-            with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False):
-                if plan != EAGER and (fault := verify(plan, product, *arguments).fault):
-                    faulty = variant(plan, key)
-                    records.remember(key[1], gemm.KERNELS, {faulty: {sizes: fault}})
+            with torch.no_grad(), torch.autocast(product[0].device.type, enabled=False):
+                if plan != EAGER and (fault := verify(plan, product).fault):
+                    faulty = plans.variant(plan, key)
+                    plans.remember(key.device, {faulty: {sizes: fault}})
                     _warn(f"{faulty} is wrong and is not used any more: {fault}")
                 else:
-                    milliseconds[name] = _milliseconds(partial(gemm.compute, plan, product, *arguments))
+                    milliseconds[name] = _milliseconds(partial(gemm.compute, plan, product))
         except triton.OutOfResources:
             milliseconds[name] = math.inf
         except Exception as error:
-            if arguments[0].is_cuda:
+            if product[0].is_cuda:
                 torch.cuda.synchronize()  # raises where the failure has left the device unusable
-            _warn(f"{product} by {name} failed and is left out: {type(error).__name__}: {error}")
+            _warn(f"{product.name} by {name} failed and is left out: {type(error).__name__}: {error}")
     return milliseconds
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from . import gemm
-from .configs import EAGER, Plan, active_target, input_precision
+from .devices import active_target, input_precision
+from .plans import EAGER, Plan
+from .products import CombinedMatmul, GradParameters, Product
 from .quantization import dequantize
 
 RUNS = 3
@@ -91,24 +93,21 @@ class Bound:
         return self.error / max(self.plain_error, self._eps * self._of("exact"), self._limits.tiny)
 
 
-def verify(plan: Plan, product: str, *arguments: Any) -> Finding:
+def verify(plan: Plan, product: Product) -> Finding:
     """Compute a product by a plan on the current device, RUNS times, and compare; outside autocast.
-
-    Args:
-        arguments: of the product, as `gemm.prepared` returns them.
 
     Raises:
         Exception: whatever the kernel raises.
     """
     with torch.no_grad():
         with _deterministic(1):  # so that empty memory is filled with NaN
-            first, *others = (_outputs(gemm.compute(plan, product, *arguments)) for _ in range(RUNS))
+            first, *others = (_outputs(gemm.compute(plan, product)) for _ in range(RUNS))
         if not all(_have_same_bits(first, other) for other in others):
             return Finding("repeated runs give different bits")
         with _deterministic(0):
-            plain = _outputs(gemm.compute(EAGER, product, *arguments))
-        compare = _compare_gradients if product == "grad_parameters" else _compare_combined
-        bounds = compare(first, plain, product, *arguments)
+            plain = _outputs(gemm.compute(EAGER, product))
+        compare = _compare_combined if isinstance(product, CombinedMatmul) else _compare_gradients
+        bounds = compare(first, plain, product)
     faults = [
         f"error of {name} {bound.error:.2e}, of plain torch {bound.plain_error:.2e}, accepted {bound.accepted:.2e}"
         for name, bound in bounds.items()
@@ -141,34 +140,26 @@ def _have_same_bits(first: list[Tensor | None], second: list[Tensor | None]) -> 
     return all(one is None or torch.equal(one.view(torch.uint8), other.view(torch.uint8)) for one, other in pairs)
 
 
-def _compare_combined(
-    got: list[Tensor],
-    plain: list[Tensor],
-    product: str,
-    left: Tensor,
-    weight: Tensor,
-    aux_weight: Tensor,
-    scale: Tensor,
-    *others: Tensor | None,
-) -> dict[str, Bound]:
-    *bias, aux_weight_scale = others
-    aux_weight = _values(aux_weight, aux_weight_scale)
-    if product == "forward":
+def _compare_combined(got: list[Tensor], plain: list[Tensor], product: CombinedMatmul) -> dict[str, Bound]:
+    left, combined, bias = product
+    weight, scale = combined.weight, combined.cross_modal_scale
+    aux_weight = _values(combined.aux_weight, combined.aux_weight_scale)
+    if combined.transposed:
         weight, aux_weight = weight.t(), aux_weight.mT
     depth, limits = len(weight), torch.finfo(left.dtype)
-    bias = bias[0] if bias and bias[0] is not None else left.new_zeros(weight.shape[1])
+    bias = left.new_zeros(weight.shape[1]) if bias is None else bias
     bound = Bound(left.dtype, depth, _operand_eps(left), _sums(depth))
     for columns in _blocks(weight.shape[1], depth):
         summands = torch.cat((weight[None, :, columns].double(), _scaled(aux_weight[..., columns], scale)))
-        combined, absolute = summands.sum(0), summands.abs().sum(0).float()
-        finite = combined.abs() <= limits.max * (1 - limits.eps)
-        squares = torch.where(finite, combined.square(), torch.inf).float()
+        total, absolute = summands.sum(0), summands.abs().sum(0).float()
+        finite = total.abs() <= limits.max * (1 - limits.eps)
+        squares = torch.where(finite, total.square(), torch.inf).float()
         for rows in _blocks(len(left), max(absolute.shape)):
             block = left[rows].double()
             bound.add(
                 got[0][rows, columns],
                 plain[0][rows, columns],
-                block @ combined + bias[columns].double(),
+                block @ total + bias[columns].double(),
                 block.float().abs() @ absolute + bias[columns].float().abs(),
                 _operand_eps(left) * (block.square().float() @ squares).sqrt(),
             )
@@ -176,17 +167,9 @@ def _compare_combined(
 
 
 def _compare_gradients(
-    got: list[Tensor | None],
-    plain: list[Tensor | None],
-    product: str,
-    grad_output: Tensor,
-    x: Tensor,
-    aux_weight: Tensor | None,
-    scale: Tensor | None,
-    weight_dtype: torch.dtype | None,
-    aux_dtype: torch.dtype | None,
-    aux_weight_scale: Tensor | None,
+    got: list[Tensor | None], plain: list[Tensor | None], product: GradParameters
 ) -> dict[str, Bound]:
+    grad_output, x, aux_weight, scale, *_, aux_weight_scale = product
     tokens, columns = x.shape
     eps = _operand_eps(x) if x.dtype == torch.float32 else 0.0  # what is not float32 is multiplied as it is
     names = ("the gradient of weight", "the gradient of aux_weight", "the gradient of scale")
@@ -219,9 +202,9 @@ def _values(aux_weight: Tensor, aux_weight_scale: Tensor | None) -> Tensor:
     return aux_weight if aux_weight_scale is None else dequantize(aux_weight, aux_weight_scale)
 
 
-def _scaled(aux_weight: Tensor, scale: Tensor) -> Tensor:
+def _scaled(aux_weight: Tensor, cross_modal_scale: Tensor) -> Tensor:
     """(N, K) or (n, N, K) -> (n, N, K), in float64."""
-    return scale.double().view(-1, 1, 1) * aux_weight.double()
+    return cross_modal_scale.double().view(-1, 1, 1) * aux_weight.double()
 
 
 def _sums_over_tokens(grad_output: Tensor, x: Tensor) -> list[Tensor]:

@@ -26,28 +26,6 @@ if RELEASE >= (3, 9):
     # It assembles for sm_90 with ptxas 13, which by default spills registers of the largest tiles.
     TMA_OPTIONS = OPTIONS | {"ptx_options": "--register-usage-level=0"}
 
-OTHER_TILES: dict[tuple[str, str, str], tuple[tuple, ...]] = {}
-"""Instead of what `configs.TILES` has for an architecture, product and kind of operands, and would spill."""
-CROWDED_TILES: tuple[tuple, ...] = ()
-"""The same for half-precision gradients whose epilogue holds much, whatever the architecture; empty: as others."""
-if RELEASE < (3, 8):
-    OTHER_TILES |= {
-        # float32 steps of depth 8 do not compile
-        ("ampere", "combined_matmul", "ieee"): ((64, 64, 16, 4, 3, False),),
-        ("ampere_small", "combined_matmul", "ieee"): ((64, 64, 16, 4, 3, False),),
-        ("small", "grad_parameters", "half"): ((64, 64, 32, 8, 4),),
-        ("small", "grad_parameters", "tf32"): ((64, 64, 32, 8, 3),),
-        ("portable", "combined_matmul", "half"): ((64, 64, 16, 4, 2, False),),
-        ("portable", "grad_parameters", "ieee"): ((32, 32, 32, 4, 2),),
-    }
-    CROWDED_TILES = ((128, 64, 32, 8, 3),)
-if RELEASE < (3, 6):
-    OTHER_TILES |= {
-        ("cdna", "grad_parameters", "half"): ((128, 128, 32, 8, 2), (256, 128, 32, 8, 2)),
-        ("rdna", "combined_matmul", "mixed"): ((128, 128, 16, 8, 2, False),),
-        ("rdna", "grad_parameters", "half"): ((128, 64, 32, 8, 2),),
-    }
-
 
 @cache
 def is_trusted() -> bool:

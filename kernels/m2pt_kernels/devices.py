@@ -1,0 +1,83 @@
+"""The device that kernels are compiled for and launched on, as torch and Triton see it."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from .quantization import cuda_capability
+from .versions import check_interpreter
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether kernels run in Triton's interpreter, as decided by TRITON_INTERPRET before this import."""
+
+# Triton's interpreter multiplies the bits of bfloat16 as integers.
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+"""Of the floating operands that kernels read."""
+
+OLDEST_CAPABILITY = 80
+"""Of CUDA: what is older has no tensor cores that Triton knows, and would spill; there plain torch is faster."""
+
+
+@cache
+def supports(device: torch.device) -> bool:
+    """Whether a GPU can run the kernels well."""
+    capability = cuda_capability(device)
+    return capability is None or capability >= OLDEST_CAPABILITY
+
+
+def check_runs_kernels() -> None:
+    """Check that Triton can run the kernels on its active device, or in its interpreter.
+
+    Raises:
+        RuntimeError: it cannot.
+    """
+    if INTERPRETED:
+        check_interpreter()
+    try:
+        capability = capability_of(active_target())
+    except RuntimeError as error:
+        raise RuntimeError('implementation("triton"): Triton has no active driver') from error
+    if capability is not None and capability < OLDEST_CAPABILITY:
+        raise RuntimeError(f'implementation("triton"): needs compute capability 8.0, this is {capability / 10}')
+
+
+def active_target() -> GPUTarget | None:
+    """What Triton's active driver compiles for; None in the interpreter.
+
+    Raises:
+        RuntimeError: Triton has no active driver.
+    """
+    return None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+
+
+def capability_of(target: GPUTarget | None) -> int | None:
+    """Ten times the compute capability of a target with CUDA."""
+    return target.arch if target is not None and target.backend == "cuda" else None
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Make the tensor's device the current one inside: Triton compiles for the current device and launches there."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, which its target does not tell from others of the same generation."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many SMs a GPU has; an H100's where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def input_precision(dtype: torch.dtype, target: GPUTarget | None) -> str:
+    """How float32 operands are multiplied: "ieee", or "tf32" where torch's float32 matmul precision allows it."""
+    if dtype != torch.float32 or target is None or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    return "tf32" if target.backend == "cuda" or target.arch == "gfx942" else "ieee"

@@ -1,0 +1,277 @@
+"""The GEMMs by pointers: any shape, any stride, float32, float16 and bfloat16, W_aux quantised or not."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .combined import CombinedWeight, model_stride
+from .devices import active_target, input_precision
+from .products import GradParameters
+from .tiles import GROUP, GROUP_SIZE, GradTile, ceil_div, offset_of, tile_of_program
+from .versions import OPTIONS
+
+
+@triton.jit
+def _indices_inside(tile, size, BLOCK: tl.constexpr):
+    """The int64 indices of a tile, in which those past `size` repeat those before: they can be read without a mask."""
+    start = tile * BLOCK
+    return start.to(tl.int64) + tl.arange(0, BLOCK) % tl.minimum(size - start, BLOCK).to(tl.int32)
+
+
+@triton.jit
+def _packed_index(column):
+    """Where the int4 entry of a column lies in its row, in bytes."""
+    return column // GROUP_SIZE * (GROUP_SIZE // 2) + column % (GROUP_SIZE // 2)
+
+
+@triton.jit
+def _unpack(data, column):
+    """The int4 entries of the columns that bytes were read for."""
+    shift = (column // (GROUP_SIZE // 2) % 2 * 4).to(tl.uint8)
+    return ((data >> shift) & 15).to(tl.float32) - 8
+
+
+@triton.jit
+def combined_matmul_kernel(
+    left_ptr,
+    weight_ptr,
+    aux_ptr,
+    scale_ptr,
+    aux_scale_ptr,
+    bias_ptr,
+    output_ptr,
+    rows,
+    columns,
+    depth,
+    stride_left_row,
+    stride_left_depth,
+    stride_weight_depth,
+    stride_weight_column,
+    stride_aux_depth,
+    stride_aux_column,
+    stride_aux_model,
+    stride_aux_scale,
+    stride_aux_scale_model,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COMBINE_IN_WARPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    DEPTH_FIRST: tl.constexpr,
+    MODELS: tl.constexpr,
+):
+    """output = left (weight + sum of scale * aux) + bias: left (rows, depth), weight and each aux (depth, columns).
+
+    A quantised aux has scales, stride_aux_scale for each of its rows, which are numbered by depth if DEPTH_FIRST and by
+    columns otherwise, and of int4 for each group of a row, of which no tile touches two.
+    """
+    # A mask of rows and columns in the loop would cost registers that the largest tiles do not have.
+    tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    row = _indices_inside(tile_row, rows, BLOCK_M)
+    column = _indices_inside(tile_column, columns, BLOCK_N)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    left_ptrs = left_ptr + row[:, None] * stride_left_row + k[None, :] * stride_left_depth
+    weight_ptrs = weight_ptr + k[:, None] * stride_weight_depth + column[None, :] * stride_weight_column
+    PACKED: tl.constexpr = aux_ptr.dtype.element_ty == tl.uint8
+    aux_column = _packed_index(column) if PACKED and DEPTH_FIRST else column
+    aux_ptrs = aux_ptr + k[:, None] * stride_aux_depth + aux_column[None, :] * stride_aux_column
+    step = tl.full((), BLOCK_K, tl.int64)
+    if aux_scale_ptr is not None:
+        if DEPTH_FIRST:
+            aux_scale_ptrs = aux_scale_ptr + k[:, None] * stride_aux_scale
+            if PACKED:
+                aux_scale_ptrs += tile_column * BLOCK_N // GROUP_SIZE
+        else:
+            aux_scale_ptrs = aux_scale_ptr + column[None, :] * stride_aux_scale
+    scales = tl.tuple([])
+    for model in tl.static_range(MODELS):
+        if COMBINE_IN_WARPS:
+            scale = tl.load(scale_ptr + model + tl.zeros((1, 1), tl.int32)).to(tl.float32)
+        else:
+            scale = tl.load(scale_ptr + model).to(tl.float32)
+        if aux_scale_ptr is not None and not (DEPTH_FIRST or PACKED):
+            scale *= tl.load(aux_scale_ptrs + offset_of(model, stride_aux_scale_model))
+        scales += (scale,)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(0, depth, BLOCK_K):
+        if PACKED and not DEPTH_FIRST:
+            aux_depth = _packed_index(start + k)
+            aux_ptrs = aux_ptr + aux_depth[:, None] * stride_aux_depth + column[None, :] * stride_aux_column
+        if EVEN_K:
+            left, weight = tl.load(left_ptrs), tl.load(weight_ptrs)
+        else:
+            left = tl.load(left_ptrs, mask=k[None, :] < depth - start, other=0.0)
+            weight = tl.load(weight_ptrs, mask=k[:, None] < depth - start, other=0.0)
+        combined = weight.to(tl.float32)
+        for model in tl.static_range(MODELS):
+            model_ptrs = aux_ptrs + offset_of(model, stride_aux_model)
+            aux = tl.load(model_ptrs) if EVEN_K else tl.load(model_ptrs, mask=k[:, None] < depth - start, other=0.0)
+            if PACKED:
+                aux = _unpack(aux, column[None, :] if DEPTH_FIRST else (start + k)[:, None])
+            aux_scale = scales[model]
+            if aux_scale_ptr is not None and (PACKED or DEPTH_FIRST):
+                model_scale_ptrs = aux_scale_ptrs + offset_of(model, stride_aux_scale_model)
+                if DEPTH_FIRST:
+                    aux_scale *= tl.load(model_scale_ptrs, mask=k[:, None] < depth - start, other=0.0)
+                else:
+                    aux_scale *= tl.load(model_scale_ptrs + start // GROUP_SIZE)
+            combined += aux_scale * aux.to(tl.float32)
+        accumulator = tl.dot(left, combined.to(left.dtype), accumulator, input_precision=INPUT_PRECISION)
+        left_ptrs += step * stride_left_depth
+        weight_ptrs += step * stride_weight_depth
+        aux_ptrs += step * stride_aux_depth
+        if aux_scale_ptr is not None and DEPTH_FIRST:
+            aux_scale_ptrs += step * stride_aux_scale
+    if bias_ptr is not None:
+        accumulator += tl.load(bias_ptr + column[None, :]).to(tl.float32)
+    row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    column = tile_column * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    tl.store(
+        output_ptr + row[:, None] * columns + column[None, :],
+        accumulator.to(output_ptr.dtype.element_ty),
+        mask=(row[:, None] < rows) & (column[None, :] < columns),
+    )
+
+
+@triton.jit
+def grad_parameters_kernel(
+    grad_ptr,
+    x_ptr,
+    aux_ptr,
+    scale_ptr,
+    aux_scale_ptr,
+    grad_weight_ptr,
+    grad_aux_ptr,
+    partial_ptr,
+    rows,
+    columns,
+    depth,
+    stride_grad_depth,
+    stride_grad_row,
+    stride_x_depth,
+    stride_x_column,
+    stride_aux_row,
+    stride_aux_column,
+    stride_aux_model,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    MODELS: tl.constexpr,
+):
+    """G = grad^T x, with grad (depth, rows) and x (depth, columns), in float32; written is what has a pointer.
+
+    G to grad_weight, and for each auxiliary model scale * G to grad_aux and <G, aux>, one number per row of the tile,
+    to partial. The scales of a quantised aux, if any, are one a row, or one a group of int4.
+    """
+    tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    column = tile_column * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    row_mask = row[:, None] < rows
+    column_mask = column[None, :] < columns
+    grad_ptrs = grad_ptr + row[:, None] * stride_grad_row + k[None, :] * stride_grad_depth
+    x_ptrs = x_ptr + k[:, None] * stride_x_depth + column[None, :] * stride_x_column
+    step = tl.full((), BLOCK_K, tl.int64)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(0, depth, BLOCK_K):
+        if EVEN_K:
+            grad_mask, x_mask = row_mask, column_mask
+        else:
+            grad_mask = row_mask & (k[None, :] < depth - start)
+            x_mask = column_mask & (k[:, None] < depth - start)
+        grad = tl.load(grad_ptrs, mask=grad_mask, other=0.0)
+        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+        accumulator = tl.dot(grad, x, accumulator, input_precision=INPUT_PRECISION)
+        grad_ptrs += step * stride_grad_depth
+        x_ptrs += step * stride_x_depth
+    mask = row_mask & column_mask
+    offsets = row[:, None] * columns + column[None, :]
+    if partial_ptr is not None:
+        PACKED: tl.constexpr = aux_ptr.dtype.element_ty == tl.uint8
+        aux_column = _packed_index(column) if PACKED else column
+        aux_ptrs = aux_ptr + row[:, None] * stride_aux_row + aux_column[None, :] * stride_aux_column
+        for model in tl.range(MODELS, num_stages=1):
+            aux = tl.load(aux_ptrs + offset_of(model, stride_aux_model), mask, other=0.0)
+            if PACKED:
+                groups = offset_of(offset_of(model, rows) + row[:, None], columns // GROUP_SIZE)
+                aux_scale = tl.load(aux_scale_ptr + groups + column[None, :] // GROUP_SIZE, mask, other=0.0)
+                aux = _unpack(aux, column[None, :]) * aux_scale
+            # Past the matrix the accumulator is infinity times zero where an operand is infinite.
+            sums = tl.sum(tl.where(mask, accumulator * aux.to(tl.float32), 0.0), 1)
+            if aux_scale_ptr is not None and not PACKED:
+                sums *= tl.load(aux_scale_ptr + (offset_of(model, rows) + row), row < rows, other=0.0)
+            partial = offset_of(offset_of(model, tl.num_programs(0)) + tl.program_id(0), BLOCK_M)
+            tl.store(partial_ptr + partial + tl.arange(0, BLOCK_M), sums)
+    if grad_aux_ptr is not None:
+        for model in tl.range(MODELS, num_stages=1):
+            scale = tl.load(scale_ptr + model).to(tl.float32)
+            grad_aux = (scale * accumulator).to(grad_aux_ptr.dtype.element_ty)
+            tl.store(grad_aux_ptr + offset_of(model, offset_of(rows, columns)) + offsets, grad_aux, mask=mask)
+    if grad_weight_ptr is not None:
+        tl.store(grad_weight_ptr + offsets, accumulator.to(grad_weight_ptr.dtype.element_ty), mask=mask)
+
+
+class CombinedTile(NamedTuple):
+    """The output tile is BLOCK_M x BLOCK_N, a step of the reduction BLOCK_K.
+
+    COMBINE_IN_WARPS: every warp combines what it multiplies, in registers, again in each warp that needs it; otherwise
+    the block combines a tile once and passes it through shared memory, which costs a barrier a step.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    COMBINE_IN_WARPS: bool = False
+
+
+def combined_matmul(
+    tile: CombinedTile, left: Tensor, combined: CombinedWeight, bias: Tensor | None, output: Tensor
+) -> None:
+    """Write a `CombinedMatmul` to output, contiguous."""
+    (rows, depth), columns = left.shape, output.shape[1]
+    weight, aux_weight, _, aux_weight_scale, transposed = combined
+    strides = *left.stride(), *combined.strides(weight), *combined.strides(aux_weight), model_stride(aux_weight)
+    of_scales = (0, 0) if aux_weight_scale is None else (aux_weight_scale.stride(-2), model_stride(aux_weight_scale))
+    combined_matmul_kernel[(ceil_div(rows, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N),)](
+        *(left, *combined[:4], bias, output),
+        *(rows, columns, depth, *strides, *of_scales),
+        **tile._asdict(),
+        GROUP=GROUP,
+        EVEN_K=depth % tile.BLOCK_K == 0,
+        INPUT_PRECISION=input_precision(left.dtype, active_target()),
+        DEPTH_FIRST=not transposed and aux_weight_scale is not None,
+        MODELS=combined.models,
+        **OPTIONS,
+    )
+
+
+def grad_parameters(
+    tile: GradTile, product: GradParameters, grad_weight: Tensor | None, grad_aux: Tensor | None
+) -> Tensor | None:
+    """Write the weights' gradients that are given; return the scale's, if wanted, as partial sums (n, ...)."""
+    grad_output, x, aux_weight, scale, *_, aux_weight_scale = product
+    (rows, columns), depth, models = product.shape, len(x), product.models
+    tiles = ceil_div(rows, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N)
+    partial = None if aux_weight is None else x.new_empty(models, tiles * tile.BLOCK_M, dtype=torch.float32)
+    of_aux = (0, 0, 0) if aux_weight is None else (*aux_weight.stride()[-2:], model_stride(aux_weight))
+    grad_parameters_kernel[(tiles,)](
+        *(grad_output, x, aux_weight, scale, aux_weight_scale, grad_weight, grad_aux, partial),
+        *(rows, columns, depth, *grad_output.stride(), *x.stride(), *of_aux),
+        **tile._asdict(),
+        GROUP=GROUP,
+        EVEN_K=depth % tile.BLOCK_K == 0,
+        INPUT_PRECISION=input_precision(x.dtype, active_target()),
+        MODELS=models,
+        **OPTIONS,
+    )
+    return partial

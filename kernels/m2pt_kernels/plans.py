@@ -1,0 +1,560 @@
+"""Which kernel computes a product, and in which tiles: by the GPU, the operands, and what was timed or found faulty.
+
+All that depends on a GPU's architecture is here. To add one, name it in `architecture`, give it a row in POINTER_TILES
+and POINTER_GRAD_TILES, and, if TMA's kernels compile for it, one in each TMA table; then add its target to TARGETS in
+`benchmarks/offline.py`. `tests/test_compilation.py` says whether its tiles fit without spills, and
+`python -m benchmarks.compile_report` what they compile to.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from . import gemm_pointers, gemm_tma, records
+from .combined import CombinedWeight, model_stride
+from .devices import active_target, capability_of, device_name, input_precision, multiprocessors
+from .products import GradParameters, Product
+from .quantization import DTYPES as QUANTIZED
+from .quantization import reads_float8
+from .tiles import GradTile, ceil_div
+from .versions import HAS_HOPPER_LOOPS, HAS_TMA_LOOPS, RELEASE, is_trusted
+
+gemm_hopper = import_module(".gemm_hopper", __package__) if HAS_HOPPER_LOOPS else None
+
+KERNELS = (
+    gemm_pointers.combined_matmul_kernel,
+    gemm_pointers.grad_parameters_kernel,
+    gemm_tma.combined_matmul_tma_kernel,
+    gemm_tma.grad_parameters_tma_kernel,
+    *([] if gemm_hopper is None else [gemm_hopper.combined_matmul_hopper_kernel]),
+)
+
+
+class Plan(NamedTuple):
+    """How a product is computed: by the kernels of "pointers", "tma" or "hopper" in such tiles, or "eager" by torch."""
+
+    by: str
+    tile: Any = None
+
+    def __str__(self) -> str:
+        return self.by if self.tile is None else f"{self.by} {'x'.join(map(str, self.tile))}"
+
+
+EAGER = Plan("eager")
+
+
+def architecture(target: GPUTarget | None) -> str:
+    """The row of the tables below for a target."""
+    if target is None or not is_trusted():
+        return "portable"
+    if target.backend == "cuda":
+        newer = {9: "hopper", 10: "blackwell", 11: "thor"}
+        return newer.get(target.arch // 10) or ("ampere" if target.arch in (80, 87) else "ampere_small")
+    if target.arch.startswith("gfx9"):
+        return "cdna"
+    return "rdna" if target.arch.startswith(("gfx11", "gfx12")) else "portable"
+
+
+_256x128 = partial(gemm_pointers.CombinedTile, BLOCK_M=256, BLOCK_N=128, num_warps=8)
+_128x128 = partial(gemm_pointers.CombinedTile, BLOCK_M=128, BLOCK_N=128, num_warps=8)
+_64x64 = partial(gemm_pointers.CombinedTile, BLOCK_M=64, BLOCK_N=64, num_warps=4)
+_64x32 = partial(gemm_pointers.CombinedTile, BLOCK_M=64, BLOCK_N=32, num_warps=4)
+_32x32 = partial(gemm_pointers.CombinedTile, BLOCK_M=32, BLOCK_N=32, num_warps=4)
+
+# Of each tuple the first is used unless `warmup` finds a faster one; for one auxiliary model all fit without spills.
+# Operand kinds: "half"; "mixed" is half-precision activations with float32 W or W_aux; float32 is "tf32" or "ieee".
+POINTER_TILES: dict[str, dict[str, tuple[gemm_pointers.CombinedTile, ...]]] = {
+    "ampere": {  # sm_80 and sm_87, with 163 KiB of shared memory
+        "half": (
+            _256x128(BLOCK_K=32, num_stages=4, COMBINE_IN_WARPS=True),
+            _256x128(BLOCK_K=32, num_stages=4),
+            _128x128(BLOCK_K=32, num_stages=4, num_warps=4, COMBINE_IN_WARPS=True),
+        ),
+        "mixed": (
+            _256x128(BLOCK_K=32, num_stages=4),
+            _256x128(BLOCK_K=32, num_stages=3, COMBINE_IN_WARPS=True),
+            _128x128(BLOCK_K=32, num_stages=3),
+        ),
+        "tf32": (
+            _256x128(BLOCK_K=16, num_stages=4, COMBINE_IN_WARPS=True),
+            _256x128(BLOCK_K=16, num_stages=4),
+            _128x128(BLOCK_K=32, num_stages=3, COMBINE_IN_WARPS=True),
+        ),
+        "ieee": (_128x128(BLOCK_K=8, num_stages=3), _64x64(BLOCK_K=16, num_stages=3)),
+    },
+    "ampere_small": {  # sm_86, sm_89 and sm_120: the same instructions, 99 KiB, and half the tensor cores' rate
+        "half": (
+            _128x128(BLOCK_K=32, num_stages=3, num_warps=4, COMBINE_IN_WARPS=True),
+            _256x128(BLOCK_K=32, num_stages=4, COMBINE_IN_WARPS=True),
+            _128x128(BLOCK_K=32, num_stages=4),
+        ),
+        "mixed": (
+            _256x128(BLOCK_K=32, num_stages=3, COMBINE_IN_WARPS=True),
+            _256x128(BLOCK_K=16, num_stages=4),
+            _128x128(BLOCK_K=32, num_stages=3),
+        ),
+        "tf32": (
+            _256x128(BLOCK_K=16, num_stages=4, COMBINE_IN_WARPS=True),
+            _256x128(BLOCK_K=16, num_stages=3),
+            _128x128(BLOCK_K=32, num_stages=3, COMBINE_IN_WARPS=True),
+        ),
+        "ieee": (_128x128(BLOCK_K=8, num_stages=3), _64x64(BLOCK_K=16, num_stages=3)),
+    },
+    "hopper": {  # sm_90
+        "half": (_128x128(BLOCK_K=64, num_stages=3),),
+        **dict.fromkeys(("mixed", "tf32"), (_128x128(BLOCK_K=32, num_stages=3),)),
+        "ieee": (_64x64(BLOCK_K=16, num_stages=3),),
+    },
+    "cdna": {  # gfx90a, gfx942
+        "half": (
+            _256x128(BLOCK_K=32, num_stages=2),
+            _256x128(BLOCK_K=32, num_stages=2, BLOCK_N=256),
+            _128x128(BLOCK_K=32, num_stages=2),
+        ),
+        "mixed": (_256x128(BLOCK_K=32, num_stages=2), _128x128(BLOCK_K=32, num_stages=2)),
+        **dict.fromkeys(("tf32", "ieee"), (_256x128(BLOCK_K=16, num_stages=2), _128x128(BLOCK_K=32, num_stages=2))),
+    },
+    "rdna": {  # gfx11 and gfx12, which have no tf32
+        "half": (_128x128(BLOCK_K=32, num_stages=2), _128x128(BLOCK_K=32, num_stages=2, BLOCK_N=64, num_warps=4)),
+        "mixed": (_128x128(BLOCK_K=32, num_stages=2), _128x128(BLOCK_K=16, num_stages=2)),
+        "ieee": (_128x128(BLOCK_K=8, num_stages=2), _64x64(BLOCK_K=16, num_stages=2, num_warps=8)),
+    },
+    "small": {  # any GPU, for results of which the tiles above would be few or mostly padding
+        **dict.fromkeys(("half", "mixed"), (_64x64(BLOCK_K=32, num_stages=3), _64x32(BLOCK_K=32, num_stages=3))),
+        "tf32": (_64x64(BLOCK_K=16, num_stages=3), _64x32(BLOCK_K=32, num_stages=3)),
+        "ieee": (_32x32(BLOCK_K=16, num_stages=3),),
+    },
+    "portable": {  # any other GPU, the interpreter, and matrices that are not aligned
+        "half": (_64x64(BLOCK_K=32, num_stages=2),),
+        "mixed": (_64x32(BLOCK_K=32, num_stages=2),),
+        **dict.fromkeys(("tf32", "ieee"), (_32x32(BLOCK_K=16, num_stages=2),)),
+    },
+}
+
+_grad_128x128 = partial(GradTile, BLOCK_M=128, BLOCK_N=128, num_warps=8)
+_grad_64x64 = partial(GradTile, BLOCK_M=64, BLOCK_N=64, num_warps=4)
+_grad_32x32 = partial(GradTile, BLOCK_M=32, BLOCK_N=32, num_warps=4)
+_AMPERE_GRADS = {
+    "half": (_grad_128x128(BLOCK_K=64, num_stages=3), _grad_128x128(BLOCK_K=32, num_stages=4)),
+    "tf32": (_grad_128x128(BLOCK_K=32, num_stages=3), _grad_128x128(BLOCK_K=16, num_stages=4)),
+    "ieee": (_grad_128x128(BLOCK_K=16, num_stages=3),),
+}
+
+POINTER_GRAD_TILES: dict[str, dict[str, Sequence[GradTile]]] = {
+    "ampere": _AMPERE_GRADS | {"ieee": (*_AMPERE_GRADS["ieee"], _grad_64x64(BLOCK_K=16, num_stages=3))},
+    "ampere_small": _AMPERE_GRADS,
+    "hopper": {
+        "half": (_grad_128x128(BLOCK_K=64, num_stages=3),),
+        "tf32": (_grad_128x128(BLOCK_K=32, num_stages=3),),
+        "ieee": (_grad_64x64(BLOCK_K=16, num_stages=3, num_warps=8),),
+    },
+    "cdna": {
+        "half": (
+            _grad_128x128(BLOCK_K=32, num_stages=2, num_warps=4),
+            _grad_128x128(BLOCK_K=32, num_stages=2, BLOCK_M=256),
+            _grad_128x128(BLOCK_K=32, num_stages=2),
+        ),
+        **dict.fromkeys(
+            ("tf32", "ieee"),
+            (_grad_128x128(BLOCK_K=16, num_stages=2, num_warps=4), _grad_128x128(BLOCK_K=32, num_stages=2)),
+        ),
+    },
+    "rdna": {
+        "half": (_grad_128x128(BLOCK_K=32, num_stages=2), _grad_64x64(BLOCK_K=32, num_stages=2)),
+        "ieee": (_grad_128x128(BLOCK_K=8, num_stages=2), _grad_64x64(BLOCK_K=16, num_stages=2, num_warps=8)),
+    },
+    "small": {
+        "half": (_grad_128x128(BLOCK_K=32, num_stages=4, BLOCK_N=64, num_warps=4),),
+        "tf32": (_grad_64x64(BLOCK_K=32, num_stages=3),),
+        "ieee": (_grad_32x32(BLOCK_K=16, num_stages=3),),
+    },
+    "portable": {
+        "half": (_grad_32x32(BLOCK_K=32, num_stages=2, BLOCK_M=64),),
+        **dict.fromkeys(("tf32", "ieee"), (_grad_32x32(BLOCK_K=16, num_stages=2),)),
+    },
+}
+for _tiles in (POINTER_TILES, POINTER_GRAD_TILES):
+    # With the accumulator in tensor memory; sm_110 is read by pointers alone.
+    _tiles["blackwell"] = _tiles["thor"] = _tiles["hopper"]
+
+CROWDED_TILES: Sequence[GradTile] = ()
+"""For half-precision gradients whose epilogue holds much, whatever the architecture; none: as for others."""
+if RELEASE < (3, 8):  # whose compiler spills the tiles above, or does not take float32 steps of depth 8
+    POINTER_TILES["ampere"]["ieee"] = POINTER_TILES["ampere_small"]["ieee"] = (_64x64(BLOCK_K=16, num_stages=3),)
+    POINTER_TILES["portable"]["half"] = (_64x64(BLOCK_K=16, num_stages=2),)
+    POINTER_GRAD_TILES["small"]["half"] = (_grad_64x64(BLOCK_K=32, num_stages=4, num_warps=8),)
+    POINTER_GRAD_TILES["small"]["tf32"] = (_grad_64x64(BLOCK_K=32, num_stages=3, num_warps=8),)
+    POINTER_GRAD_TILES["portable"]["ieee"] = (_grad_32x32(BLOCK_K=32, num_stages=2),)
+    CROWDED_TILES = (_grad_128x128(BLOCK_K=32, num_stages=3, BLOCK_N=64),)
+if RELEASE < (3, 6):
+    POINTER_TILES["rdna"]["mixed"] = (_128x128(BLOCK_K=16, num_stages=2),)
+    POINTER_GRAD_TILES["cdna"]["half"] = (
+        _grad_128x128(BLOCK_K=32, num_stages=2),
+        _grad_128x128(BLOCK_K=32, num_stages=2, BLOCK_M=256),
+    )
+    POINTER_GRAD_TILES["rdna"]["half"] = (_grad_128x128(BLOCK_K=32, num_stages=2, BLOCK_N=64),)
+
+_hopper = partial(gemm_tma.CombinedTile, BLOCK_M=256, BLOCK_N=128, BLOCK_K=32, num_warps=4)
+_blackwell = partial(gemm_tma.CombinedTile, BLOCK_M=256, MORE_M=128, BLOCK_N=128, num_warps=8)
+
+# 384 rows a tile is what registers (sm_90) and tensor memory (sm_100) hold, the stages are what shared memory does. By
+# architecture, then by the bytes an element of W and one of W_aux take together.
+TMA_TILES: dict[str, dict[int, tuple[gemm_tma.CombinedTile, ...]]] = {
+    "hopper": {
+        **dict.fromkeys((3, 4), (_hopper(MORE_M=128, num_stages=4), _hopper(MORE_M=0, num_stages=5))),
+        **dict.fromkeys((5, 6), (_hopper(MORE_M=128, num_stages=4), _hopper(MORE_M=0, num_stages=4))),
+        8: (_hopper(MORE_M=128, num_stages=3), _hopper(MORE_M=0, num_stages=4)),
+    },
+    "blackwell": dict.fromkeys(
+        (3, 4, 5, 6, 8), (_blackwell(BLOCK_K=64, num_stages=2), _blackwell(BLOCK_K=32, num_stages=4))
+    ),
+}
+# The same for two or three auxiliary models, by the bytes that W and all W_aux take; what is left out would spill.
+SEVERAL_TMA_TILES: dict[str, dict[int, tuple[gemm_tma.CombinedTile, ...]]] = {
+    "hopper": {
+        **dict.fromkeys((4, 5, 6), (_hopper(MORE_M=128, num_stages=4),)),
+        **dict.fromkeys((8, 10, 12), (_hopper(MORE_M=128, num_stages=2),)),
+    },
+    "blackwell": {
+        **dict.fromkeys((4, 5, 6), (_blackwell(BLOCK_K=64, num_stages=2),)),
+        **dict.fromkeys((7, 8), (_blackwell(BLOCK_K=32, num_stages=3),)),
+        **dict.fromkeys((10, 12, 16), (_blackwell(BLOCK_K=32, num_stages=2),)),
+    },
+}
+# The same on sm_90 where they are quantised and their rows run along the depth, with a scale for each step of it.
+_SEVERAL_PAIRED_TILES = dict.fromkeys((4, 5, 6, 7), (_hopper(MORE_M=0, num_stages=4),))
+_MOST_MODELS_BY_TMA = 3
+
+_grad = partial(GradTile, BLOCK_K=64)
+# Where W_aux and the gradients have elements of several sizes, their layouts differ, and on sm_100 only 256 rows a
+# tile, or few columns, leave registers to convert between them. The last of each is for few tiles.
+TMA_GRAD_TILES: dict[str, dict[str, Sequence[GradTile]]] = {
+    "hopper": dict.fromkeys(
+        ("one size", "several sizes"),
+        (
+            _grad(BLOCK_M=128, BLOCK_N=256, num_warps=4, num_stages=3),
+            _grad(BLOCK_M=128, BLOCK_N=128, num_warps=4, num_stages=5),
+        ),
+    ),
+    "blackwell": {
+        "one size": (
+            _grad(BLOCK_M=128, BLOCK_N=256, num_warps=8, num_stages=4),
+            _grad(BLOCK_M=256, BLOCK_N=128, num_warps=8, num_stages=4),
+            _grad(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=5),
+        ),
+        "several sizes": (
+            _grad(BLOCK_M=256, BLOCK_N=128, num_warps=8, num_stages=4),
+            _grad(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=5),
+        ),
+    },
+}
+_MULTIPROCESSORS = {"hopper": 132, "blackwell": 148}
+
+_MIN_ROWS_BY_TMA = 512
+_LARGEST_SIZE_BY_TMA = 2**31 - 2**10
+"""Coordinates have 32 bits, those of a tile that reaches past the matrix too."""
+
+_TILE_OVERHEAD = 200
+"""What a tile of `gemm_hopper` costs besides its products, in rows: so an H200's times differ between heights."""
+
+
+def candidates(product: Product) -> list[Plan]:
+    """The ways to compute a product on the current device, the untuned choice first.
+
+    Raises:
+        ValueError: the device cannot read a float8 W_aux.
+    """
+    target = active_target()
+    if isinstance(product, GradParameters):
+        _check_readable(product.aux_weight, target)
+        tiles = {
+            "tma": tma_grad_tiles(target, product) if _is_grad_for_tma(product) else [],
+            "pointers": _pointer_grad_tiles(target, product),
+        }
+    else:
+        left, combined, _ = product
+        _check_readable(combined.aux_weight, target)
+        by_tma = _is_for_tma(*product)
+        tiles = {
+            "hopper": hopper_tiles(target, left, combined) if by_tma else [],
+            "tma": tma_tiles(target, combined) if by_tma else [],
+            "pointers": _pointer_tiles(target, left, combined),
+        }
+    return [Plan(by, tile) for by, found in tiles.items() for tile in found]
+
+
+def _check_readable(aux_weight: Tensor | None, target: GPUTarget | None) -> None:
+    if aux_weight is None or aux_weight.dtype != torch.float8_e4m3fn or target is None:
+        return
+    if not reads_float8(capability_of(target)):
+        raise ValueError(f"aux_weight: float8_e4m3fn needs CUDA and compute capability 8.9, this is {target.arch}")
+
+
+def hopper_tiles(target: GPUTarget | None, left: Tensor, combined: CombinedWeight) -> list[Any]:
+    """Those of `gemm_hopper`, for one auxiliary model, that of the least work for the busiest SM first."""
+    if gemm_hopper is None or architecture(target) != "hopper" or combined.models > 1:
+        return []
+    if combined.aux_weight_scale is not None and not combined.transposed:  # the scales lie along the depth
+        return []
+    size = left.shape[0], combined.shape[1]
+
+    def cost(tile: Any) -> int:
+        waves = ceil_div(gemm_hopper.count_tiles(tile, *size), multiprocessors(left.device))
+        return waves * (tile.BLOCK_M + tile.MORE_M + _TILE_OVERHEAD)
+
+    stages = 3 if combined.weight.itemsize + combined.aux_weight.itemsize == 8 else 4  # as shared memory holds
+    tiles = [gemm_hopper.CombinedTile(BLOCK_M=256, MORE_M=more, BLOCK_K=32, STAGES=stages) for more in (128, 64, 32)]
+    return sorted(tiles, key=cost)
+
+
+def tma_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence[gemm_tma.CombinedTile]:
+    """Those of `gemm_tma`; none where it cannot compute."""
+    row, models = architecture(target), combined.models
+    if not HAS_TMA_LOOPS or models > _MOST_MODELS_BY_TMA:
+        return ()
+    tiles = (TMA_TILES if models == 1 else SEVERAL_TMA_TILES).get(row, {})
+    if row == "hopper" and models > 1 and combined.depth_first and combined.aux_weight.itemsize == 1:
+        tiles = _SEVERAL_PAIRED_TILES
+    return tiles.get(combined.weight.itemsize + models * combined.aux_weight.itemsize, ())
+
+
+def _is_for_tma(left: Tensor, combined: CombinedWeight, bias: Tensor | None) -> bool:
+    """Whether TMA can address the operands and the output of a product, and is worth it."""
+    columns, by_rows, scales = combined.shape[1], combined.row_major, combined.aux_weight_scale
+    return (
+        left.dtype.itemsize == 2
+        and left.shape[0] >= _MIN_ROWS_BY_TMA
+        and _is_whole(columns * left.itemsize)
+        and _is_addressable(left)
+        and _is_addressable(combined.weight, by_rows)
+        and _is_addressable(combined.aux_weight, by_rows)
+        and (bias is None or _is_whole(bias.data_ptr()))
+        and (scales is None or (by_rows and _are_addressable(scales) and (combined.transposed or _is_whole(columns))))
+    )
+
+
+def _is_grad_for_tma(product: GradParameters) -> bool:
+    """The same of the parameters' gradients."""
+    (rows, columns), aux_weight, scales = product.shape, product.aux_weight, product.aux_weight_scale
+    return (
+        product.x.itemsize == 2
+        and _is_whole(columns * product.x.itemsize)
+        and _is_addressable(product.grad_output)
+        and _is_addressable(product.x)
+        and (aux_weight is None or (_is_addressable(aux_weight) and _is_whole(rows * 4)))
+        and (scales is None or _are_addressable(scales))
+    )
+
+
+def _is_whole(number: int) -> bool:
+    """Whether bytes are a multiple of 16, as TMA needs addresses and distances to be; and rows read at once."""
+    return number % 16 == 0
+
+
+def _is_addressable(matrix: Tensor, row_major: bool = True) -> bool:
+    """Whether TMA can address a matrix, or several, stored by rows or by columns; int4 has two entries a byte."""
+    pitch, step = (matrix if row_major else matrix.mT).stride()[-2:]
+    return (
+        matrix.dtype != torch.uint8
+        and matrix.numel() > 0
+        and step == 1
+        and pitch >= matrix.shape[-1 if row_major else -2]
+        and _is_whole(pitch * matrix.itemsize)
+        and max(matrix.shape) <= _LARGEST_SIZE_BY_TMA
+        and _is_whole(model_stride(matrix) * matrix.itemsize)
+        and _is_whole(matrix.data_ptr())
+    )
+
+
+def _are_addressable(scales: Tensor) -> bool:
+    """Whether TMA can address the quantisation scales of the rows, of each auxiliary model."""
+    return _is_whole(scales.data_ptr()) and _is_whole(model_stride(scales) * scales.itemsize)
+
+
+def tma_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequence[GradTile]:
+    """Those of `gemm_tma` for gradients; none where it cannot compute."""
+    row, aux_weight = architecture(target), product.aux_weight
+    if not HAS_TMA_LOOPS or row not in TMA_GRAD_TILES:
+        return ()
+    elements = aux_weight, product.weight_dtype, product.aux_dtype
+    sizes = {element.itemsize for element in elements if element is not None}
+    *large, small = TMA_GRAD_TILES[row]["one size" if len(sizes) <= 1 else "several sizes"]
+    if row == "blackwell" and aux_weight is not None and product.models > 2 and aux_weight.itemsize == 4:
+        large = [tile for tile in large if tile.BLOCK_M < 256]  # the others would spill
+    small_tiles = ceil_div(product.shape[0], small.BLOCK_M) * ceil_div(product.shape[1], small.BLOCK_N)
+    return (small, *large) if small_tiles <= _MULTIPROCESSORS[row] else (*large, small)
+
+
+def _pointer_tiles(
+    target: GPUTarget | None, left: Tensor, combined: CombinedWeight
+) -> list[gemm_pointers.CombinedTile]:
+    weight, aux_weight, models = combined.weight, combined.aux_weight, combined.models
+    packed = aux_weight.dtype == torch.uint8
+    aligned = is_aligned(combined.shape, left, weight, aux_weight)
+    row = _pointer_row(
+        target,
+        aligned and weight.itemsize + models * aux_weight.itemsize <= 8,
+        packed or is_small(left.shape[0], combined.shape[1]),
+    )
+    is_mixed = packed or models > 1 or max(weight.itemsize, aux_weight.itemsize) > 2
+    tiles = POINTER_TILES[row][_operand_kind(left, target, is_mixed)]
+
+    def spills(tile: gemm_pointers.CombinedTile) -> bool:
+        several = models > 1 or combined.aux_weight_scale is not None
+        return several and (tile.BLOCK_N > 32 if packed else tile.COMBINE_IN_WARPS)
+
+    return [tile for tile in tiles if not spills(tile)]
+
+
+def _pointer_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequence[GradTile]:
+    grad_output, x = product.grad_output, product.x
+    row = _pointer_row(target, is_aligned(product.shape, grad_output, x), is_small(*product.shape))
+    if CROWDED_TILES and row != "portable" and x.itemsize == 2 and _is_crowded(product):
+        return CROWDED_TILES
+    return POINTER_GRAD_TILES[row][_operand_kind(x, target)]
+
+
+def _pointer_row(target: GPUTarget | None, aligned: bool, small: bool) -> str:
+    row = architecture(target) if aligned else "portable"
+    return "small" if small and row != "portable" else row
+
+
+def _operand_kind(activations: Tensor, target: GPUTarget | None, is_mixed: bool = False) -> str:
+    if activations.dtype == torch.float32:
+        return input_precision(activations.dtype, target)
+    return "mixed" if is_mixed else "half"
+
+
+def is_aligned(features: tuple[int, int], *matrices: Tensor) -> bool:
+    """Whether rows can be read 16 elements at a time, which the larger tiles need to keep within the registers."""
+    strides = (stride for matrix in matrices for stride in matrix.stride() if stride != 1)
+    return all(map(_is_whole, (*features, *strides, *(matrix.data_ptr() for matrix in matrices))))
+
+
+def is_small(rows: int, columns: int) -> bool:
+    """Whether a result has so few rows, or would make so few large tiles (under 64), that small ones are better."""
+    return rows <= 64 or rows * columns < 2**20
+
+
+def _is_crowded(product: GradParameters) -> bool:
+    """Whether the epilogue reads several auxiliary models, int4, or elements wider than it writes."""
+    aux_weight, weight_dtype = product.aux_weight, product.weight_dtype
+    if aux_weight is None:
+        return False
+    wider = weight_dtype is not None and aux_weight.itemsize > weight_dtype.itemsize
+    return wider or aux_weight.dtype == torch.uint8 or product.models > 1
+
+
+class Problem(NamedTuple):
+    """What a product's candidates and their speed depend on.
+
+    Attributes:
+        product: its name.
+        device: the GPU's name.
+        target: what Triton compiles for.
+        fp32_precision: torch's, of float32 matrix products.
+        operands: shape, strides, alignment and dtype of each tensor, and what else there is.
+    """
+
+    product: str
+    device: str
+    target: GPUTarget | None
+    fp32_precision: str
+    operands: tuple[Any, ...]
+
+
+def problem(product: Product) -> Problem:
+    """The problem that a product is, on the current device, which is its tensors'."""
+    operands = [
+        (tuple(operand.shape), operand.stride(), _is_whole(operand.data_ptr()), operand.dtype)
+        if isinstance(operand, Tensor)
+        else operand
+        for operand in product.operands
+    ]
+    device, precision = product[0].device, torch.backends.cuda.matmul.fp32_precision
+    return Problem(product.name, device_name(device), active_target(), precision, tuple(operands))
+
+
+def variant(plan: Plan, key: Problem) -> str:
+    """What a plan compiles for a problem, up to sizes, layouts and which outputs are asked for, in words."""
+    first, second, aux_weight, _, weight_dtype, *_ = key.operands
+    dtypes = [first[-1], weight_dtype if key.product == "grad_parameters" else second[-1]]
+    if aux_weight is not None:
+        shape, *_, dtype = aux_weight
+        dtypes += [dtype] * (shape[0] if len(shape) == 3 else 1)
+    names = [QUANTIZED.get(dtype) or str(dtype).removeprefix("torch.") for dtype in dtypes]
+    if input_precision(first[-1], key.target) == "tf32":
+        names.append("as tf32")
+    return f"{key.product} by {plan} of {' '.join(names)}"
+
+
+TUNED: dict[Problem, Plan] = {}
+"""The plans that `warmup` chose."""
+
+UNTUNED: dict[Problem, Plan] = {}
+"""The plans of products that it has not, kept as choosing one takes longer than computing it."""
+MOST_UNTUNED = 2**12
+
+_recorded: dict[Problem, Product] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[dict[Problem, Product]]:
+    """Collect the products, one of each problem, for which plans are chosen inside, in whichever thread."""
+    global _recorded
+    before, _recorded = _recorded, {}
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def choose(product: Product) -> Plan:
+    """The plan of a prepared product on the current device: the tuned one, or the first that is usable."""
+    key = problem(product)
+    if _recorded is not None:
+        _recorded.setdefault(key, product)
+    plan = TUNED.get(key) or UNTUNED.get(key)
+    if plan is None:
+        if len(UNTUNED) >= MOST_UNTUNED:  # of sizes that keep changing
+            UNTUNED.clear()
+        plan = UNTUNED[key] = next(usable(product))
+    return plan
+
+
+def usable(product: Product) -> Iterator[Plan]:
+    """`candidates`, then plain torch; those found faulty on such a GPU are left out, with a warning."""
+    key = problem(product)
+    faults = records.faults(key.device, KERNELS)
+    left_out = []
+    for plan in (*candidates(product), EAGER):
+        name = variant(plan, key)
+        if name in faults:
+            left_out.append(f"{name} was found faulty on this GPU ({faults[name]}) and is not used")
+            continue
+        while left_out:
+            forget = f"delete {records.path_of('findings', key.device, KERNELS)} to try it again"
+            _warn_once(f"{left_out.pop(0)}: next is {plan}; {forget}")
+        yield plan
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def remember(device: str, findings: records.Findings) -> None:
+    """Keep what was found on such a GPU, and choose plans anew where a variant is faulty."""
+    records.remember(device, KERNELS, findings)
+    faults = records.faults(device, KERNELS)
+    UNTUNED.clear()
+    for key, plan in tuple(TUNED.items()):
+        if key.device == device and variant(plan, key) in faults:
+            del TUNED[key]
