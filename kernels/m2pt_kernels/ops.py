@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType, NoneType
@@ -18,7 +19,7 @@ from .products import GradParameters
 from .quantization import DTYPES as QUANTIZED
 
 gemm, devices = (
-    (import_module(f".{name}", __package__) for name in ("gemm", "devices")) if find_spec("triton") else (None, None)
+    import_module(f".{name}", __package__) if find_spec("triton") else None for name in ("gemm", "devices")
 )
 
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
@@ -60,10 +61,10 @@ def cross_modal_linear(
         weight: (out_features, in_features), of x's dtype, or float32 with a half-precision x.
         aux_weight: (out_features, in_features), or (n, out_features, in_features) with n > 1, any floating dtype of 16
             bits or more; or what `quantize` made of it.
-        scale: (1,) or (n,), any floating dtype; read on the device, so changing it costs neither a sync nor a
-            recompilation.
+        scale: the cross-modal scale, (1,) or (n,), any floating dtype; read on the device, so changing it costs neither
+            a sync nor a recompilation.
         bias: (out_features,), any floating dtype, or None.
-        aux_weight_scale: the float32 scales that `quantize` returned beside `aux_weight`; None if it is not quantised.
+        aux_weight_scale: the quantisation scale that `quantize` returned beside `aux_weight`; None if there is none.
 
     Returns:
         (..., out_features), contiguous. Differentiable once, with respect to every tensor that requires a gradient.
@@ -75,23 +76,17 @@ def cross_modal_linear(
         ValueError: a sparse or nested tensor, a shape or a device that does not fit the others, or a quantised
             aux_weight that is to be trained.
     """
-    dtype = _checked_dtype(x, weight, aux_weight, scale, bias, aux_weight_scale)
-    if not _is_unobserved(x, weight, aux_weight, scale, bias, aux_weight_scale):
-        return _cross_modal_linear(x, weight, aux_weight, scale, bias, aux_weight_scale)
-    with _autocast_disabled(x):
-        return _CrossModalLinear.apply(cast(x, dtype), weight, aux_weight, scale, bias, aux_weight_scale, _matmul)
-
-
-def _checked_dtype(
-    x: Tensor,
-    weight: Tensor,
-    aux_weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    aux_weight_scale: Tensor | None,
-) -> torch.dtype:
-    """The dtype to multiply in."""
     check_weights(weight, aux_weight, scale, aux_weight_scale)
+    dtype = _checked_dtype(x, weight, bias)
+    tensors = x, weight, aux_weight, scale, bias, aux_weight_scale
+    if not _is_unobserved(*tensors):
+        return _cross_modal_linear(*tensors)
+    with _autocast_disabled(x):
+        return _CrossModalLinear.apply(cast(x, dtype), *tensors[1:], _matmul)
+
+
+def _checked_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """Check that x and bias fit the weight, and return the dtype to multiply in."""
     out_features, in_features = weight.shape
     device = weight.device
     check_operand("x", x, device)
@@ -199,17 +194,17 @@ def _matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | None = None) 
     return output if left.dim() == 2 else _shaped(output, (*left.shape[:-1], output.shape[1]))
 
 
+def _gradients(grad_output, x, *others):
+    product = _grad_product(grad_output, x, *others)
+    return path_of(grad_output, x, product.aux_weight, product.cross_modal_scale).grad_parameters(product)
+
+
 def _grad_product(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale=None):
-    """The product of `grad_parameters`, which may also be given what no gradient asked for needs."""
+    """Make the product of `grad_parameters`, which may also be given what no wanted gradient needs."""
     if scale is None or aux_dtype is None:
         scale = aux_dtype = None
     aux_weight_scale = None if aux_weight is None else aux_weight_scale
     return GradParameters(_flat(grad_output), _flat(x), aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale)
-
-
-def _gradients(*arguments):
-    product = _grad_product(*arguments)
-    return path_of(*(operand for operand in product if isinstance(operand, Tensor))).grad_parameters(product)
 
 
 def _dispatched_matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | None = None) -> Tensor:
@@ -219,45 +214,46 @@ def _dispatched_matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | No
     return _grad_input(left, weight, aux_weight, scale, aux_weight_scale)
 
 
-def _forward(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
+def _implement(operator: torch._ops.OpOverload) -> Callable:
+    def implement(compute: Callable) -> None:
+        def run(first, *others):
+            with _autocast_disabled(first):
+                return compute(first, *others)
+
+        _library.impl(operator, run, "CompositeExplicitAutograd")
+
+    return implement
+
+
+@_implement(_cross_modal_linear)
+def _(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
     return _matmul(x, CombinedWeight(weight, aux_weight, scale, aux_weight_scale, transposed=True), bias)
 
 
-def _backward_to_input(grad_output, weight, aux_weight, scale, aux_weight_scale=None):
-    return _matmul(grad_output, CombinedWeight(weight, aux_weight, scale, aux_weight_scale))
+@_implement(_grad_input)
+def _(grad_output, *combined):
+    return _matmul(grad_output, CombinedWeight(*combined))
 
 
-def _backward_to_parameters(grad_output, *others):
+@_implement(_grad_parameters)
+def _(grad_output, *others):
     gradients = _gradients(grad_output, *others)
     return tuple(grad_output.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _implement(operator: torch._ops.OpOverload, compute: Callable) -> None:
-    def run(first, *others):
-        with _autocast_disabled(first):
-            return compute(first, *others)
-
-    _library.impl(operator, run, "CompositeExplicitAutograd")
-
-
-_implement(_cross_modal_linear, _forward)
-_implement(_grad_input, _backward_to_input)
-_implement(_grad_parameters, _backward_to_parameters)
-
-
 @torch.library.register_fake("m2pt_kernels::cross_modal_linear", lib=_library)
-def _(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
+def _(x, weight, *_, **__):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.register_fake("m2pt_kernels::grad_input", lib=_library)
-def _(grad_output, weight, aux_weight, scale, aux_weight_scale=None):
+def _(grad_output, weight, *_, **__):
     return grad_output.new_empty(*grad_output.shape[:-1], weight.shape[1])
 
 
 @torch.library.register_fake("m2pt_kernels::grad_parameters", lib=_library)
-def _(grad_output, x, *others):
-    product, wide = _grad_product(grad_output, x, *others), torch.promote_types(x.dtype, torch.float32)
+def _(grad_output, x, *others, **named):
+    product, wide = _grad_product(grad_output, x, *others, **named), torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(0 if product.weight_dtype is None else product.shape, dtype=product.weight_dtype),
         x.new_empty(0 if product.aux_dtype is None else product.aux_shape, dtype=product.aux_dtype),
@@ -313,15 +309,10 @@ class _CrossModalLinear(torch.autograd.Function):
             # Before torch 2.12 a DTensor does not flatten a batch dimension that is sharded.
             batch = tuple(range(grad_output.dim() - 1))
             grad_bias = grad_output.sum(batch, dtype=bias_dtype) if batch else cast(grad_output, bias_dtype)
-        return (
-            grad_x,
-            grad_weight if need_weight else None,
-            grad_aux if need_aux else None,
-            cast(grad_scale, scale_dtype) if need_scale else None,
-            grad_bias,
-            None,
-            None,
-        )
+        # What is not wanted comes as an empty tensor from an operator.
+        grad_weight, grad_aux = grad_weight if need_weight else None, grad_aux if need_aux else None
+        grad_scale = cast(grad_scale, scale_dtype) if need_scale else None
+        return grad_x, grad_weight, grad_aux, grad_scale, grad_bias, None, None
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -342,17 +333,14 @@ def _autograd(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
 _library.impl("cross_modal_linear", _autograd, "Autograd")
 
 
-def _autocast(device_type):
-    def cast_input(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
-        dtype = _gemm_dtype(x)
-        with torch.autocast(device_type, enabled=False):
-            return _cross_modal_linear(x.to(dtype), weight, aux_weight, scale, bias, aux_weight_scale)
-
-    return cast_input
+def _autocast(device_type, x, *others):
+    dtype = _gemm_dtype(x)
+    with torch.autocast(device_type, enabled=False):
+        return _cross_modal_linear(x.to(dtype), *others)
 
 
 for _device_type, _key in _AUTOCAST_KEYS.items():
-    _library.impl("cross_modal_linear", _autocast(_device_type), _key)
+    _library.impl("cross_modal_linear", partial(_autocast, _device_type), _key)
 
 
 @register_flop_formula(_cross_modal_linear.overloadpacket)
