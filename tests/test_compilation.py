@@ -135,8 +135,10 @@ def test_sizes_of_one_compile(target):
             assert len(compiled) == 3
 
 
-TYPES = {"aux_ptr": HALF, "scale_ptr": FLOAT, "aux_scale_ptr": None, "partial_ptr": FLOAT}
-INT8, INT4 = ({"aux_ptr": dtype, "aux_scale_ptr": FLOAT, "grad_aux_ptr": None} for dtype in (torch.int8, torch.uint8))
+TYPES = {"aux_ptr": HALF, "cross_modal_scale_ptr": FLOAT, "aux_weight_scale_ptr": None, "partial_ptr": FLOAT}
+INT8, INT4 = (
+    {"aux_ptr": dtype, "aux_weight_scale_ptr": FLOAT, "grad_aux_ptr": None} for dtype in (torch.int8, torch.uint8)
+)
 POINTERS = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "EVEN_K": False, "INPUT_PRECISION": "ieee"}
 POINTERS |= {"COMBINE_IN_WARPS": False, "DEPTH_FIRST": False, "num_stages": 2}
 TMA = {"BLOCK_M": 256, "MORE_M": 0, "BLOCK_N": 128, "BLOCK_K": 32, "DEPTH_FIRST": False, "PANEL": 32, "num_stages": 4}
@@ -368,12 +370,15 @@ def test_blackwell_multiplies_from_tensor_memory(weight_dtype, aux_dtype):
 @pytest.mark.parametrize("weight_dtype, aux_dtype", [(HALF, HALF), (FLOAT, HALF), (FLOAT, FLOAT)], ids=str)
 @pytest.mark.parametrize("target, position", [("sm_90", 1), for_target("sm_100", 1), for_target("sm_100", 2)])
 def test_other_tiles_by_tma(without_gluon, target, position, weight_dtype, aux_dtype, monkeypatch):
-    for name in ("TMA_TILES", "TMA_GRAD_TILES"):
-        tiles = {
-            row: {key: (candidates[min(position, len(candidates) - 1)],) for key, candidates in kinds.items()}
-            for row, kinds in getattr(plans, name).items()
-        }
-        monkeypatch.setattr(plans, name, tiles)
+    def one_of(candidates):
+        return (candidates[min(position, len(candidates) - 1)],)
+
+    kinds = {
+        key: one_of(candidates) for key, candidates in plans.TMA_TILES[plans.architecture(TARGETS[target])].items()
+    }
+    monkeypatch.setitem(plans.TMA_TILES, plans.architecture(TARGETS[target]), kinds)
+    tma_grad_tiles = plans.tma_grad_tiles
+    monkeypatch.setattr(plans, "tma_grad_tiles", lambda *product: one_of(tma_grad_tiles(*product)))
     compile_step(target, weight_dtype, aux_dtype)
 
 

@@ -1,4 +1,4 @@
-"""What `check` computes: products of operands of every kind and size, some in a process.
+"""Make what `check` computes: products of operands of every kind and size, some in a process.
 
 Such a process (`python -m m2pt_kernels.cases`) reads requests from stdin, each a line, and answers line by line, so
 that whoever started it knows what it was doing when it hung or died.
@@ -30,7 +30,7 @@ PRODUCTS = ("forward", "grad_input", "grad_parameters")
 
 
 class Kind(NamedTuple):
-    """Dtypes of the activations and the weights; how many auxiliary models; whether float32 is multiplied as TF32."""
+    """Has dtypes of activations and weights, how many auxiliary models there are, and whether float32 means TF32."""
 
     x: str
     weight: str
@@ -55,7 +55,7 @@ KINDS = {
     "autocast, float8": Kind("bfloat16", "float32", "float8_e4m3fn"),
     "autocast, two models": Kind("bfloat16", "float32", "bfloat16", models=2),
 }
-"""By precision and, if it differs, W_aux."""
+"""Named by precision and, if it differs, W_aux."""
 
 
 class Shape(NamedTuple):
@@ -74,13 +74,13 @@ GPU_SHAPES = (
     Shape(1001, 203, 137),
     Shape(12608, 768, 3072),
 )
-"""Small; aligned; ragged, in rows that TMA can read; ragged, in rows that it cannot; large."""
+"""These are small; aligned; ragged, in rows that TMA can read; ragged, in rows that it cannot; large."""
 SMALL_SHAPES = (Shape(64, 64, 64), Shape(45, 48, 80), Shape(37, 23, 29))
 
 
 @dataclass
 class Row:
-    """What was found of a plan at a shape; times in milliseconds, of the plain product too.
+    """Says what was found of a plan at a shape; times are in milliseconds, of the plain product too.
 
     not_run: why it was not, where that is no fault of the kernel.
     """
@@ -99,12 +99,12 @@ class Row:
 
     @property
     def place(self) -> str:
-        """Identifies a row among those of its kind."""
+        """Tells a row from others of its kind."""
         return f"{self.product}, {self.shape}, {self.inputs}, {self.plan}"
 
 
 class Case(NamedTuple):
-    """A product, and the same without a pathway."""
+    """Has a product, and computes the same without a pathway."""
 
     inputs: str
     product: Product
@@ -112,7 +112,7 @@ class Case(NamedTuple):
 
 
 def cases(kind: Kind, product: str, shape: Shape, device: str) -> list[Case]:
-    """With a bias and without one; with W_aux frozen and, if it is not quantised, trained.
+    """Make cases with a bias and without one; with W_aux frozen and, if it is not quantised, trained.
 
     For int4 the input features are rounded up to whole groups.
     """

@@ -1,4 +1,4 @@
-"""Every kernel on this GPU against float64, in a process for each product and kind of operands, and its time.
+"""Compare every kernel on this GPU with float64, in a process for each product and kind of operands, and time it.
 
 `python -m m2pt_kernels.check`, or `m2pt check`. What is found faulty is not used any more on such a GPU. Without a GPU
 Triton's interpreter runs the kernels, at small sizes.
@@ -26,7 +26,7 @@ from .processes import LostError, Workers
 from .quantization import supports_float8
 
 _LARGEST_SMALL = 96
-"""The largest size in the interpreter."""
+"""No size is larger in the interpreter."""
 
 
 def run(model: str | None = None, batch: int = 64, json_file: Path | None = None) -> int:
@@ -79,7 +79,7 @@ def run(model: str | None = None, batch: int = 64, json_file: Path | None = None
 
 
 def layers(model: str, batch: int) -> list[Shape]:
-    """The sizes of the linear layers of a timm model, its classifier left out, on a batch.
+    """Return the sizes of the linear layers of a timm model, its classifier left out, on a batch.
 
     Raises:
         ValueError: timm has no such model, or it has no such layers.
@@ -121,7 +121,7 @@ def check(kinds: Sequence[str], shapes: Sequence[Shape], on_gpu: bool) -> list[R
 
 
 def _side_by_side(shape: Shape, on_gpu: bool) -> int:
-    """As many processes as there are cores, and memory for: operands and results, several of them in float32."""
+    """Return how many processes there are cores and memory for: operands and results, several of them in float32."""
     cores = len(os.sched_getaffinity(0))
     if not on_gpu:
         return cores
@@ -131,7 +131,7 @@ def _side_by_side(shape: Shape, on_gpu: bool) -> int:
 
 
 def _verified(workers: Workers, products: Sequence[str], kind: str, shapes: Sequence[Shape]) -> list[Row]:
-    """The rows of a group. A plan that ends its process, or never ends, is left out from then on."""
+    """Return the rows of a group. A plan that ends its process, or never ends, is left out from then on."""
     rows: list[Row] = []
     lost: list[str] = []
     while True:
@@ -184,7 +184,7 @@ def _add_times(workers: Workers, rows: list[Row]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for every kernel: its worst error at any shape over plain torch's, and times at the largest shape."""
+    """Write a line for each kernel: its worst error at any shape over plain torch's, and times at the largest shape."""
     variants: dict[str, list[Row]] = {}
     for row in rows:
         variants.setdefault(row.variant, []).append(row)
@@ -207,7 +207,7 @@ def _over_plain(row: Row) -> float:
 
 
 def main() -> int:
-    """As the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m m2pt_kernels.check", description=" ".join(__doc__.split()))
     parser.add_argument("--model", metavar="NAME", help="check the linear layers of this timm model instead")
     parser.add_argument("--batch", type=int, default=64, help="inputs of that model at a time (default: 64)")

@@ -1,4 +1,4 @@
-"""What no function of this package takes for a tensor. Every message begins with the argument's name."""
+"""Checks shared by every function: dense tensors, floating dtypes, one device. Messages begin with the argument."""
 
 import torch
 from torch import Tensor, strided
@@ -7,11 +7,11 @@ GEMM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """That an argument is a tensor with an element at every index, as no sparse and no nested one is.
+    """Check that an argument is a dense tensor, with an element at every index.
 
     Raises:
         TypeError: it is no tensor.
-        ValueError: it is one of another layout.
+        ValueError: it is sparse or nested.
     """
     if getattr(tensor, "layout", None) is strided and not tensor.is_nested:
         return
@@ -21,7 +21,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def check_operand(name: str, tensor: Tensor, device: torch.device | None) -> None:
-    """`check_tensor`, and that it is a floating one on a device.
+    """Check that an argument is a dense tensor of a floating dtype, on a device.
 
     Raises:
         TypeError, ValueError: it is not.

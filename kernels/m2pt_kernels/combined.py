@@ -1,4 +1,4 @@
-"""The combined weight: what it is made of, what is refused, and its sum in plain torch."""
+"""The combined weight as a value: checks of what it is made of, its layout, and its sum in plain torch."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,17 +11,17 @@ from .divided import check_whole
 from .quantization import check_aux_weight, dequantize
 
 BLOCK_ENTRIES = 2**18
-"""Entries of a block of rows: 1 MiB in float32, which stays in a CPU's cache."""
+"""A block of rows has so many entries: 1 MiB in float32, which stays in a CPU's cache."""
 
 
 class CombinedWeight(NamedTuple):
-    """A factor of products: `W + sum of s_i * W_aux_i` (M2PT eq. 2), or its transpose. The sum itself is not stored.
+    """Stands for `W + sum of s_i * W_aux_i` (M2PT eq. 2), or its transpose, as a factor of a product.
 
     Attributes:
         weight: W, (N, K).
         aux_weight: W_aux, (N, K), or (n, N, K) of n auxiliary models; floating, or what `quantize` made of it.
         cross_modal_scale: s, (1,) or (n,).
-        aux_weight_scale: the scales that `quantize` returned beside aux_weight; None if it is not quantised.
+        aux_weight_scale: the quantisation scale that `quantize` returned beside aux_weight; None if there is none.
         transposed: whether the factor is the transpose, (K, N), as in the forward pass.
     """
 
@@ -33,7 +33,7 @@ class CombinedWeight(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the factor: the depth of the product, and its columns."""
+        """The factor's shape: the depth of the product, and its columns."""
         rows, columns = self.weight.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
@@ -42,26 +42,26 @@ class CombinedWeight(NamedTuple):
         return models_in(self.aux_weight)
 
     def strides(self, matrix: Tensor) -> tuple[int, int]:
-        """Of weight or aux_weight: how far apart neighbours lie along the depth, and along the columns."""
+        """Return how far apart neighbours in weight or aux_weight lie along the depth, and along the columns."""
         row, column = matrix.stride()[-2:]
         return (column, row) if self.transposed else (row, column)
 
     @property
     def depth_first(self) -> bool:
-        """Whether it lies in memory as (depth, columns); otherwise as (columns, depth)."""
+        """Whether matrices lie in memory as (depth, columns); otherwise they lie as (columns, depth)."""
         return self.weight.stride(1 if self.transposed else 0) != 1
 
     @property
     def row_major(self) -> bool:
-        """Whether a row in memory belongs to one output feature, and so to one scale of int8 and float8."""
+        """Whether a row in memory belongs to one output feature, which in int8 and float8 has one scale."""
         return self.depth_first != self.transposed
 
     def pitch(self, matrix: Tensor) -> int:
-        """Of weight or aux_weight: how far apart rows lie in memory."""
+        """Return how far apart the rows of weight or aux_weight lie in memory."""
         return matrix.stride(-2 if self.row_major else -1)
 
     def sum(self, dtype: torch.dtype) -> Tensor:
-        """(N, K), not transposed: computed in float32 at least and rounded once."""
+        """Compute the sum, (N, K) and not transposed, in float32 at least, and round it once."""
         weight, aux_weight, scale, aux_weight_scale, _ = self
         wide = torch.promote_types(dtype, torch.float32)
         scale = cast(
@@ -84,9 +84,9 @@ class CombinedWeight(NamedTuple):
 def combined_weight(
     weight: Tensor, aux_weight: Tensor, scale: Tensor, dtype: torch.dtype, aux_weight_scale: Tensor | None = None
 ) -> Tensor:
-    """`W + s * W_aux` (M2PT eq. 2), computed in float32 at least and rounded once, to `dtype`; without gradients.
+    """Compute `W + s * W_aux` (M2PT eq. 2) in float32 at least, and round it once, to `dtype`; without gradients.
 
-    With several auxiliary models, the sum over them all. Shapes and dtypes as `cross_modal_linear` takes them.
+    Several auxiliary models are all added. Shapes and dtypes as `cross_modal_linear` takes them.
 
     Raises:
         TypeError: no tensors, dtypes that are not floating, or a quantised aux_weight without its scales or the other
@@ -125,17 +125,17 @@ def check_weights(weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor.to(dtype)`, which takes microseconds even where there is nothing to do."""
+    """Call `tensor.to(dtype)` only where it is needed, as it takes microseconds even where there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def models_in(aux_weight: Tensor) -> int:
-    """How many auxiliary models an aux weight (N, K) or (n, N, K) is of."""
+    """Return how many auxiliary models an aux weight (N, K) or (n, N, K) comes from."""
     return 1 if aux_weight.dim() == 2 else len(aux_weight)
 
 
 def model_stride(matrices: Tensor) -> int:
-    """How far apart the matrices of auxiliary models lie; 0 of one."""
+    """Return how far apart the matrices of auxiliary models lie; 0 if there is one."""
     return 0 if matrices.dim() == 2 else matrices.stride(0)
 
 

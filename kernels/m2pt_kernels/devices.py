@@ -1,4 +1,4 @@
-"""The device that kernels are compiled for and launched on, as torch and Triton see it."""
+"""What torch and Triton say of the device that kernels are compiled for and launched on."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -16,15 +16,15 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
-"""Of the floating operands that kernels read."""
+"""Kernels read floating operands of these dtypes."""
 
 OLDEST_CAPABILITY = 80
-"""Of CUDA: what is older has no tensor cores that Triton knows, and would spill; there plain torch is faster."""
+"""Older CUDA devices have no tensor cores that Triton knows, and would spill; there plain torch is faster."""
 
 
 @cache
 def supports(device: torch.device) -> bool:
-    """Whether a GPU can run the kernels well."""
+    """Return whether a GPU can run the kernels well."""
     capability = cuda_capability(device)
     return capability is None or capability >= OLDEST_CAPABILITY
 
@@ -46,7 +46,7 @@ def check_runs_kernels() -> None:
 
 
 def active_target() -> GPUTarget | None:
-    """What Triton's active driver compiles for; None in the interpreter.
+    """Return what Triton's active driver compiles for; None in the interpreter.
 
     Raises:
         RuntimeError: Triton has no active driver.
@@ -55,7 +55,7 @@ def active_target() -> GPUTarget | None:
 
 
 def capability_of(target: GPUTarget | None) -> int | None:
-    """Ten times the compute capability of a target with CUDA."""
+    """Return ten times the compute capability of a target with CUDA, None of others."""
     return target.arch if target is not None and target.backend == "cuda" else None
 
 
@@ -66,18 +66,18 @@ def device_of(tensor: Tensor) -> AbstractContextManager:
 
 @cache
 def device_name(device: torch.device) -> str:
-    """The name of a GPU, which its target does not tell from others of the same generation."""
+    """Return the name of a GPU, as its target does not tell it from others of its generation."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many SMs a GPU has; an H100's where there is none."""
+    """Return how many SMs a GPU has; where there is none, as many as an H100."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def input_precision(dtype: torch.dtype, target: GPUTarget | None) -> str:
-    """How float32 operands are multiplied: "ieee", or "tf32" where torch's float32 matmul precision allows it."""
+    """Return how float32 operands are multiplied: "ieee", or "tf32" where torch's precision setting allows it."""
     if dtype != torch.float32 or target is None or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
     return "tf32" if target.backend == "cuda" or target.arch == "gfx942" else "ieee"

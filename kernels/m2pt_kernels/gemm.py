@@ -1,4 +1,4 @@
-"""The two products by the planned kernel: from here on tensors are those that kernels read, on the current device."""
+"""Compute the two products by the kernels that `plans` chooses, each on its tensors' device."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from . import gemm_pointers, gemm_tma, plans, reference
 from .combined import CombinedWeight
 from .devices import device_of
 from .plans import EAGER, Plan
-from .products import CombinedMatmul, GradParameters, Product
+from .products import CombinedMatmul, GradParameters, Product, prepared
 
 _LAUNCHES = {"pointers": gemm_pointers, "tma": gemm_tma, "hopper": plans.gemm_hopper}
 
@@ -16,9 +16,9 @@ _LAUNCHES = {"pointers": gemm_pointers, "tma": gemm_tma, "hopper": plans.gemm_ho
 def combined_matmul(
     left: Tensor, combined: CombinedWeight, bias: Tensor | None = None, plan: Plan | None = None
 ) -> Tensor:
-    """`CombinedMatmul`: (rows of left, columns of combined), contiguous, in left's dtype; by the given plan, if any."""
+    """Return left times combined plus bias, contiguous and in left's dtype. `plan` replaces the one that is chosen."""
     with device_of(left):
-        left, combined, bias = product = CombinedMatmul(left, combined, bias).prepared()
+        left, combined, bias = product = prepared(CombinedMatmul(left, combined, bias))
         plan = plan or plans.choose(product)
         if plan == EAGER:
             return reference.combined_matmul(*product)
@@ -30,13 +30,13 @@ def combined_matmul(
 def grad_parameters(
     product: GradParameters, plan: Plan | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of weight, aux weight and cross-modal scale that are wanted; by the given plan, if any.
+    """Return the wanted gradients of weight, aux weight and cross-modal scale. `plan` replaces the one that is chosen.
 
     The scale's is reduced in two stages of fixed order, a sum per row of a tile and the sum of those, without atomics:
     repeated runs give the same bits.
     """
     with device_of(product.x):
-        product = product.prepared()
+        product = prepared(product)
         plan = plan or plans.choose(product)
         if plan == EAGER:
             return reference.grad_parameters(product)
@@ -48,5 +48,5 @@ def grad_parameters(
 
 
 def compute(plan: Plan, product: Product) -> Any:
-    """A product, by one of its plans."""
+    """Compute a product by one of its plans."""
     return combined_matmul(*product, plan) if isinstance(product, CombinedMatmul) else grad_parameters(product, plan)

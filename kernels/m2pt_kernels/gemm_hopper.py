@@ -26,14 +26,14 @@ from .versions import TMA_OPTIONS
 
 _GROUPS = gl.constexpr(2)
 _COLUMNS = gl.constexpr(64)
-"""Of a group's half: the rows of wgmma."""
+"""A group's half of a tile has as many columns as wgmma has rows."""
 _UNROLL = gl.constexpr(4)
-"""Steps from one wait for all products to the next: none may be in flight where a loop turns."""
+"""All products are waited for every so many steps: none may be in flight where a loop turns."""
 
 
 @gluon.jit
 def _tile(index, rows, columns, BLOCK_ROWS: gl.constexpr, BLOCK_COLUMNS: gl.constexpr, GROUP: gl.constexpr):
-    """Where a tile begins, in bands of GROUP rows of tiles, as `tiles.tile_of_program`."""
+    """Return where a tile begins, in bands of GROUP rows of tiles, as `tiles.tile_of_program` does."""
     row_tiles = (rows - 1) // BLOCK_ROWS + 1
     per_band = GROUP * ((columns - 1) // BLOCK_COLUMNS + 1)
     first = index // per_band * GROUP
@@ -43,7 +43,7 @@ def _tile(index, rows, columns, BLOCK_ROWS: gl.constexpr, BLOCK_COLUMNS: gl.cons
 
 @gluon.jit
 def _relabel(tile, OUTER: gl.constexpr, INNER: gl.constexpr):
-    """Permute every 8 rows, as `gemm_tma` does and why: lanes then read float32 without bank conflicts."""
+    """Permute every 8 rows, as `gemm_tma` does, so that lanes read float32 without bank conflicts."""
     ROWS: gl.constexpr = tile.shape[0]
     COLUMNS: gl.constexpr = tile.shape[1]
     rows = tile.reshape([ROWS // 8, OUTER, INNER, COLUMNS])
@@ -52,7 +52,7 @@ def _relabel(tile, OUTER: gl.constexpr, INNER: gl.constexpr):
 
 @gluon.constexpr_function
 def _to_be_relabelled(depth):
-    """The layout of a group's operand that `_relabel` by (4, 2) turns into wgmma's."""
+    """Return the layout of a group's operand that `_relabel` by (4, 2) turns into wgmma's."""
     steps = [[0, 16 << i] for i in range((depth // 16).bit_length() - 1)]
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [8, 0], [0, 8], *steps],
@@ -65,7 +65,7 @@ def _to_be_relabelled(depth):
 
 @gluon.jit
 def _column_of(vector_ptr, column, columns, layout: gl.constexpr, RELABEL: gl.constexpr):
-    """A group's entries of a vector, in float32, as a column."""
+    """Load a group's entries of a vector as a column, in float32."""
     entry = gl.arange(0, _COLUMNS, gl.SliceLayout(1, layout))
     if RELABEL:
         entry = entry // 8 * 8 + entry % 4 * 2 + entry % 8 // 4
@@ -116,7 +116,7 @@ def _load_tiles(
 
 @gluon.jit
 def _operand(tile, group: gl.constexpr, OPERAND: gl.constexpr, RELABEL: gl.constexpr, DEPTH_FIRST: gl.constexpr):
-    """A group's half of a tile of W or W_aux, in float32."""
+    """Read a group's half of a tile of W or W_aux, in float32."""
     if DEPTH_FIRST:
         values = tile.slice(group * _COLUMNS, _COLUMNS, 1).permute((1, 0)).load(OPERAND)
     elif RELABEL:
@@ -140,7 +140,7 @@ def _combine(
     RELABEL: gl.constexpr,
     DEPTH_FIRST: gl.constexpr,
 ):
-    """A step's operand, once its tiles are there."""
+    """Make a step's operand, once its tiles are there."""
     STAGES: gl.constexpr = weights.shape[0]
     mbarrier.wait(filled.index(step % STAGES), (step // STAGES) & 1)
     weight = _operand(weights.index(step % STAGES), group, OPERAND, RELABEL, DEPTH_FIRST)
@@ -168,7 +168,7 @@ def _wait_for(step, accumulator, more, emptied, LATER: gl.constexpr):
 
 @gluon.jit
 def _store(descriptor, tile, buffer, row, column, RELABEL: gl.constexpr):
-    """Through shared memory, which the store before has left; this one is waited for later."""
+    """Store a tile through shared memory, once the store before has left it; this one is waited for later."""
     tile = tile.to(descriptor.dtype)
     if RELABEL:
         tile = _relabel(tile, 2, 4)
@@ -187,9 +187,7 @@ def _compute_tiles(
     barriers,
     buffers,
     outputs,
-    scale_ptr,
-    aux_scale_ptr,
-    bias_ptr,
+    vectors,
     sizes,
     GROUP: gl.constexpr,
     DEPTH_FIRST: gl.constexpr,
@@ -198,6 +196,7 @@ def _compute_tiles(
     lefts, more_lefts, weights, auxes = stages
     filled, emptied = barriers
     output, more_output = outputs
+    cross_modal_scale_ptr, aux_weight_scale_ptr, bias_ptr = vectors
     rows, columns, depth = sizes
     BLOCK_M: gl.constexpr = lefts.shape[1]
     MORE_M: gl.constexpr = more_lefts.shape[1]
@@ -212,14 +211,14 @@ def _compute_tiles(
     more_buffer = buffer.slice(0, MORE_M, 0)
     turns = gl.cdiv(depth, _UNROLL * BLOCK_K)
     tiles = gl.cdiv(rows, BLOCK_M + MORE_M) * gl.cdiv(columns, _GROUPS * _COLUMNS)
-    model_scale = gl.load(scale_ptr).to(gl.float32)
+    model_scale = gl.load(cross_modal_scale_ptr).to(gl.float32)
     step = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         row, column = _tile(index, rows, columns, BLOCK_M + MORE_M, _GROUPS * _COLUMNS, GROUP)
         column += group * _COLUMNS
         scale = model_scale
-        if aux_scale_ptr is not None:
-            scale *= _column_of(aux_scale_ptr, column, columns, OPERAND, RELABEL)
+        if aux_weight_scale_ptr is not None:
+            scale *= _column_of(aux_weight_scale_ptr, column, columns, OPERAND, RELABEL)
         accumulator = gl.zeros((_COLUMNS, BLOCK_M), gl.float32, LAYOUT)
         more = gl.zeros((_COLUMNS, MORE_M), gl.float32, MORE_LAYOUT)
         if bias_ptr is not None:  # here, where registers are free
@@ -267,8 +266,8 @@ def combined_matmul_hopper_kernel(
     left_ptr,
     weight_ptr,
     aux_ptr,
-    scale_ptr,
-    aux_scale_ptr,
+    cross_modal_scale_ptr,
+    aux_weight_scale_ptr,
     bias_ptr,
     output_ptr,
     rows,
@@ -284,7 +283,7 @@ def combined_matmul_hopper_kernel(
     GROUP: gl.constexpr,
     DEPTH_FIRST: gl.constexpr,
 ):
-    """output = left (weight + scale * aux) + bias, tiles of BLOCK_M + MORE_M rows and 128 columns.
+    """Store left (weight + scale * aux) + bias in tiles of BLOCK_M + MORE_M rows and 128 columns.
 
     left is (rows, depth); weight and aux lie in memory as (columns, depth), or (depth, columns) if DEPTH_FIRST. A
     quantised aux is not DEPTH_FIRST, and has a scale for each row in memory.
@@ -310,16 +309,11 @@ def combined_matmul_hopper_kernel(
         mbarrier.init(emptied.index(i), count=_GROUPS)
     stages, barriers, sizes = (lefts, more_lefts, weights, auxes), (filled, emptied), (rows, columns, depth)
     matrices, outputs = (left, more_left, weight, aux), (output, more_output)
+    vectors = cross_modal_scale_ptr, aux_weight_scale_ptr, bias_ptr
     gl.warp_specialize(
         [
-            (
-                _compute_tiles,
-                (0, stages, barriers, buffers, outputs, scale_ptr, aux_scale_ptr, bias_ptr, sizes, GROUP, DEPTH_FIRST),
-            ),
-            (
-                _compute_tiles,
-                (1, stages, barriers, buffers, outputs, scale_ptr, aux_scale_ptr, bias_ptr, sizes, GROUP, DEPTH_FIRST),
-            ),
+            (_compute_tiles, (0, stages, barriers, buffers, outputs, vectors, sizes, GROUP, DEPTH_FIRST)),
+            (_compute_tiles, (1, stages, barriers, buffers, outputs, vectors, sizes, GROUP, DEPTH_FIRST)),
             (_load_tiles, (matrices, stages, barriers, sizes, GROUP, DEPTH_FIRST)),
         ],
         worker_num_warps=[4, 1],

@@ -1,4 +1,4 @@
-"""The GEMMs by pointers: any shape, any stride, float32, float16 and bfloat16, W_aux quantised or not."""
+"""GEMMs by pointers, which take any shape, any stride, float32, float16 and bfloat16, W_aux quantised or not."""
 
 from typing import NamedTuple
 
@@ -16,20 +16,20 @@ from .versions import OPTIONS
 
 @triton.jit
 def _indices_inside(tile, size, BLOCK: tl.constexpr):
-    """The int64 indices of a tile, in which those past `size` repeat those before: they can be read without a mask."""
+    """Return the int64 indices of a tile. Those past `size` repeat those before, and can be read without a mask."""
     start = tile * BLOCK
     return start.to(tl.int64) + tl.arange(0, BLOCK) % tl.minimum(size - start, BLOCK).to(tl.int32)
 
 
 @triton.jit
 def _packed_index(column):
-    """Where the int4 entry of a column lies in its row, in bytes."""
+    """Return where the int4 entry of a column lies in its row, in bytes."""
     return column // GROUP_SIZE * (GROUP_SIZE // 2) + column % (GROUP_SIZE // 2)
 
 
 @triton.jit
 def _unpack(data, column):
-    """The int4 entries of the columns that bytes were read for."""
+    """Return the int4 entries of the columns that bytes were read for."""
     shift = (column // (GROUP_SIZE // 2) % 2 * 4).to(tl.uint8)
     return ((data >> shift) & 15).to(tl.float32) - 8
 
@@ -39,8 +39,8 @@ def combined_matmul_kernel(
     left_ptr,
     weight_ptr,
     aux_ptr,
-    scale_ptr,
-    aux_scale_ptr,
+    cross_modal_scale_ptr,
+    aux_weight_scale_ptr,
     bias_ptr,
     output_ptr,
     rows,
@@ -53,8 +53,8 @@ def combined_matmul_kernel(
     stride_aux_depth,
     stride_aux_column,
     stride_aux_model,
-    stride_aux_scale,
-    stride_aux_scale_model,
+    stride_aux_weight_scale,
+    stride_aux_weight_scale_model,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -65,10 +65,10 @@ def combined_matmul_kernel(
     DEPTH_FIRST: tl.constexpr,
     MODELS: tl.constexpr,
 ):
-    """output = left (weight + sum of scale * aux) + bias: left (rows, depth), weight and each aux (depth, columns).
+    """Store left (weight + sum of scale * aux) + bias: left (rows, depth), weight and each aux (depth, columns).
 
-    A quantised aux has scales, stride_aux_scale for each of its rows, which are numbered by depth if DEPTH_FIRST and by
-    columns otherwise, and of int4 for each group of a row, of which no tile touches two.
+    A quantised aux has a scale for each of its rows, which run along the depth if DEPTH_FIRST and along columns
+    otherwise; int4 has one for each group of a row, and no tile touches two groups.
     """
     # A mask of rows and columns in the loop would cost registers that the largest tiles do not have.
     tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
@@ -81,21 +81,21 @@ def combined_matmul_kernel(
     aux_column = _packed_index(column) if PACKED and DEPTH_FIRST else column
     aux_ptrs = aux_ptr + k[:, None] * stride_aux_depth + aux_column[None, :] * stride_aux_column
     step = tl.full((), BLOCK_K, tl.int64)
-    if aux_scale_ptr is not None:
+    if aux_weight_scale_ptr is not None:
         if DEPTH_FIRST:
-            aux_scale_ptrs = aux_scale_ptr + k[:, None] * stride_aux_scale
+            aux_weight_scale_ptrs = aux_weight_scale_ptr + k[:, None] * stride_aux_weight_scale
             if PACKED:
-                aux_scale_ptrs += tile_column * BLOCK_N // GROUP_SIZE
+                aux_weight_scale_ptrs += tile_column * BLOCK_N // GROUP_SIZE
         else:
-            aux_scale_ptrs = aux_scale_ptr + column[None, :] * stride_aux_scale
+            aux_weight_scale_ptrs = aux_weight_scale_ptr + column[None, :] * stride_aux_weight_scale
     scales = tl.tuple([])
     for model in tl.static_range(MODELS):
         if COMBINE_IN_WARPS:
-            scale = tl.load(scale_ptr + model + tl.zeros((1, 1), tl.int32)).to(tl.float32)
+            scale = tl.load(cross_modal_scale_ptr + model + tl.zeros((1, 1), tl.int32)).to(tl.float32)
         else:
-            scale = tl.load(scale_ptr + model).to(tl.float32)
-        if aux_scale_ptr is not None and not (DEPTH_FIRST or PACKED):
-            scale *= tl.load(aux_scale_ptrs + offset_of(model, stride_aux_scale_model))
+            scale = tl.load(cross_modal_scale_ptr + model).to(tl.float32)
+        if aux_weight_scale_ptr is not None and not (DEPTH_FIRST or PACKED):
+            scale *= tl.load(aux_weight_scale_ptrs + offset_of(model, stride_aux_weight_scale_model))
         scales += (scale,)
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, depth, BLOCK_K):
@@ -113,20 +113,20 @@ def combined_matmul_kernel(
             aux = tl.load(model_ptrs) if EVEN_K else tl.load(model_ptrs, mask=k[:, None] < depth - start, other=0.0)
             if PACKED:
                 aux = _unpack(aux, column[None, :] if DEPTH_FIRST else (start + k)[:, None])
-            aux_scale = scales[model]
-            if aux_scale_ptr is not None and (PACKED or DEPTH_FIRST):
-                model_scale_ptrs = aux_scale_ptrs + offset_of(model, stride_aux_scale_model)
+            step_scale = scales[model]
+            if aux_weight_scale_ptr is not None and (PACKED or DEPTH_FIRST):
+                model_scale_ptrs = aux_weight_scale_ptrs + offset_of(model, stride_aux_weight_scale_model)
                 if DEPTH_FIRST:
-                    aux_scale *= tl.load(model_scale_ptrs, mask=k[:, None] < depth - start, other=0.0)
+                    step_scale *= tl.load(model_scale_ptrs, mask=k[:, None] < depth - start, other=0.0)
                 else:
-                    aux_scale *= tl.load(model_scale_ptrs + start // GROUP_SIZE)
-            combined += aux_scale * aux.to(tl.float32)
+                    step_scale *= tl.load(model_scale_ptrs + start // GROUP_SIZE)
+            combined += step_scale * aux.to(tl.float32)
         accumulator = tl.dot(left, combined.to(left.dtype), accumulator, input_precision=INPUT_PRECISION)
         left_ptrs += step * stride_left_depth
         weight_ptrs += step * stride_weight_depth
         aux_ptrs += step * stride_aux_depth
-        if aux_scale_ptr is not None and DEPTH_FIRST:
-            aux_scale_ptrs += step * stride_aux_scale
+        if aux_weight_scale_ptr is not None and DEPTH_FIRST:
+            aux_weight_scale_ptrs += step * stride_aux_weight_scale
     if bias_ptr is not None:
         accumulator += tl.load(bias_ptr + column[None, :]).to(tl.float32)
     row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -143,8 +143,8 @@ def grad_parameters_kernel(
     grad_ptr,
     x_ptr,
     aux_ptr,
-    scale_ptr,
-    aux_scale_ptr,
+    cross_modal_scale_ptr,
+    aux_weight_scale_ptr,
     grad_weight_ptr,
     grad_aux_ptr,
     partial_ptr,
@@ -166,7 +166,7 @@ def grad_parameters_kernel(
     INPUT_PRECISION: tl.constexpr,
     MODELS: tl.constexpr,
 ):
-    """G = grad^T x, with grad (depth, rows) and x (depth, columns), in float32; written is what has a pointer.
+    """Compute G = grad^T x, of grad (depth, rows) and x (depth, columns), in float32; store what has a pointer:
 
     G to grad_weight, and for each auxiliary model scale * G to grad_aux and <G, aux>, one number per row of the tile,
     to partial. The scales of a quantised aux, if any, are one a row, or one a group of int4.
@@ -202,17 +202,19 @@ def grad_parameters_kernel(
             aux = tl.load(aux_ptrs + offset_of(model, stride_aux_model), mask, other=0.0)
             if PACKED:
                 groups = offset_of(offset_of(model, rows) + row[:, None], columns // GROUP_SIZE)
-                aux_scale = tl.load(aux_scale_ptr + groups + column[None, :] // GROUP_SIZE, mask, other=0.0)
-                aux = _unpack(aux, column[None, :]) * aux_scale
+                aux_weight_scale = tl.load(
+                    aux_weight_scale_ptr + groups + column[None, :] // GROUP_SIZE, mask, other=0.0
+                )
+                aux = _unpack(aux, column[None, :]) * aux_weight_scale
             # Past the matrix the accumulator is infinity times zero where an operand is infinite.
             sums = tl.sum(tl.where(mask, accumulator * aux.to(tl.float32), 0.0), 1)
-            if aux_scale_ptr is not None and not PACKED:
-                sums *= tl.load(aux_scale_ptr + (offset_of(model, rows) + row), row < rows, other=0.0)
+            if aux_weight_scale_ptr is not None and not PACKED:
+                sums *= tl.load(aux_weight_scale_ptr + (offset_of(model, rows) + row), row < rows, other=0.0)
             partial = offset_of(offset_of(model, tl.num_programs(0)) + tl.program_id(0), BLOCK_M)
             tl.store(partial_ptr + partial + tl.arange(0, BLOCK_M), sums)
     if grad_aux_ptr is not None:
         for model in tl.range(MODELS, num_stages=1):
-            scale = tl.load(scale_ptr + model).to(tl.float32)
+            scale = tl.load(cross_modal_scale_ptr + model).to(tl.float32)
             grad_aux = (scale * accumulator).to(grad_aux_ptr.dtype.element_ty)
             tl.store(grad_aux_ptr + offset_of(model, offset_of(rows, columns)) + offsets, grad_aux, mask=mask)
     if grad_weight_ptr is not None:
@@ -220,7 +222,7 @@ def grad_parameters_kernel(
 
 
 class CombinedTile(NamedTuple):
-    """The output tile is BLOCK_M x BLOCK_N, a step of the reduction BLOCK_K.
+    """The output tile is BLOCK_M x BLOCK_N, a step's depth BLOCK_K.
 
     COMBINE_IN_WARPS: every warp combines what it multiplies, in registers, again in each warp that needs it; otherwise
     the block combines a tile once and passes it through shared memory, which costs a barrier a step.

@@ -34,13 +34,13 @@ def _relabel(tile, OUTER: tl.constexpr, INNER: tl.constexpr):
 
 @triton.jit
 def _halves(tile):
-    """The left and the right half of a tile's columns; no thread gives any of its elements away."""
+    """Return the left and the right half of a tile's columns; no thread gives any of its elements away."""
     return tile.reshape([tile.shape[0], 2, tile.shape[1] // 2]).permute((0, 2, 1)).split()
 
 
 @triton.jit
 def _folded_halves(tile):
-    """As `_halves`, each (rows, 2, columns / 4): the caller reshapes a half where it uses it.
+    """Return `_halves` as (rows, 2, columns / 4) each: the caller reshapes a half where it uses it.
 
     Triton 3.8 allots shared memory for a tile that is stored from where the tile is made, and tiles made together do
     not fit.
@@ -58,7 +58,7 @@ def _store_transposed(descriptor, accumulator, row, column, RELABEL: tl.constexp
 
 @triton.jit
 def _column_of(vector_ptr, start, size, BLOCK: tl.constexpr, RELABEL: tl.constexpr):
-    """BLOCK entries of a vector, in float32, as a column."""
+    """Load BLOCK entries of a vector as a column, in float32."""
     # By TMA too: Triton 3.8 offsets the mask of an ordinary load twice in the second of the two consumer groups.
     column = tl.make_tensor_descriptor(vector_ptr, [size], [1], [BLOCK]).load([start]).to(tl.float32)[:, None]
     if RELABEL:
@@ -68,7 +68,7 @@ def _column_of(vector_ptr, start, size, BLOCK: tl.constexpr, RELABEL: tl.constex
 
 @triton.jit
 def _tile_of_weight(descriptor, k, column, DEPTH_FIRST: tl.constexpr, RELABEL: tl.constexpr):
-    """Of W or W_aux, in float32 and relabelled, (columns, depth)."""
+    """Load a tile of W or W_aux, (columns, depth), in float32 and relabelled."""
     tile = descriptor.load([k, column]).T if DEPTH_FIRST else descriptor.load([column, k])
     if RELABEL:
         tile = _relabel(tile, RELABEL, 2)
@@ -77,7 +77,7 @@ def _tile_of_weight(descriptor, k, column, DEPTH_FIRST: tl.constexpr, RELABEL: t
 
 @triton.jit
 def _tile_of_pairs(descriptor, k, column, dtype: tl.constexpr, RELABEL: tl.constexpr):
-    """The same of a W_aux of 8 bits that is described as (panels, depth, pairs of columns) of int16."""
+    """Load the same of a W_aux of 8 bits that is described as (panels, depth, pairs of columns) of int16."""
     PANELS: tl.constexpr = descriptor.block_shape[0]
     DEPTH: tl.constexpr = descriptor.block_shape[1]
     PAIRS: tl.constexpr = descriptor.block_shape[2]
@@ -93,8 +93,8 @@ def combined_matmul_tma_kernel(
     left_ptr,
     weight_ptr,
     aux_ptr,
-    scale_ptr,
-    aux_scale_ptr,
+    cross_modal_scale_ptr,
+    aux_weight_scale_ptr,
     bias_ptr,
     output_ptr,
     rows,
@@ -113,13 +113,13 @@ def combined_matmul_tma_kernel(
     MODELS: tl.constexpr,
     PANEL: tl.constexpr,
 ):
-    """output = left (weight + sum of scale * aux) + bias, tiles of BLOCK_M + MORE_M rows, an accumulator each.
+    """Store left (weight + sum of scale * aux) + bias in tiles of BLOCK_M + MORE_M rows, with an accumulator each.
 
     left is (rows, depth); weight and each aux lie in memory as (columns, depth), or (depth, columns) if DEPTH_FIRST. A
     quantised aux has a scale for each row in memory; if DEPTH_FIRST, columns is a multiple of PANEL.
     MORE_M is 0 or half of BLOCK_M; the output leaves in pieces of that many rows, to spare shared memory for stages.
     """
-    PAIRED: tl.constexpr = DEPTH_FIRST and aux_scale_ptr is not None
+    PAIRED: tl.constexpr = DEPTH_FIRST and aux_weight_scale_ptr is not None
     RELABEL: tl.constexpr = 8 if PAIRED else 0 if DEPTH_FIRST else 4
     PIECE: tl.constexpr = BLOCK_M // 2
     left = tl.make_tensor_descriptor(left_ptr, [rows, depth], [stride_left, 1], [BLOCK_M, BLOCK_K])
@@ -136,11 +136,11 @@ def combined_matmul_tma_kernel(
     column = tile_column * BLOCK_N
     auxes = tl.tuple([])
     scales = tl.tuple([])
-    aux_scales = tl.tuple([])
+    aux_weight_scales = tl.tuple([])
     for model in tl.static_range(MODELS):
         matrix_ptr = aux_ptr + offset_of(model, stride_aux_model)
         # A (1, 1) block: a scalar would send the combined tile through shared memory.
-        scale = tl.load(scale_ptr + model + tl.zeros((1, 1), tl.int32)).to(tl.float32)
+        scale = tl.load(cross_modal_scale_ptr + model + tl.zeros((1, 1), tl.int32)).to(tl.float32)
         if PAIRED:
             # In pairs, as warps load elements of 16 bits transposed, not of 8; in panels, as Triton 3.8 gives half of a
             # tile's columns to each of two warp groups and cuts between panels, but no row that is swizzled.
@@ -151,13 +151,15 @@ def combined_matmul_tma_kernel(
                 [BLOCK_N // PANEL, BLOCK_K, PANEL // 2],
             )
             auxes += (panels,)
-            aux_scales += (tl.make_tensor_descriptor(aux_scale_ptr + offset_of(model, depth), [depth], [1], [BLOCK_K]),)
+            aux_weight_scales += (
+                tl.make_tensor_descriptor(aux_weight_scale_ptr + offset_of(model, depth), [depth], [1], [BLOCK_K]),
+            )
         elif DEPTH_FIRST:
             auxes += (tl.make_tensor_descriptor(matrix_ptr, [depth, columns], [stride_aux, 1], [BLOCK_K, BLOCK_N]),)
         else:
             auxes += (tl.make_tensor_descriptor(matrix_ptr, [columns, depth], [stride_aux, 1], [BLOCK_N, BLOCK_K]),)
-            if aux_scale_ptr is not None:
-                scale *= _column_of(aux_scale_ptr + offset_of(model, columns), column, columns, BLOCK_N, RELABEL)
+            if aux_weight_scale_ptr is not None:
+                scale *= _column_of(aux_weight_scale_ptr + offset_of(model, columns), column, columns, BLOCK_N, RELABEL)
         scales += (scale,)
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, depth, BLOCK_K, warp_specialize=True):
@@ -166,7 +168,7 @@ def combined_matmul_tma_kernel(
             step_scale = scales[model]
             if PAIRED:
                 # Not `[None, :]`: specialisation hands a load on in one layout, and the products would ask for two.
-                step_scale *= aux_scales[model].load([k]).reshape([1, BLOCK_K])
+                step_scale *= aux_weight_scales[model].load([k]).reshape([1, BLOCK_K])
                 combined += step_scale * _tile_of_pairs(auxes[model], k, column, aux_ptr.dtype.element_ty, RELABEL)
             else:
                 combined += step_scale * _tile_of_weight(auxes[model], k, column, DEPTH_FIRST, RELABEL)
@@ -191,8 +193,8 @@ def grad_parameters_tma_kernel(
     grad_ptr,
     x_ptr,
     aux_ptr,
-    scale_ptr,
-    aux_scale_ptr,
+    cross_modal_scale_ptr,
+    aux_weight_scale_ptr,
     grad_weight_ptr,
     grad_aux_ptr,
     partial_ptr,
@@ -209,7 +211,7 @@ def grad_parameters_tma_kernel(
     GROUP: tl.constexpr,
     MODELS: tl.constexpr,
 ):
-    """G = grad^T x, with grad (depth, rows) and x (depth, columns), in float32; written is what has a pointer.
+    """Compute G = grad^T x, of grad (depth, rows) and x (depth, columns), in float32; store what has a pointer:
 
     G to grad_weight, and for each auxiliary model scale * G to grad_aux and <G, aux>, one number per row of each tile,
     to partial. By TMA only, in quarters of the tile: 64-bit addresses and a whole tile beside the accumulator exceed
@@ -236,7 +238,7 @@ def grad_parameters_tma_kernel(
         if grad_aux_ptr is not None:
             matrix_ptr = grad_aux_ptr + offset_of(model, offset_of(rows, columns))
             grad_auxes += (tl.make_tensor_descriptor(matrix_ptr, [rows, columns], [columns, 1], [BLOCK_M, PIECE]),)
-            scales += (tl.load(scale_ptr + model).to(tl.float32),)
+            scales += (tl.load(cross_modal_scale_ptr + model).to(tl.float32),)
     if grad_weight_ptr is not None:
         grad_weight = tl.make_tensor_descriptor(grad_weight_ptr, [rows, columns], [columns, 1], [BLOCK_M, PIECE])
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -260,14 +262,14 @@ def grad_parameters_tma_kernel(
             if grad_weight_ptr is not None and model == 0:
                 grad_weight.store([row, piece_column], piece.to(grad_weight.dtype))
         if partial_ptr is not None:
-            if aux_scale_ptr is not None:
-                scales_ptr = aux_scale_ptr + offset_of(model, rows)
+            if aux_weight_scale_ptr is not None:
+                scales_ptr = aux_weight_scale_ptr + offset_of(model, rows)
                 sums *= tl.make_tensor_descriptor(scales_ptr, [rows], [1], [BLOCK_M]).load([row])
             partials[model].store([row], sums)
 
 
 class CombinedTile(NamedTuple):
-    """The output tile is (BLOCK_M + MORE_M) x BLOCK_N, a step of the reduction BLOCK_K."""
+    """The output tile is (BLOCK_M + MORE_M) x BLOCK_N, a step's depth BLOCK_K."""
 
     BLOCK_M: int
     MORE_M: int

@@ -1,4 +1,4 @@
-"""torch operators over the kernels: dispatch, autocast, autograd, shapes for tracing, FLOP counts."""
+"""Make torch operators of the kernels: dispatch, autocast, autograd, shapes for tracing, FLOP counts."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -50,9 +50,9 @@ def cross_modal_linear(
     bias: Tensor | None = None,
     aux_weight_scale: Tensor | None = None,
 ) -> Tensor:
-    """`x (W + s * W_aux)^T + b` (M2PT, CVPR 2024, eq. 2) without `W + s * W_aux` ever being stored on a GPU.
+    """Compute `x (W + s * W_aux)^T + b` (M2PT, CVPR 2024, eq. 2) without ever storing `W + s * W_aux` on a GPU.
 
-    Or `x (W + sum of s_i * W_aux_i)^T + b` of n auxiliary models.
+    With n auxiliary models it is `x (W + sum of s_i * W_aux_i)^T + b`.
 
     On other devices, and for float64, plain torch computes it, and the sum exists while a product is being made.
 
@@ -151,7 +151,7 @@ def implementation(name: str) -> Iterator[None]:
 
 
 def path_of(x: Tensor, *others: Tensor | None) -> ModuleType:
-    """The module that computes on these tensors."""
+    """Return the module that computes on these tensors."""
     if gemm is None or _forced == "eager" or (_forced == "auto" and not (x.is_cuda and devices.supports(x.device))):
         return reference
     unsupported = {tensor.dtype for tensor in (x, *others) if tensor is not None}.difference(devices.DTYPES, QUANTIZED)
@@ -168,7 +168,7 @@ _ORDINARY = frozenset((Tensor, Parameter, NoneType))
 
 
 def _is_unobserved(*tensors: Tensor | None) -> bool:
-    """Whether no tracer, mode or tensor subclass waits to see an operator, so that dispatching it is time lost."""
+    """Return whether no tracer, mode or tensor subclass waits to see an operator: dispatching it would be time lost."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None

@@ -1,4 +1,4 @@
-"""Which kernel computes a product, and in which tiles: by the GPU, the operands, and what was timed or found faulty.
+"""Choose the kernel and the tiles of a product by the GPU, the operands, and what was timed or found faulty.
 
 All that depends on a GPU's architecture is here. To add one, name it in `architecture`, give it a row in POINTER_TILES
 and POINTER_GRAD_TILES, and, if TMA's kernels compile for it, one in each TMA table; then add its target to TARGETS in
@@ -38,7 +38,7 @@ KERNELS = (
 
 
 class Plan(NamedTuple):
-    """How a product is computed: by the kernels of "pointers", "tma" or "hopper" in such tiles, or "eager" by torch."""
+    """Says what computes a product: kernels of "pointers", "tma" or "hopper" in such tiles, or plain torch, "eager"."""
 
     by: str
     tile: Any = None
@@ -51,7 +51,7 @@ EAGER = Plan("eager")
 
 
 def architecture(target: GPUTarget | None) -> str:
-    """The row of the tables below for a target."""
+    """Return the row of the tables below for a target."""
     if target is None or not is_trusted():
         return "portable"
     if target.backend == "cuda":
@@ -185,7 +185,7 @@ for _tiles in (POINTER_TILES, POINTER_GRAD_TILES):
     _tiles["blackwell"] = _tiles["thor"] = _tiles["hopper"]
 
 CROWDED_TILES: Sequence[GradTile] = ()
-"""For half-precision gradients whose epilogue holds much, whatever the architecture; none: as for others."""
+"""Half-precision gradients whose epilogue holds much get these, if any, whatever the architecture."""
 if RELEASE < (3, 8):  # whose compiler spills the tiles above, or does not take float32 steps of depth 8
     POINTER_TILES["ampere"]["ieee"] = POINTER_TILES["ampere_small"]["ieee"] = (_64x64(BLOCK_K=16, num_stages=3),)
     POINTER_TILES["portable"]["half"] = (_64x64(BLOCK_K=16, num_stages=2),)
@@ -233,40 +233,30 @@ _SEVERAL_PAIRED_TILES = dict.fromkeys((4, 5, 6, 7), (_hopper(MORE_M=0, num_stage
 _MOST_MODELS_BY_TMA = 3
 
 _grad = partial(GradTile, BLOCK_K=64)
-# Where W_aux and the gradients have elements of several sizes, their layouts differ, and on sm_100 only 256 rows a
-# tile, or few columns, leave registers to convert between them. The last of each is for few tiles.
-TMA_GRAD_TILES: dict[str, dict[str, Sequence[GradTile]]] = {
-    "hopper": dict.fromkeys(
-        ("one size", "several sizes"),
-        (
-            _grad(BLOCK_M=128, BLOCK_N=256, num_warps=4, num_stages=3),
-            _grad(BLOCK_M=128, BLOCK_N=128, num_warps=4, num_stages=5),
-        ),
+# The last of each is for few tiles.
+TMA_GRAD_TILES: dict[str, Sequence[GradTile]] = {
+    "hopper": (
+        _grad(BLOCK_M=128, BLOCK_N=256, num_warps=4, num_stages=3),
+        _grad(BLOCK_M=128, BLOCK_N=128, num_warps=4, num_stages=5),
     ),
-    "blackwell": {
-        "one size": (
-            _grad(BLOCK_M=128, BLOCK_N=256, num_warps=8, num_stages=4),
-            _grad(BLOCK_M=256, BLOCK_N=128, num_warps=8, num_stages=4),
-            _grad(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=5),
-        ),
-        "several sizes": (
-            _grad(BLOCK_M=256, BLOCK_N=128, num_warps=8, num_stages=4),
-            _grad(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=5),
-        ),
-    },
+    "blackwell": (
+        _grad(BLOCK_M=128, BLOCK_N=256, num_warps=8, num_stages=4),
+        _grad(BLOCK_M=256, BLOCK_N=128, num_warps=8, num_stages=4),
+        _grad(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=5),
+    ),
 }
 _MULTIPROCESSORS = {"hopper": 132, "blackwell": 148}
 
 _MIN_ROWS_BY_TMA = 512
 _LARGEST_SIZE_BY_TMA = 2**31 - 2**10
-"""Coordinates have 32 bits, those of a tile that reaches past the matrix too."""
+"""Coordinates have 32 bits, and a tile may reach past the matrix."""
 
 _TILE_OVERHEAD = 200
-"""What a tile of `gemm_hopper` costs besides its products, in rows: so an H200's times differ between heights."""
+"""A tile of `gemm_hopper` costs so many rows besides its own, by an H200's times of several heights."""
 
 
 def candidates(product: Product) -> list[Plan]:
-    """The ways to compute a product on the current device, the untuned choice first.
+    """Return the ways to compute a product on the current device, the untuned choice first.
 
     Raises:
         ValueError: the device cannot read a float8 W_aux.
@@ -298,7 +288,7 @@ def _check_readable(aux_weight: Tensor | None, target: GPUTarget | None) -> None
 
 
 def hopper_tiles(target: GPUTarget | None, left: Tensor, combined: CombinedWeight) -> list[Any]:
-    """Those of `gemm_hopper`, for one auxiliary model, that of the least work for the busiest SM first."""
+    """Return the tiles of `gemm_hopper`, which takes one auxiliary model; the least work of the busiest SM is first."""
     if gemm_hopper is None or architecture(target) != "hopper" or combined.models > 1:
         return []
     if combined.aux_weight_scale is not None and not combined.transposed:  # the scales lie along the depth
@@ -315,7 +305,7 @@ def hopper_tiles(target: GPUTarget | None, left: Tensor, combined: CombinedWeigh
 
 
 def tma_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence[gemm_tma.CombinedTile]:
-    """Those of `gemm_tma`; none where it cannot compute."""
+    """Return the tiles of `gemm_tma`; none where it cannot compute."""
     row, models = architecture(target), combined.models
     if not HAS_TMA_LOOPS or models > _MOST_MODELS_BY_TMA:
         return ()
@@ -326,7 +316,7 @@ def tma_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence[ge
 
 
 def _is_for_tma(left: Tensor, combined: CombinedWeight, bias: Tensor | None) -> bool:
-    """Whether TMA can address the operands and the output of a product, and is worth it."""
+    """Return whether TMA can address the operands and the output of a product, and is worth it."""
     columns, by_rows, scales = combined.shape[1], combined.row_major, combined.aux_weight_scale
     return (
         left.dtype.itemsize == 2
@@ -341,7 +331,7 @@ def _is_for_tma(left: Tensor, combined: CombinedWeight, bias: Tensor | None) -> 
 
 
 def _is_grad_for_tma(product: GradParameters) -> bool:
-    """The same of the parameters' gradients."""
+    """Return whether TMA can address the operands and the outputs of gradients."""
     (rows, columns), aux_weight, scales = product.shape, product.aux_weight, product.aux_weight_scale
     return (
         product.x.itemsize == 2
@@ -354,12 +344,12 @@ def _is_grad_for_tma(product: GradParameters) -> bool:
 
 
 def _is_whole(number: int) -> bool:
-    """Whether bytes are a multiple of 16, as TMA needs addresses and distances to be; and rows read at once."""
+    """Return whether an address or a distance is a multiple of 16, as TMA and wide loads need it."""
     return number % 16 == 0
 
 
 def _is_addressable(matrix: Tensor, row_major: bool = True) -> bool:
-    """Whether TMA can address a matrix, or several, stored by rows or by columns; int4 has two entries a byte."""
+    """Return whether TMA can address a matrix, or several, stored by rows or by columns; it cannot address int4."""
     pitch, step = (matrix if row_major else matrix.mT).stride()[-2:]
     return (
         matrix.dtype != torch.uint8
@@ -374,77 +364,74 @@ def _is_addressable(matrix: Tensor, row_major: bool = True) -> bool:
 
 
 def _are_addressable(scales: Tensor) -> bool:
-    """Whether TMA can address the quantisation scales of the rows, of each auxiliary model."""
+    """Return whether TMA can address the quantisation scales of each auxiliary model."""
     return _is_whole(scales.data_ptr()) and _is_whole(model_stride(scales) * scales.itemsize)
 
 
 def tma_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequence[GradTile]:
-    """Those of `gemm_tma` for gradients; none where it cannot compute."""
+    """Return the tiles of `gemm_tma` for gradients; none where it cannot compute."""
     row, aux_weight = architecture(target), product.aux_weight
     if not HAS_TMA_LOOPS or row not in TMA_GRAD_TILES:
         return ()
+    *large, small = TMA_GRAD_TILES[row]
     elements = aux_weight, product.weight_dtype, product.aux_dtype
-    sizes = {element.itemsize for element in elements if element is not None}
-    *large, small = TMA_GRAD_TILES[row]["one size" if len(sizes) <= 1 else "several sizes"]
+    if row == "blackwell" and len({element.itemsize for element in elements if element is not None}) > 1:
+        # Their layouts differ, and only 256 rows a tile, or few columns, leave registers to convert between them.
+        large = [tile for tile in large if tile.BLOCK_N < 256]
     if row == "blackwell" and aux_weight is not None and product.models > 2 and aux_weight.itemsize == 4:
         large = [tile for tile in large if tile.BLOCK_M < 256]  # the others would spill
     small_tiles = ceil_div(product.shape[0], small.BLOCK_M) * ceil_div(product.shape[1], small.BLOCK_N)
     return (small, *large) if small_tiles <= _MULTIPROCESSORS[row] else (*large, small)
 
 
-def _pointer_tiles(
-    target: GPUTarget | None, left: Tensor, combined: CombinedWeight
-) -> list[gemm_pointers.CombinedTile]:
+def _pointer_tiles(target: GPUTarget | None, left: Tensor, combined: CombinedWeight) -> list[Any]:
     weight, aux_weight, models = combined.weight, combined.aux_weight, combined.models
     packed = aux_weight.dtype == torch.uint8
     aligned = is_aligned(combined.shape, left, weight, aux_weight)
-    row = _pointer_row(
-        target,
-        aligned and weight.itemsize + models * aux_weight.itemsize <= 8,
-        packed or is_small(left.shape[0], combined.shape[1]),
-    )
+    aligned &= weight.itemsize + models * aux_weight.itemsize <= 8
+    small = packed or is_small(left.shape[0], combined.shape[1])
     is_mixed = packed or models > 1 or max(weight.itemsize, aux_weight.itemsize) > 2
-    tiles = POINTER_TILES[row][_operand_kind(left, target, is_mixed)]
-
-    def spills(tile: gemm_pointers.CombinedTile) -> bool:
-        several = models > 1 or combined.aux_weight_scale is not None
-        return several and (tile.BLOCK_N > 32 if packed else tile.COMBINE_IN_WARPS)
-
-    return [tile for tile in tiles if not spills(tile)]
+    tiles = _tiles_of(POINTER_TILES, target, left, aligned, small, is_mixed)
+    if models == 1 and combined.aux_weight_scale is None:
+        return list(tiles)
+    return [tile for tile in tiles if not (tile.BLOCK_N > 32 if packed else tile.COMBINE_IN_WARPS)]  # they would spill
 
 
 def _pointer_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequence[GradTile]:
-    grad_output, x = product.grad_output, product.x
-    row = _pointer_row(target, is_aligned(product.shape, grad_output, x), is_small(*product.shape))
-    if CROWDED_TILES and row != "portable" and x.itemsize == 2 and _is_crowded(product):
+    x, aligned = product.x, is_aligned(product.shape, product.grad_output, product.x)
+    if CROWDED_TILES and aligned and architecture(target) != "portable" and x.itemsize == 2 and _is_crowded(product):
         return CROWDED_TILES
-    return POINTER_GRAD_TILES[row][_operand_kind(x, target)]
+    return _tiles_of(POINTER_GRAD_TILES, target, x, aligned, is_small(*product.shape))
 
 
-def _pointer_row(target: GPUTarget | None, aligned: bool, small: bool) -> str:
+def _tiles_of(
+    table: dict[str, dict[str, Any]],
+    target: GPUTarget | None,
+    activations: Tensor,
+    aligned: bool,
+    small: bool,
+    is_mixed: bool = False,
+) -> Any:
     row = architecture(target) if aligned else "portable"
-    return "small" if small and row != "portable" else row
-
-
-def _operand_kind(activations: Tensor, target: GPUTarget | None, is_mixed: bool = False) -> str:
+    kinds = table["small" if small and row != "portable" else row]
     if activations.dtype == torch.float32:
-        return input_precision(activations.dtype, target)
-    return "mixed" if is_mixed else "half"
+        return kinds[input_precision(activations.dtype, target)]
+    return kinds["mixed" if is_mixed else "half"]
 
 
 def is_aligned(features: tuple[int, int], *matrices: Tensor) -> bool:
-    """Whether rows can be read 16 elements at a time, which the larger tiles need to keep within the registers."""
+    """Return whether rows can be read 16 elements at a time; if not, the larger tiles would spill."""
     strides = (stride for matrix in matrices for stride in matrix.stride() if stride != 1)
     return all(map(_is_whole, (*features, *strides, *(matrix.data_ptr() for matrix in matrices))))
 
 
 def is_small(rows: int, columns: int) -> bool:
-    """Whether a result has so few rows, or would make so few large tiles (under 64), that small ones are better."""
+    """Return whether a result has so few rows, or makes so few large tiles (under 64), that small ones are better."""
     return rows <= 64 or rows * columns < 2**20
 
 
 def _is_crowded(product: GradParameters) -> bool:
-    """Whether the epilogue reads several auxiliary models, int4, or elements wider than it writes."""
+    """Return whether the epilogue reads several auxiliary models, int4, or elements wider than it writes."""
     aux_weight, weight_dtype = product.aux_weight, product.weight_dtype
     if aux_weight is None:
         return False
@@ -453,14 +440,9 @@ def _is_crowded(product: GradParameters) -> bool:
 
 
 class Problem(NamedTuple):
-    """What a product's candidates and their speed depend on.
+    """Says what the candidates for a product, given by its name, and their speed depend on.
 
-    Attributes:
-        product: its name.
-        device: the GPU's name.
-        target: what Triton compiles for.
-        fp32_precision: torch's, of float32 matrix products.
-        operands: shape, strides, alignment and dtype of each tensor, and what else there is.
+    An operand that is a tensor is described by its shape, strides, alignment and dtype.
     """
 
     product: str
@@ -471,7 +453,7 @@ class Problem(NamedTuple):
 
 
 def problem(product: Product) -> Problem:
-    """The problem that a product is, on the current device, which is its tensors'."""
+    """Describe a product on the current device, which is its tensors'."""
     operands = [
         (tuple(operand.shape), operand.stride(), _is_whole(operand.data_ptr()), operand.dtype)
         if isinstance(operand, Tensor)
@@ -483,7 +465,7 @@ def problem(product: Product) -> Problem:
 
 
 def variant(plan: Plan, key: Problem) -> str:
-    """What a plan compiles for a problem, up to sizes, layouts and which outputs are asked for, in words."""
+    """Name what a plan compiles for a problem, up to sizes, layouts and which outputs are wanted."""
     first, second, aux_weight, _, weight_dtype, *_ = key.operands
     dtypes = [first[-1], weight_dtype if key.product == "grad_parameters" else second[-1]]
     if aux_weight is not None:
@@ -496,10 +478,10 @@ def variant(plan: Plan, key: Problem) -> str:
 
 
 TUNED: dict[Problem, Plan] = {}
-"""The plans that `warmup` chose."""
+"""`warmup` chose these plans."""
 
 UNTUNED: dict[Problem, Plan] = {}
-"""The plans of products that it has not, kept as choosing one takes longer than computing it."""
+"""Nobody tuned these; they are kept as choosing a plan takes longer than launching it."""
 MOST_UNTUNED = 2**12
 
 _recorded: dict[Problem, Product] | None = None
@@ -517,7 +499,7 @@ def recording() -> Iterator[dict[Problem, Product]]:
 
 
 def choose(product: Product) -> Plan:
-    """The plan of a prepared product on the current device: the tuned one, or the first that is usable."""
+    """Return the plan of a prepared product on the current device: the tuned one, or the first that is usable."""
     key = problem(product)
     if _recorded is not None:
         _recorded.setdefault(key, product)
@@ -530,7 +512,7 @@ def choose(product: Product) -> Plan:
 
 
 def usable(product: Product) -> Iterator[Plan]:
-    """`candidates`, then plain torch; those found faulty on such a GPU are left out, with a warning."""
+    """Yield `candidates`, then plain torch; leave out, with a warning, what was found faulty on such a GPU."""
     key = problem(product)
     faults = records.faults(key.device, KERNELS)
     left_out = []

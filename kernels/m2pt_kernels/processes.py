@@ -1,4 +1,4 @@
-"""Processes of `cases`, which may hang or die, and what they say until then."""
+"""Run processes of `cases`, which may hang or die, and read what they say until then."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from typing import Any
 from .cases import Row, Shape
 
 PATIENCE = 90.0
-"""Seconds without a line after which a process is given up."""
+"""A process is given up after so many seconds without a line."""
 
 WORKER = [sys.executable, "-m", "m2pt_kernels.cases"]
 
 
 class LostError(Exception):
-    """A process did not end as it should; how it ended."""
+    """Says how a process ended that did not end as it should."""
 
 
 class Workers:
@@ -43,7 +43,7 @@ class Workers:
             signal.signal(signal.SIGTERM, self._at_sigterm)
 
     def answers(self, requests: list[dict[str, Any]]) -> Iterator[tuple[str, Row]]:
-        """What a new process says of each row, "begun" or "done".
+        """Yield what a new process says of each row, "begun" or "done".
 
         Raises:
             LostError: after its last words.
@@ -73,7 +73,7 @@ class Workers:
 
 
 def _line(process: subprocess.Popen[str]) -> str:
-    """The next line, or an empty one when the process has ended.
+    """Return the next line, or an empty one when the process has ended.
 
     Raises:
         LostError: neither happened in time.
@@ -106,6 +106,6 @@ def _parsed(line: str) -> tuple[str, Row]:
 
 
 def _reason(stderr: str) -> str:
-    """The line that names an error, or else the last one."""
+    """Return the line that names an error, or else the last one."""
     lines = stderr.strip().splitlines() or [""]
     return next((line for line in reversed(lines) if "Error" in line.partition(":")[0]), lines[-1])

@@ -1,6 +1,6 @@
-"""The two products that kernels compute, as values: what is planned, timed, verified and launched."""
+"""The two products that kernels compute, as values that are planned, timed, verified and launched."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from .combined import CombinedWeight, models_in
 
 
 class CombinedMatmul(NamedTuple):
-    """left times the combined weight, plus a bias: `forward` by its transpose, or `grad_input`.
+    """Asks for left times a combined weight, plus a bias: "forward" multiplies by the transpose, "grad_input" does not.
 
     Attributes:
         left: x (M, K), or dY (M, N).
@@ -29,16 +29,9 @@ class CombinedMatmul(NamedTuple):
     def operands(self) -> tuple[Tensor | bool | None, ...]:
         return self.left, *self.combined, self.bias
 
-    def prepared(self) -> "CombinedMatmul":
-        """The same as kernels read it: entries in memory, vectors and scales contiguous."""
-        weight, aux_weight, scale, aux_weight_scale, transposed = self.combined
-        matrices, scales = map(_stored, (weight, aux_weight)), map(_contiguous, (scale, aux_weight_scale))
-        combined = CombinedWeight(*matrices, *scales, transposed)
-        return CombinedMatmul(_stored(self.left), combined, _contiguous(self.bias))
-
 
 class GradParameters(NamedTuple):
-    """The gradients that are made of `G = dY^T x`, for a combined weight.
+    """Asks for gradients that are made of `G = dY^T x`.
 
     Attributes:
         grad_output: dY (M, N).
@@ -66,7 +59,7 @@ class GradParameters(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The weight's, (N, K)."""
+        """The weight's shape, (N, K)."""
         return self.grad_output.shape[-1], self.x.shape[-1]
 
     @property
@@ -77,23 +70,25 @@ class GradParameters(NamedTuple):
 
     @property
     def aux_shape(self) -> tuple[int, ...]:
-        """The aux weight's, (N, K) or (n, N, K)."""
+        """The aux weight's shape, (N, K) or (n, N, K)."""
         return self.shape if self.models == 1 else (self.models, *self.shape)
-
-    def prepared(self) -> "GradParameters":
-        """The same as kernels read it: entries in memory, scales contiguous."""
-        grad_output, x, aux_weight, scale, *dtypes, aux_weight_scale = self
-        matrices = map(_stored, (grad_output, x, aux_weight))
-        return GradParameters(*matrices, _contiguous(scale), *dtypes, _contiguous(aux_weight_scale))
 
 
 Product = CombinedMatmul | GradParameters
 
-
-def _stored(tensor: Tensor | None) -> Tensor | None:
-    """The same entries in memory, where those of one negated lazily, or of zeros not stored, are not."""
-    return tensor.clone() if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()) else tensor
+_TO_BE_CONTIGUOUS = ("bias", "cross_modal_scale", "aux_weight_scale")
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _stored(tensor).contiguous()
+def prepared(operands: Any) -> Any:
+    """Return a product as kernels read it: entries lie in memory, and those of vectors and scales side by side."""
+    return operands._make(map(_prepared, operands._fields, operands))
+
+
+def _prepared(name: str, operand: Any) -> Any:
+    if isinstance(operand, tuple):
+        return prepared(operand)
+    if not isinstance(operand, Tensor):
+        return operand
+    if operand.is_neg() or operand._is_zerotensor():  # computed when it is read
+        operand = operand.clone()
+    return operand.contiguous() if name in _TO_BE_CONTIGUOUS else operand

@@ -1,4 +1,4 @@
-"""How a frozen weight is stored small: symmetric, one float32 scale per output row or per group of 64 columns.
+"""Store a frozen weight small: symmetric, with one float32 scale per output row or per group of 64 columns.
 
 A matrix (N, K), or each of n in (n, N, K), becomes `data` and `scale`; `dequantize` is what it stands for, in float32:
 
@@ -18,15 +18,15 @@ from .checks import GEMM_DTYPES, check_tensor
 from .divided import check_whole
 
 GROUP_SIZE = 64
-"""Columns of an int4 matrix that share a scale."""
+"""So many columns of an int4 matrix share a scale."""
 
 _LARGEST = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0}
 DTYPES = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "float8_e4m3fn"}
-"""The name of a storage by the dtype of its data."""
+"""Names a storage by the dtype of its data."""
 
 
 def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """The nearest entries to `weight`, with the scales that map the largest of each row or group to the largest entry.
+    """Return the nearest entries to `weight`, and scales that map the largest of a row or group to the largest entry.
 
     Args:
         weight: (N, K) or (n, N, K), any floating dtype of 16 bits or more, finite in float32 and not empty.
@@ -64,7 +64,7 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(data: Tensor, scale: Tensor) -> Tensor:
-    """The float32 matrix that `data` and `scale` stand for, any block of rows of them included.
+    """Return the float32 matrix that `data` and its quantisation scales stand for; any block of rows will do.
 
     Raises:
         TypeError: no tensors, or dtypes that `quantize` does not make.
@@ -87,7 +87,7 @@ def dequantize(data: Tensor, scale: Tensor) -> Tensor:
 
 
 def check_aux_weight(aux_weight: Tensor, aux_weight_scale: Tensor | None, shape: torch.Size) -> None:
-    """That `aux_weight` is a matrix of `shape`, or several: floating without scales, or quantised with its scales.
+    """Check that `aux_weight` is a matrix of `shape`, or several: floating without scales, or quantised with them.
 
     Raises:
         TypeError: no tensor, a dtype that is neither, or not that of the other.
@@ -134,17 +134,17 @@ def _check_scale(name: str, scale: Tensor, data: Tensor) -> None:
 
 
 def supports_float8(device: torch.device) -> bool:
-    """Whether the kernels can read float8_e4m3fn on a device; on a CPU plain torch does."""
+    """Return whether float8_e4m3fn can be read on a device: by the kernels, or on a CPU by plain torch."""
     return device.type != "cuda" or reads_float8(cuda_capability(device))
 
 
 def reads_float8(capability: int | None) -> bool:
-    """Whether a GPU with CUDA and ten times this compute capability, or with none, can read float8_e4m3fn."""
+    """Return whether kernels read float8_e4m3fn at ten times a compute capability, or None of a GPU without CUDA."""
     return capability is not None and capability >= 89
 
 
 def cuda_capability(device: torch.device) -> int | None:
-    """Ten times the compute capability of a GPU; None of one without CUDA."""
+    """Return ten times the compute capability of a GPU; None of one without CUDA."""
     if torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -152,12 +152,12 @@ def cuda_capability(device: torch.device) -> int | None:
 
 
 def _pack(entries: Tensor) -> Tensor:
-    """(..., groups, 64) int8 -> (..., groups * 32) uint8."""
+    """Map (..., groups, 64) int8 to (..., groups * 32) uint8."""
     low, high = (entries + 8).view(torch.uint8).chunk(2, -1)
     return (low | high << 4).flatten(-2)
 
 
 def _unpack(data: Tensor) -> Tensor:
-    """(..., groups * 32) uint8 -> (..., groups, 64) float32."""
+    """Map (..., groups * 32) uint8 to (..., groups, 64) float32."""
     groups = data.unflatten(-1, (-1, GROUP_SIZE // 2))
     return torch.cat((groups & 15, groups >> 4), -1).float() - 8

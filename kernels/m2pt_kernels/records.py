@@ -1,4 +1,4 @@
-"""What is remembered of a GPU between processes: times, and which kernels were found right or faulty.
+"""Remember a GPU's times between processes, and which kernels were found right or faulty.
 
 JSON files in `$M2PT_CACHE_DIR`, by default `~/.cache/m2pt_kernels`, for each GPU's name, release of torch and Triton,
 and state of the kernels.
@@ -23,11 +23,11 @@ from .devices import INTERPRETED
 Kernels = tuple[JITFunction, ...]
 
 Findings = dict[str, dict[str, str | None]]
-"""By variant of a kernel and by what it was tried on: what is wrong, or None."""
+"""Says what is wrong, or None, by variant of a kernel and by what it was tried on."""
 
 
 def path_of(content: str, device: str, kernels: Kernels) -> Path:
-    """The file of "times" or "findings".
+    """Return the file of "times" or "findings".
 
     Raises:
         RuntimeError: there is neither such a setting nor a home folder.
@@ -42,7 +42,7 @@ def path_of(content: str, device: str, kernels: Kernels) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Nothing, if there is no such file or it is damaged."""
+    """Read a file; there is nothing in one that is missing or damaged."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -51,7 +51,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """At once or, with a warning, not at all."""
+    """Write a file at once or, with a warning, not at all."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 @cache
 def faults(device: str, kernels: Kernels) -> dict[str, str]:
-    """What is wrong with each variant of a kernel that was found faulty on such a GPU."""
+    """Return what is wrong with each variant of a kernel that was found faulty on such a GPU."""
     if INTERPRETED:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""The products in plain torch: the path of devices without Triton, and the oracle of every test.
+"""Compute the products in plain torch, on devices without Triton and to test the kernels.
 
 Everything is accumulated in float32, or in float64 where the operands are float64. A quantised aux weight exists
 dequantised a block of rows at a time.
@@ -13,14 +13,14 @@ from .products import GradParameters
 
 
 def combined_matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | None = None) -> Tensor:
-    """`x (W + s * W_aux)^T + b` or `dY (W + s * W_aux)`, in the dtype of `left`."""
+    """Return `x (W + s * W_aux)^T + b` or `dY (W + s * W_aux)`, in the dtype of `left`."""
     weight = combined.sum(left.dtype)
     bias = None if bias is None else cast(bias, left.dtype)
     return F.linear(left, weight if combined.transposed else weight.t(), bias)
 
 
 def grad_parameters(product: GradParameters) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of weight, aux weight and cross-modal scale; None for what is not wanted."""
+    """Return the gradients of weight, aux weight and cross-modal scale; None for what is not wanted."""
     accumulator = grad_weight(product.grad_output, product.x)
     weight_dtype, aux_dtype, aux_weight = product.weight_dtype, product.aux_dtype, product.aux_weight
     return (
@@ -31,7 +31,7 @@ def grad_parameters(product: GradParameters) -> tuple[Tensor | None, Tensor | No
 
 
 def grad_weight(grad_output: Tensor, x: Tensor) -> Tensor:
-    """`G = dY^T x`, (N, K): the unrounded accumulator, in float32 at least."""
+    """Return `G = dY^T x`, (N, K): the unrounded accumulator, in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if x.is_cuda and x.dtype != wide:
         return torch.mm(grad_output.t(), x, out_dtype=wide)
@@ -39,15 +39,15 @@ def grad_weight(grad_output: Tensor, x: Tensor) -> Tensor:
 
 
 def grad_aux(accumulator: Tensor, cross_modal_scale: Tensor) -> Tensor:
-    """`s * G`, (N, K) or (n, N, K), in the dtype of the accumulator `G`."""
+    """Return `s * G`, (N, K) or (n, N, K), in the dtype of the accumulator `G`."""
     scale = cast(cross_modal_scale, accumulator.dtype)
     return accumulator * (scale if scale.shape == (1,) else scale[:, None, None])
 
 
 def grad_scale(accumulator: Tensor, aux_weight: Tensor, aux_weight_scale: Tensor | None = None) -> Tensor:
-    """`<G, W_aux>` of each auxiliary model, (n,), in the dtype of the accumulator `G`.
+    """Return `<G, W_aux>` of each auxiliary model, (n,), in the dtype of the accumulator `G`.
 
-    Summed by rows first: one float32 dot product over all of `G` is off by up to 1e-4 of the result.
+    It is summed by rows first: one float32 dot product over all of `G` is off by up to 1e-4 of the result.
     """
     dtype = accumulator.dtype
     if aux_weight_scale is None and aux_weight.dtype == dtype and accumulator.numel() <= BLOCK_ENTRIES:

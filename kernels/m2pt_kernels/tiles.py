@@ -1,4 +1,4 @@
-"""What the kernels share: which tile a program computes, and how int4 is read."""
+"""Tiles, as all kernels number and address them."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ from .quantization import GROUP_SIZE
 GROUP_SIZE = tl.constexpr(GROUP_SIZE)
 
 GROUP = 8
-"""Rows of tiles that are computed together, so that their operands stay in L2."""
+"""So many rows of tiles are computed together: their operands stay in L2."""
 
 
 class GradTile(NamedTuple):
-    """A tile of a kernel of the parameters' gradients: the output's is BLOCK_M x BLOCK_N, a step's depth BLOCK_K."""
+    """The output tile of a kernel of gradients is BLOCK_M x BLOCK_N, a step's depth BLOCK_K."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -24,13 +24,13 @@ class GradTile(NamedTuple):
 
 
 def ceil_div(size: int, block: int) -> int:
-    """As `triton.cdiv`, which on the host takes microseconds."""
+    """Divide as `triton.cdiv` does, which on the host takes microseconds."""
     return -(-size // block)
 
 
 @triton.jit
 def tile_of_program(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """The tile of this program, in bands of GROUP rows of tiles so that neighbours in time share operands in L2."""
+    """Return this program's tile, in bands of GROUP rows of tiles so that neighbours in time share operands in L2."""
     # As `tl.cdiv`, without its overflow close to 2**31.
     row_tiles = (rows - 1) // BLOCK_ROWS + 1
     per_band = GROUP * ((columns - 1) // BLOCK_COLUMNS + 1)
@@ -42,6 +42,6 @@ def tile_of_program(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.c
 
 @triton.jit
 def offset_of(index, stride):
-    """Where an auxiliary model's matrix, or a row, begins: `stride` elements after the one before, in 64 bits."""
+    """Return where an auxiliary model's matrix, or a row, begins: `stride` after the one before, in 64 bits."""
     # Not `index.to`: an argument that is 1 is a Python integer here.
     return tl.cast(index, tl.int64) * stride

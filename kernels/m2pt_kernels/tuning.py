@@ -1,4 +1,4 @@
-"""Tuning ahead of training: every way to compute a model's products is timed once, and the fastest used from then on.
+"""Tune ahead of training: time every way to compute a model's products once, and use the fastest from then on.
 
 Nothing is timed unless `warmup` is called: a product that was not takes the first of its candidates.
 """
@@ -28,7 +28,7 @@ from .verification import verify
 
 @dataclass(frozen=True)
 class Tuned:
-    """One product of the model: its problem, what each candidate that ran takes in milliseconds, which one is used."""
+    """Says of a product what each candidate that ran takes, in milliseconds, and which one is used."""
 
     problem: Problem
     milliseconds: dict[str, float]
@@ -115,7 +115,7 @@ def _products(model: nn.Module, sample: Tensor | tuple[Any, ...]) -> dict[Proble
 
 
 def _times(content: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What was timed before; nothing, if it is not that."""
+    """Return what was timed before; nothing, if it is not that."""
     try:
         return {str(key): {str(name): float(time) for name, time in times.items()} for key, times in content.items()}
     except (ValueError, TypeError, AttributeError):

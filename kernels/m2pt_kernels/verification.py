@@ -1,4 +1,4 @@
-"""Whether a plan computes a product right: against float64, with plain torch's own error as the measure.
+"""Find out whether a plan computes a product right: compare with float64, as plain torch does.
 
 The memory that a kernel writes to is poisoned before, and repeated runs must give the same bits.
 """
@@ -18,18 +18,18 @@ from .quantization import dequantize
 
 RUNS = 3
 _BLOCK_ENTRIES = 2**22
-"""Of a float64 result, which is made a block at a time: 32 MiB."""
+"""A float64 result is made in blocks of so many entries: 32 MiB."""
 
 
 class Finding(NamedTuple):
-    """What is wrong with a plan, or None and `Bound.error_ratio` of its worst output."""
+    """Says what is wrong with a plan, or None and `Bound.error_ratio` of its worst output."""
 
     fault: str | None
     error_ratio: float | None = None
 
 
 class Bound:
-    """The largest error of a result, and the largest that is accepted: 1.5 times plain torch's plus a rounding.
+    """Finds the largest error of a result, and accepts 1.5 times plain torch's plus a rounding.
 
     A rounding is one of the largest entry, one of the operands, and one in float32 of the terms, for where they cancel;
     or the smallest number for each term. Entries count where torch's result is finite. An infinity counts as the
@@ -89,7 +89,7 @@ class Bound:
 
     @property
     def error_ratio(self) -> float:
-        """The error over plain torch's, or over a rounding of the largest entry, if that is more."""
+        """Return the error over plain torch's, or over a rounding of the largest entry, if that is more."""
         return self.error / max(self.plain_error, self._eps * self._of("exact"), self._limits.tiny)
 
 
@@ -120,7 +120,7 @@ def verify(plan: Plan, product: Product) -> Finding:
 
 @contextmanager
 def _deterministic(mode: int) -> Iterator[None]:
-    """One of torch's modes of deterministic algorithms: 0 for none, 1 warns of others."""
+    """Set one of torch's modes of deterministic algorithms: 0 for none, 1 warns of others."""
     before, filled = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     torch.set_deterministic_debug_mode(mode)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -203,12 +203,12 @@ def _values(aux_weight: Tensor, aux_weight_scale: Tensor | None) -> Tensor:
 
 
 def _scaled(aux_weight: Tensor, cross_modal_scale: Tensor) -> Tensor:
-    """(N, K) or (n, N, K) -> (n, N, K), in float64."""
+    """Map (N, K) or (n, N, K) to (n, N, K), in float64."""
     return cross_modal_scale.double().view(-1, 1, 1) * aux_weight.double()
 
 
 def _sums_over_tokens(grad_output: Tensor, x: Tensor) -> list[Tensor]:
-    """dY^T x in float64, of what it adds up, of the absolute values and of the squares."""
+    """Return dY^T x in float64: of the entries, of their absolute values and of their squares."""
     sums = [x.new_zeros(grad_output.shape[1], x.shape[1], dtype=torch.float64) for _ in range(3)]
     for tokens in _blocks(len(x), max(grad_output.shape[1], x.shape[1])):
         grad, block = grad_output[tokens].t().double(), x[tokens].double()
@@ -218,17 +218,17 @@ def _sums_over_tokens(grad_output: Tensor, x: Tensor) -> list[Tensor]:
 
 
 def _operand_eps(operand: Tensor) -> float:
-    """What an operand is rounded to before it is multiplied, relative to its size."""
+    """Return what an operand is rounded to before it is multiplied, relative to its size."""
     tf32 = operand.dtype == torch.float32 and input_precision(operand.dtype, active_target()) == "tf32"
     return 2.0**-10 if tf32 else torch.finfo(operand.dtype).eps
 
 
 def _sums(depth: int) -> float:
-    """A rounding of the sum so far for every 16 terms, as tensor cores add that many products to it at once."""
+    """Count a rounding of the sum for every 16 terms, as tensor cores add that many products to it at once."""
     return depth / 16
 
 
 def _blocks(size: int, width: int) -> list[slice]:
-    """Blocks of rows of such a width."""
+    """Divide rows of such a width into blocks."""
     step = max(1, _BLOCK_ENTRIES // width)
     return [slice(start, start + step) for start in range(0, size, step)]

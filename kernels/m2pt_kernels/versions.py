@@ -1,4 +1,4 @@
-"""What differs between releases of Triton, in one place: features, tiles and options, and what is unknown."""
+"""What differs between releases of Triton, tiles apart: features, options, and which releases are known."""
 
 import os
 import re
@@ -9,19 +9,19 @@ import triton
 
 RELEASE = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
 OLDEST, NEWEST = (3, 5), (3, 9)
-"""The first and the last release that all kernels were compiled with and read: no spills, within shared memory."""
+"""All kernels were compiled with these, the releases between, and read: no spills, within shared memory."""
 
 HAS_TMA_LOOPS = RELEASE >= (3, 8)
 """Triton 3.4 to 3.6 do not compile the loops of `gemm_tma`; 3.7 does, with barriers that share their memory."""
 
 HAS_HOPPER_LOOPS = RELEASE == (3, 8)
-"""Whether `gemm_hopper` is used. The assembler of 3.9 would make its products wait for each other."""
+"""`gemm_hopper` is used only then: the assembler of 3.9 would make its products wait for each other."""
 
 OPTIONS = {"enable_fp_fusion": True}
-"""Of every kernel: multiplications and additions become one instruction, which Triton 3.10 will do only if asked."""
+"""In every kernel multiplications and additions become one instruction, which Triton 3.10 will do only if asked."""
 
 TMA_OPTIONS = OPTIONS
-"""Of the kernels in `gemm_tma` and `gemm_hopper`."""
+"""The kernels in `gemm_tma` and `gemm_hopper` need more."""
 if RELEASE >= (3, 9):
     # It assembles for sm_90 with ptxas 13, which by default spills registers of the largest tiles.
     TMA_OPTIONS = OPTIONS | {"ptx_options": "--register-usage-level=0"}
@@ -29,9 +29,9 @@ if RELEASE >= (3, 9):
 
 @cache
 def is_trusted() -> bool:
-    """Whether more than the portable kernels may be used: Triton is a known release, or M2PT_TRUST_TRITON is 1.
+    """Return whether more than the portable kernels may be used: Triton is known, or M2PT_TRUST_TRITON is 1.
 
-    Warns once where not.
+    It warns once where not.
     """
     if OLDEST <= RELEASE <= NEWEST or os.environ.get("M2PT_TRUST_TRITON") == "1":
         return True
@@ -45,7 +45,7 @@ def is_trusted() -> bool:
 
 
 def check_interpreter() -> None:
-    """That Triton's interpreter works with the installed numpy.
+    """Check that Triton's interpreter works with the installed numpy.
 
     Raises:
         RuntimeError: it does not.
