@@ -63,7 +63,7 @@ class CombinedWeight(NamedTuple):
     def sum(self, dtype: torch.dtype) -> Tensor:
         """Compute the sum, (N, K) and not transposed, in float32 at least, and round it once."""
         weight, aux_weight, scale, aux_weight_scale, _ = self
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = wide_dtype(dtype)
         scale = cast(
             scale, wide
         )  # makes torch compute in that dtype, in one pass where the device converts as it reads
@@ -127,6 +127,11 @@ def check_weights(weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Call `tensor.to(dtype)` only where it is needed, as it takes microseconds even where there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that sums of a dtype are made in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def models_in(aux_weight: Tensor) -> int:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .checks import GEMM_DTYPES, check_operand
-from .combined import CombinedWeight, cast, check_weights
+from .combined import CombinedWeight, cast, check_weights, wide_dtype
 from .products import GradParameters
 from .quantization import DTYPES as QUANTIZED
 
@@ -78,11 +78,10 @@ def cross_modal_linear(
     """
     check_weights(weight, aux_weight, scale, aux_weight_scale)
     dtype = _checked_dtype(x, weight, bias)
-    tensors = x, weight, aux_weight, scale, bias, aux_weight_scale
-    if not _is_unobserved(*tensors):
-        return _cross_modal_linear(*tensors)
+    if not _is_unobserved(x, weight, aux_weight, scale, bias, aux_weight_scale):
+        return _cross_modal_linear(x, weight, aux_weight, scale, bias, aux_weight_scale)
     with _autocast_disabled(x):
-        return _CrossModalLinear.apply(cast(x, dtype), *tensors[1:], _matmul)
+        return _CrossModalLinear.apply(cast(x, dtype), weight, aux_weight, scale, bias, aux_weight_scale, _matmul)
 
 
 def _checked_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -160,8 +159,11 @@ def path_of(x: Tensor, *others: Tensor | None) -> ModuleType:
     return reference if unsupported else gemm
 
 
+_AS_IT_IS = nullcontext()
+
+
 def _autocast_disabled(tensor: Tensor) -> AbstractContextManager:
-    return torch.autocast(tensor.device.type, enabled=False) if _autocast_enabled(tensor) else nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False) if _autocast_enabled(tensor) else _AS_IT_IS
 
 
 _ORDINARY = frozenset((Tensor, Parameter, NoneType))
@@ -189,9 +191,11 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | None = None) -> Tensor:
-    path = path_of(left, combined.weight, combined.aux_weight, combined.cross_modal_scale, bias)
+    path = path_of(left, *combined[:3], bias)
+    if left.dim() == 2:
+        return path.combined_matmul(left, combined, bias)
     output = path.combined_matmul(_flat(left), combined, bias)
-    return output if left.dim() == 2 else _shaped(output, (*left.shape[:-1], output.shape[1]))
+    return _shaped(output, (*left.shape[:-1], output.shape[1]))
 
 
 def _gradients(grad_output, x, *others):
@@ -253,7 +257,7 @@ def _(grad_output, weight, *_, **__):
 
 @torch.library.register_fake("m2pt_kernels::grad_parameters", lib=_library)
 def _(grad_output, x, *others, **named):
-    product, wide = _grad_product(grad_output, x, *others, **named), torch.promote_types(x.dtype, torch.float32)
+    product, wide = _grad_product(grad_output, x, *others, **named), wide_dtype(x.dtype)
     return (
         x.new_empty(0 if product.weight_dtype is None else product.shape, dtype=product.weight_dtype),
         x.new_empty(0 if product.aux_dtype is None else product.aux_shape, dtype=product.aux_dtype),
@@ -279,7 +283,7 @@ class _CrossModalLinear(torch.autograd.Function):
             aux_weight_scale if need_x or need_scale else None,
         )
         ctx.dtypes = weight.dtype, aux_weight.dtype, scale.dtype, None if bias is None else bias.dtype
-        return compute(x, CombinedWeight(weight, aux_weight, scale, aux_weight_scale, transposed=True), bias)
+        return compute(x, CombinedWeight(weight, aux_weight, scale, aux_weight_scale, True), bias)
 
     @staticmethod
     def backward(ctx, grad_output):

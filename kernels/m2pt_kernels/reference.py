@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .combined import BLOCK_ENTRIES, CombinedWeight, blocks_of_rows, cast
+from .combined import BLOCK_ENTRIES, CombinedWeight, blocks_of_rows, cast, wide_dtype
 from .products import GradParameters
 
 
@@ -16,26 +16,28 @@ def combined_matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | None 
     """Return `x (W + s * W_aux)^T + b` or `dY (W + s * W_aux)`, in the dtype of `left`."""
     weight = combined.sum(left.dtype)
     bias = None if bias is None else cast(bias, left.dtype)
-    return F.linear(left, weight if combined.transposed else weight.t(), bias)
+    if combined.transposed:
+        return F.linear(left, weight, bias)
+    return torch.mm(left, weight) if bias is None else torch.addmm(bias, left, weight)
 
 
 def grad_parameters(product: GradParameters) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of weight, aux weight and cross-modal scale; None for what is not wanted."""
-    accumulator = grad_weight(product.grad_output, product.x)
-    weight_dtype, aux_dtype, aux_weight = product.weight_dtype, product.aux_dtype, product.aux_weight
+    grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale = product
+    accumulator = grad_weight(grad_output, x)
     return (
         None if weight_dtype is None else cast(accumulator, weight_dtype),
-        None if aux_dtype is None else cast(grad_aux(accumulator, product.cross_modal_scale), aux_dtype),
-        None if aux_weight is None else grad_scale(accumulator, aux_weight, product.aux_weight_scale),
+        None if aux_dtype is None else cast(grad_aux(accumulator, scale), aux_dtype),
+        None if aux_weight is None else grad_scale(accumulator, aux_weight, aux_weight_scale),
     )
 
 
 def grad_weight(grad_output: Tensor, x: Tensor) -> Tensor:
     """Return `G = dY^T x`, (N, K): the unrounded accumulator, in float32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x.dtype)
     if x.is_cuda and x.dtype != wide:
         return torch.mm(grad_output.t(), x, out_dtype=wide)
-    return cast(grad_output, wide).t() @ cast(x, wide)
+    return torch.mm(cast(grad_output, wide).t(), cast(x, wide))
 
 
 def grad_aux(accumulator: Tensor, cross_modal_scale: Tensor) -> Tensor:
@@ -55,4 +57,4 @@ def grad_scale(accumulator: Tensor, aux_weight: Tensor, aux_weight_scale: Tensor
     else:
         blocks = blocks_of_rows(aux_weight, aux_weight_scale)
         sums = torch.cat([torch.linalg.vecdot(accumulator[rows], cast(aux, dtype)) for rows, aux in blocks], 1)
-    return sums.sum(-1).view(-1)
+    return sums.sum(-1, keepdim=sums.dim() == 1)
