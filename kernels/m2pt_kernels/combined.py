@@ -52,13 +52,9 @@ class CombinedWeight(NamedTuple):
         return self.weight.stride(1 if self.transposed else 0) != 1
 
     @property
-    def row_major(self) -> bool:
-        """Whether a row in memory belongs to one output feature, which in int8 and float8 has one scale."""
-        return self.depth_first != self.transposed
-
-    def pitch(self, matrix: Tensor) -> int:
-        """Return how far apart the rows of weight or aux_weight lie in memory."""
-        return matrix.stride(-2 if self.row_major else -1)
+    def outer(self) -> int:
+        """The dimension of matrices that goes from row to row in memory: -2, that of the output features, or -1."""
+        return -2 if self.depth_first != self.transposed else -1
 
     def sum(self, dtype: torch.dtype) -> Tensor:
         """Compute the sum, (N, K) and not transposed, in float32 at least, and round it once."""

@@ -8,7 +8,7 @@ from . import gemm_pointers, gemm_tma, plans, reference
 from .combined import CombinedWeight
 from .devices import device_of
 from .plans import EAGER, Plan
-from .products import CombinedMatmul, GradParameters, Product, prepared
+from .products import CombinedMatmul, GradParameters, Product
 
 _LAUNCHES = {"pointers": gemm_pointers, "tma": gemm_tma, "hopper": plans.gemm_hopper}
 
@@ -18,7 +18,7 @@ def combined_matmul(
 ) -> Tensor:
     """Return left times combined plus bias, contiguous and in left's dtype. `plan` replaces the one that is chosen."""
     with device_of(left):
-        left, combined, bias = product = prepared(CombinedMatmul(left, combined, bias))
+        left, combined, bias = product = CombinedMatmul(left, combined, bias).prepared()
         plan = plan or plans.choose(product)
         if plan == EAGER:
             return reference.combined_matmul(*product)
@@ -36,7 +36,7 @@ def grad_parameters(
     repeated runs give the same bits.
     """
     with device_of(product.x):
-        product = prepared(product)
+        product = product.prepared()
         plan = plan or plans.choose(product)
         if plan == EAGER:
             return reference.grad_parameters(product)

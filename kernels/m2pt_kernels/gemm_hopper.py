@@ -338,12 +338,12 @@ def combined_matmul(
     tile: CombinedTile, left: Tensor, combined: CombinedWeight, bias: Tensor | None, output: Tensor
 ) -> None:
     """Write a `CombinedMatmul` to output, contiguous. A quantised W_aux has a scale for each row in memory."""
-    (rows, depth), columns = left.shape, output.shape[1]
+    (rows, depth), columns, outer = left.shape, output.shape[1], combined.outer
     provide_descriptor_memory()
     combined_matmul_hopper_kernel[(min(count_tiles(tile, rows, columns), multiprocessors(left.device)),)](
         *(left, *combined[:4], bias, output),
         *(rows, columns, depth),
-        *(left.stride(0), combined.pitch(combined.weight), combined.pitch(combined.aux_weight)),
+        *(left.stride(0), combined.weight.stride(outer), combined.aux_weight.stride(outer)),
         **tile._asdict(),
         GROUP=GROUP,
         DEPTH_FIRST=combined.depth_first,

@@ -10,8 +10,11 @@ from torch import Tensor
 from .combined import CombinedWeight, model_stride
 from .devices import active_target, input_precision
 from .products import GradParameters
-from .tiles import GROUP, GROUP_SIZE, GradTile, ceil_div, offset_of, tile_of_program
+from .quantization import GROUP_SIZE
+from .tiles import GROUP, GradTile, ceil_div, offset_of, tile_of_program
 from .versions import OPTIONS
+
+GROUP_SIZE = tl.constexpr(GROUP_SIZE)
 
 
 @triton.jit

@@ -284,12 +284,12 @@ def combined_matmul(
 ) -> None:
     """Write a `CombinedMatmul` to output, contiguous. A quantised W_aux has a scale for each row in memory."""
     (rows, depth), columns = left.shape, output.shape[1]
-    weight, aux_weight, *_ = combined
+    (weight, aux_weight, *_), outer = combined, combined.outer
     provide_descriptor_memory()
     combined_matmul_tma_kernel[(ceil_div(rows, tile.BLOCK_M + tile.MORE_M) * ceil_div(columns, tile.BLOCK_N),)](
         *(left, *combined[:4], bias, output),
         *(rows, columns, depth),
-        *(left.stride(0), combined.pitch(weight), combined.pitch(aux_weight), model_stride(aux_weight)),
+        *(left.stride(0), weight.stride(outer), aux_weight.stride(outer), model_stride(aux_weight)),
         **tile._asdict(),
         GROUP=GROUP,
         DEPTH_FIRST=combined.depth_first,

@@ -1,7 +1,7 @@
 """Make torch operators of the kernels: dispatch, autocast, autograd, shapes for tracing, FLOP counts."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -80,8 +80,7 @@ def cross_modal_linear(
     dtype = _checked_dtype(x, weight, bias)
     if not _is_unobserved(x, weight, aux_weight, scale, bias, aux_weight_scale):
         return _cross_modal_linear(x, weight, aux_weight, scale, bias, aux_weight_scale)
-    with _autocast_disabled(x):
-        return _CrossModalLinear.apply(cast(x, dtype), weight, aux_weight, scale, bias, aux_weight_scale, _matmul)
+    return _CrossModalLinear.apply(cast(x, dtype), weight, aux_weight, scale, bias, aux_weight_scale, _matmul)
 
 
 def _checked_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -159,13 +158,6 @@ def path_of(x: Tensor, *others: Tensor | None) -> ModuleType:
     return reference if unsupported else gemm
 
 
-_AS_IT_IS = nullcontext()
-
-
-def _autocast_disabled(tensor: Tensor) -> AbstractContextManager:
-    return torch.autocast(tensor.device.type, enabled=False) if _autocast_enabled(tensor) else _AS_IT_IS
-
-
 _ORDINARY = frozenset((Tensor, Parameter, NoneType))
 
 
@@ -191,6 +183,9 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | None = None) -> Tensor:
+    if _autocast_enabled(left):
+        with torch.autocast(left.device.type, enabled=False):
+            return _matmul(left, combined, bias)
     path = path_of(left, *combined[:3], bias)
     if left.dim() == 2:
         return path.combined_matmul(left, combined, bias)
@@ -199,6 +194,9 @@ def _matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | None = None) 
 
 
 def _gradients(grad_output, x, *others):
+    if _autocast_enabled(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return _gradients(grad_output, x, *others)
     product = _grad_product(grad_output, x, *others)
     return path_of(grad_output, x, product.aux_weight, product.cross_modal_scale).grad_parameters(product)
 
@@ -218,28 +216,17 @@ def _dispatched_matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | No
     return _grad_input(left, weight, aux_weight, scale, aux_weight_scale)
 
 
-def _implement(operator: torch._ops.OpOverload) -> Callable:
-    def implement(compute: Callable) -> None:
-        def run(first, *others):
-            with _autocast_disabled(first):
-                return compute(first, *others)
-
-        _library.impl(operator, run, "CompositeExplicitAutograd")
-
-    return implement
-
-
-@_implement(_cross_modal_linear)
+@torch.library.impl(_library, "cross_modal_linear", "CompositeExplicitAutograd")
 def _(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
     return _matmul(x, CombinedWeight(weight, aux_weight, scale, aux_weight_scale, transposed=True), bias)
 
 
-@_implement(_grad_input)
+@torch.library.impl(_library, "grad_input", "CompositeExplicitAutograd")
 def _(grad_output, *combined):
     return _matmul(grad_output, CombinedWeight(*combined))
 
 
-@_implement(_grad_parameters)
+@torch.library.impl(_library, "grad_parameters", "CompositeExplicitAutograd")
 def _(grad_output, *others):
     gradients = _gradients(grad_output, *others)
     return tuple(grad_output.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -292,7 +279,7 @@ class _CrossModalLinear(torch.autograd.Function):
         x, weight, aux_weight, scale, aux_weight_scale = saved = ctx.saved_tensors
         weight_dtype, aux_dtype, scale_dtype, bias_dtype = ctx.dtypes
         need_x, need_weight, need_aux, need_scale, need_bias, *_ = ctx.needs_input_grad
-        if _is_unobserved(grad_output, *saved) and not _autocast_enabled(grad_output):
+        if _is_unobserved(grad_output, *saved):
             matmul, gradients = _matmul, _gradients
         else:
             matmul, gradients = _dispatched_matmul, _grad_parameters
@@ -352,11 +339,6 @@ def _(x_shape, weight_shape, *_, **__):
     return 2 * x_shape.numel() * weight_shape[0]
 
 
-@register_flop_formula(_grad_input.overloadpacket)
-def _(grad_output_shape, weight_shape, *_, **__):
-    return 2 * grad_output_shape.numel() * weight_shape[1]
-
-
-@register_flop_formula(_grad_parameters.overloadpacket)
-def _(grad_output_shape, x_shape, *_, **__):
-    return 2 * grad_output_shape.numel() * x_shape[-1]
+@register_flop_formula([_grad_input.overloadpacket, _grad_parameters.overloadpacket])
+def _(grad_output_shape, other_shape, *_, **__):
+    return 2 * grad_output_shape.numel() * other_shape[-1]

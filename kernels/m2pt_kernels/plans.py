@@ -317,7 +317,8 @@ def tma_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence[ge
 
 def _is_for_tma(left: Tensor, combined: CombinedWeight, bias: Tensor | None) -> bool:
     """Return whether TMA can address the operands and the output of a product, and is worth it."""
-    columns, by_rows, scales = combined.shape[1], combined.row_major, combined.aux_weight_scale
+    columns, scales = combined.shape[1], combined.aux_weight_scale
+    by_rows = combined.outer == -2  # then a row of int8 or float8 has one scale
     return (
         left.dtype.itemsize == 2
         and left.shape[0] >= _MIN_ROWS_BY_TMA
@@ -455,7 +456,7 @@ class Problem(NamedTuple):
 def problem(product: Product) -> Problem:
     """Describe a product on the current device, which is its tensors'."""
     operands = [
-        (tuple(operand.shape), operand.stride(), _is_whole(operand.data_ptr()), operand.dtype)
+        (operand.shape, operand.stride(), _is_whole(operand.data_ptr()), operand.dtype)
         if isinstance(operand, Tensor)
         else operand
         for operand in product.operands

@@ -1,6 +1,6 @@
 """The two products that kernels compute, as values that are planned, timed, verified and launched."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,13 @@ class CombinedMatmul(NamedTuple):
     @property
     def operands(self) -> tuple[Tensor | bool | None, ...]:
         return self.left, *self.combined, self.bias
+
+    def prepared(self) -> "CombinedMatmul":
+        """Return the same as kernels read it: entries lie in memory, vectors and scales without gaps."""
+        left, (weight, aux_weight, scale, aux_weight_scale, transposed), bias = self
+        scales = _contiguous(scale), _contiguous(aux_weight_scale)
+        combined = CombinedWeight(_stored(weight), _stored(aux_weight), *scales, transposed)
+        return CombinedMatmul(_stored(left), combined, _contiguous(bias))
 
 
 class GradParameters(NamedTuple):
@@ -73,22 +80,20 @@ class GradParameters(NamedTuple):
         """The aux weight's shape, (N, K) or (n, N, K)."""
         return self.shape if self.models == 1 else (self.models, *self.shape)
 
+    def prepared(self) -> "GradParameters":
+        """Return the same as kernels read it: entries lie in memory, scales without gaps."""
+        grad_output, x, aux_weight, scale, *dtypes, aux_weight_scale = self
+        matrices = _stored(grad_output), _stored(x), _stored(aux_weight)
+        return GradParameters(*matrices, _contiguous(scale), *dtypes, _contiguous(aux_weight_scale))
+
 
 Product = CombinedMatmul | GradParameters
 
-_TO_BE_CONTIGUOUS = ("bias", "cross_modal_scale", "aux_weight_scale")
+
+def _stored(tensor: Tensor | None) -> Tensor | None:
+    """Compute the entries of a tensor that is negated lazily, or of zeros that are not stored."""
+    return tensor.clone() if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()) else tensor
 
 
-def prepared(operands: Any) -> Any:
-    """Return a product as kernels read it: entries lie in memory, and those of vectors and scales side by side."""
-    return operands._make(map(_prepared, operands._fields, operands))
-
-
-def _prepared(name: str, operand: Any) -> Any:
-    if isinstance(operand, tuple):
-        return prepared(operand)
-    if not isinstance(operand, Tensor):
-        return operand
-    if operand.is_neg() or operand._is_zerotensor():  # computed when it is read
-        operand = operand.clone()
-    return operand.contiguous() if name in _TO_BE_CONTIGUOUS else operand
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _stored(tensor).contiguous()

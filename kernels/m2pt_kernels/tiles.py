@@ -5,10 +5,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .quantization import GROUP_SIZE
-
-GROUP_SIZE = tl.constexpr(GROUP_SIZE)
-
 GROUP = 8
 """So many rows of tiles are computed together: their operands stay in L2."""
 
@@ -24,7 +20,7 @@ class GradTile(NamedTuple):
 
 
 def ceil_div(size: int, block: int) -> int:
-    """Divide as `triton.cdiv` does, which on the host takes microseconds."""
+    """Divide and round up; `triton.cdiv` takes microseconds on the host."""
     return -(-size // block)
 
 
