@@ -33,7 +33,7 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
         dtype: "int8", "int4" (K a multiple of 64) or "float8_e4m3fn".
 
     Returns:
-        data and scale, as described at the top of this file.
+        The data and the quantisation scale, as described at the top of this file.
 
     Raises:
         TypeError: a weight that is no tensor of such a dtype.
@@ -52,19 +52,21 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     if dtype == "float8_e4m3fn" and not supports_float8(weight.device):
         raise ValueError(f"dtype: float8_e4m3fn needs CUDA and compute capability 8.9, {weight.device} has not")
     groups = weight.detach().float().unflatten(-1, (-1, GROUP_SIZE) if dtype == "int4" else (1, weight.shape[-1]))
-    scale = groups.abs().amax(-1) / _LARGEST[dtype]
-    if not weight.is_meta and not (scale * _LARGEST[dtype]).isfinite().all():
+    aux_weight_scale = groups.abs().amax(-1) / _LARGEST[dtype]
+    if not weight.is_meta and not (aux_weight_scale * _LARGEST[dtype]).isfinite().all():
         raise ValueError("weight: there are NaN or infinite entries, or ones beyond float32's range")
-    scale.masked_fill_(scale == 0, 1)
-    entries = (groups / scale[..., None]).clamp_(-_LARGEST[dtype], _LARGEST[dtype])
+    aux_weight_scale.masked_fill_(aux_weight_scale == 0, 1)
+    entries = (groups / aux_weight_scale[..., None]).clamp_(-_LARGEST[dtype], _LARGEST[dtype])
     if dtype == "float8_e4m3fn":
-        return entries.flatten(-2).to(torch.float8_e4m3fn), scale
+        return entries.flatten(-2).to(torch.float8_e4m3fn), aux_weight_scale
     entries = entries.round_().to(torch.int8)
-    return (_pack(entries) if dtype == "int4" else entries.flatten(-2)), scale
+    return (_pack(entries) if dtype == "int4" else entries.flatten(-2)), aux_weight_scale
 
 
 def dequantize(data: Tensor, scale: Tensor) -> Tensor:
-    """Return the float32 matrix that `data` and its quantisation scales stand for; any block of rows will do.
+    """Return the float32 matrix that `data` and its quantisation scale stand for; any block of rows will do.
+
+    What `quantize` returned are `data` and `scale`; `cross_modal_linear` takes them as aux_weight and aux_weight_scale.
 
     Raises:
         TypeError: no tensors, or dtypes that `quantize` does not make.
@@ -81,7 +83,7 @@ def dequantize(data: Tensor, scale: Tensor) -> Tensor:
         raise ValueError(
             f"data: expected shape (..., bytes), with int4 a multiple of {GROUP_SIZE // 2}, got {tuple(data.shape)}"
         )
-    _check_scale("scale", scale, data)
+    _check_aux_weight_scale("scale", scale, data)
     groups = _unpack(data) if data.dtype == torch.uint8 else data.float().unsqueeze(-2)
     return (groups * scale[..., None]).flatten(-2)
 
@@ -93,44 +95,40 @@ def check_aux_weight(aux_weight: Tensor, aux_weight_scale: Tensor | None, shape:
         TypeError: no tensor, a dtype that is neither, or not that of the other.
         ValueError: a shape, layout or device that does not fit, or a quantised matrix that requires a gradient.
     """
-    storage = DTYPES.get(aux_weight.dtype)
+    dtype, packed = aux_weight.dtype, aux_weight.dtype == torch.uint8
     if aux_weight_scale is None:
-        if aux_weight.dtype not in GEMM_DTYPES:
+        if dtype not in GEMM_DTYPES:
+            raise TypeError(f"aux_weight: expected a dtype among {GEMM_DTYPES} without aux_weight_scale, got {dtype}")
+    else:
+        check_tensor("aux_weight_scale", aux_weight_scale)
+        if dtype not in DTYPES or aux_weight_scale.dtype != torch.float32:
             raise TypeError(
-                f"aux_weight: expected a dtype among {GEMM_DTYPES} without aux_weight_scale, got {aux_weight.dtype}"
+                f"aux_weight_scale: expected float32 scales of an aux_weight among {tuple(DTYPES)},"
+                f" got {aux_weight_scale.dtype} with {dtype}"
             )
-        _check_shape(aux_weight, *shape)
-        return
-    check_tensor("aux_weight_scale", aux_weight_scale)
-    if storage is None or aux_weight_scale.dtype != torch.float32:
-        raise TypeError(
-            f"aux_weight_scale: expected float32 scales of an aux_weight among {tuple(DTYPES)},"
-            f" got {aux_weight_scale.dtype} with {aux_weight.dtype}"
-        )
     rows, columns = shape
-    if storage == "int4" and columns % GROUP_SIZE:
+    if packed and columns % GROUP_SIZE:
         raise ValueError(f"aux_weight: expected in_features, a multiple of {GROUP_SIZE}, with int4, got {columns}")
-    _check_shape(aux_weight, rows, columns // 2 if storage == "int4" else columns)
-    _check_scale("aux_weight_scale", aux_weight_scale, aux_weight)
-    if aux_weight.requires_grad or aux_weight_scale.requires_grad:
-        raise ValueError("aux_weight: a quantised matrix and its scales cannot require a gradient")
-
-
-def _check_shape(aux_weight: Tensor, rows: int, columns: int) -> None:
+    expected = rows, columns // 2 if packed else columns
     of_several = aux_weight.dim() == 3 and len(aux_weight) > 1
-    if aux_weight.shape[of_several:] != (rows, columns):
+    if aux_weight.shape[of_several:] != expected:
         raise ValueError(
-            f"aux_weight: expected shape {(rows, columns)} to fit weight, or (n, {rows}, {columns}) of several"
-            f" auxiliary models, got {tuple(aux_weight.shape)} of {aux_weight.dtype}"
+            f"aux_weight: expected shape {expected} to fit weight, or (n, {expected[0]}, {expected[1]}) of several"
+            f" auxiliary models, got {tuple(aux_weight.shape)} of {dtype}"
         )
+    if aux_weight_scale is not None:
+        _check_aux_weight_scale("aux_weight_scale", aux_weight_scale, aux_weight)
+        if aux_weight.requires_grad or aux_weight_scale.requires_grad:
+            raise ValueError("aux_weight: a quantised matrix and its scales cannot require a gradient")
 
 
-def _check_scale(name: str, scale: Tensor, data: Tensor) -> None:
+def _check_aux_weight_scale(name: str, aux_weight_scale: Tensor, data: Tensor) -> None:
     expected = (*data.shape[:-1], data.shape[-1] * 2 // GROUP_SIZE if data.dtype == torch.uint8 else 1)
-    if scale.shape != expected:
-        raise ValueError(f"{name}: expected shape {expected}, got {tuple(scale.shape)}")
-    if scale.device != data.device:
-        raise ValueError(f"{name}: expected the device of the quantised matrix, {data.device}, got {scale.device}")
+    if aux_weight_scale.shape != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(aux_weight_scale.shape)}")
+    if aux_weight_scale.device != data.device:
+        expected = f"the device of the quantised matrix, {data.device}"
+        raise ValueError(f"{name}: expected {expected}, got {aux_weight_scale.device}")
 
 
 def supports_float8(device: torch.device) -> bool:
