@@ -60,9 +60,8 @@ class CombinedWeight(NamedTuple):
         """Compute the sum, (N, K) and not transposed, in float32 at least, and round it once."""
         weight, aux_weight, scale, aux_weight_scale, _ = self
         wide = wide_dtype(dtype)
-        scale = cast(
-            scale, wide
-        )  # makes torch compute in that dtype, in one pass where the device converts as it reads
+        # Makes torch compute in that dtype, in one pass where the device converts as it reads.
+        scale = cast(scale, wide)
         one_pass = aux_weight_scale is None and aux_weight.dim() == 2
         if dtype == wide and one_pass:
             return torch.addcmul(weight, aux_weight, scale)
