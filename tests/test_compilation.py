@@ -10,9 +10,10 @@ from test_ops import operands
 
 from benchmarks.offline import TARGETS, can_compile, compiling_for, resources
 from benchmarks.sass import main_loop, serialised_wgmma
-from m2pt_kernels import cross_modal_linear, gemm, gemm_pointers, gemm_tma, plans, quantize
+from m2pt_kernels import cross_modal_linear, gemm, gemm_tma, plans, quantize
 from m2pt_kernels.combined import CombinedWeight
 from m2pt_kernels.devices import input_precision
+from m2pt_kernels.gemm_pointers import combined_matmul_kernel, grad_parameters_kernel
 from m2pt_kernels.products import CombinedMatmul
 from m2pt_kernels.versions import HAS_HOPPER_LOOPS, HAS_TMA_LOOPS, RELEASE
 
@@ -61,12 +62,9 @@ def without_gluon(monkeypatch):
     monkeypatch.setattr(plans, "gemm_hopper", None)
 
 
-OTHER_ROWS = {"small", "portable", "thor"}  # for any GPU, and one whose tiles are those of another
-
-
 def test_every_architecture_is_compiled_for():
-    assert plans.POINTER_TILES.keys() == plans.POINTER_GRAD_TILES.keys()
-    assert {plans.architecture(target) for target in TARGETS.values()} == set(plans.POINTER_TILES) - OTHER_ROWS
+    others = {"small", "portable", "thor"}  # for any GPU, and one whose tiles are another's
+    assert {plans.architecture(target) for target in TARGETS.values()} == set(plans.POINTER_TILES) - others
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,22 +134,17 @@ def test_sizes_of_one_compile(target):
 
 
 TYPES = {"aux_ptr": HALF, "cross_modal_scale_ptr": FLOAT, "aux_weight_scale_ptr": None, "partial_ptr": FLOAT}
-INT8, INT4 = (
-    {"aux_ptr": dtype, "aux_weight_scale_ptr": FLOAT, "grad_aux_ptr": None} for dtype in (torch.int8, torch.uint8)
-)
+INT8 = {"aux_ptr": torch.int8, "aux_weight_scale_ptr": FLOAT, "grad_aux_ptr": None}
+INT4 = INT8 | {"aux_ptr": torch.uint8}
 POINTERS = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "EVEN_K": False, "INPUT_PRECISION": "ieee"}
 POINTERS |= {"COMBINE_IN_WARPS": False, "DEPTH_FIRST": False, "num_stages": 2}
 TMA = {"BLOCK_M": 256, "MORE_M": 0, "BLOCK_N": 128, "BLOCK_K": 32, "DEPTH_FIRST": False, "PANEL": 32, "num_stages": 4}
 LAUNCHES = {
-    "combined_matmul": (gemm_pointers.combined_matmul_kernel, TYPES, POINTERS),
-    "combined_matmul, int8, depth first": (
-        gemm_pointers.combined_matmul_kernel,
-        TYPES | INT8,
-        POINTERS | {"DEPTH_FIRST": True},
-    ),
-    "combined_matmul, int4": (gemm_pointers.combined_matmul_kernel, TYPES | INT4, POINTERS),
-    "grad_parameters": (gemm_pointers.grad_parameters_kernel, TYPES, POINTERS),
-    "grad_parameters, int4": (gemm_pointers.grad_parameters_kernel, TYPES | INT4, POINTERS),
+    "combined_matmul": (combined_matmul_kernel, TYPES, POINTERS),
+    "combined_matmul, int8, depth first": (combined_matmul_kernel, TYPES | INT8, POINTERS | {"DEPTH_FIRST": True}),
+    "combined_matmul, int4": (combined_matmul_kernel, TYPES | INT4, POINTERS),
+    "grad_parameters": (grad_parameters_kernel, TYPES, POINTERS),
+    "grad_parameters, int4": (grad_parameters_kernel, TYPES | INT4, POINTERS),
     "combined_matmul by TMA": (gemm_tma.combined_matmul_tma_kernel, TYPES, TMA),
     "combined_matmul by TMA, int8": (gemm_tma.combined_matmul_tma_kernel, TYPES | INT8, TMA | {"DEPTH_FIRST": True}),
     "grad_parameters by TMA": (gemm_tma.grad_parameters_tma_kernel, TYPES, TMA | {"BLOCK_M": 128, "BLOCK_K": 64}),
@@ -370,15 +363,9 @@ def test_blackwell_multiplies_from_tensor_memory(weight_dtype, aux_dtype):
 @pytest.mark.parametrize("weight_dtype, aux_dtype", [(HALF, HALF), (FLOAT, HALF), (FLOAT, FLOAT)], ids=str)
 @pytest.mark.parametrize("target, position", [("sm_90", 1), for_target("sm_100", 1), for_target("sm_100", 2)])
 def test_other_tiles_by_tma(without_gluon, target, position, weight_dtype, aux_dtype, monkeypatch):
-    def one_of(candidates):
-        return (candidates[min(position, len(candidates) - 1)],)
-
-    kinds = {
-        key: one_of(candidates) for key, candidates in plans.TMA_TILES[plans.architecture(TARGETS[target])].items()
-    }
-    monkeypatch.setitem(plans.TMA_TILES, plans.architecture(TARGETS[target]), kinds)
-    tma_grad_tiles = plans.tma_grad_tiles
-    monkeypatch.setattr(plans, "tma_grad_tiles", lambda *product: one_of(tma_grad_tiles(*product)))
+    for name in ("tma_tiles", "tma_grad_tiles"):
+        tiles = getattr(plans, name)
+        monkeypatch.setattr(plans, name, lambda *product, tiles=tiles: tiles(*product)[: position + 1][-1:])
     compile_step(target, weight_dtype, aux_dtype)
 
 

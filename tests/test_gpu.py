@@ -173,14 +173,9 @@ def test_activations_of_more_than_2_31_entries(in_features, out_features):
     x, grad_output = draw(FAR, in_features), draw(FAR, out_features)
     weight, aux_weight = (draw(out_features, in_features, divided_by=in_features**0.5) for _ in range(2))
     scale, last = torch.full((1,), 0.5, device="cuda"), slice(-100, None)
-    combined = CombinedWeight(weight, aux_weight, scale, transposed=True)
-    y = gemm.combined_matmul(x, combined)
-    assert_close(y[last], reference.combined_matmul(x[last], combined))
-    del y
-    combined = combined._replace(transposed=False)
-    grad_x = gemm.combined_matmul(grad_output, combined)
-    assert_close(grad_x[last], reference.combined_matmul(grad_output[last], combined))
-    del grad_x
+    for left, transposed in ((x, True), (grad_output, False)):
+        combined = CombinedWeight(weight, aux_weight, scale, transposed=transposed)
+        assert_close(gemm.combined_matmul(left, combined)[last], reference.combined_matmul(left[last], combined))
     grad_output[:-100], x[:-100] = 0, 0
     product = GradParameters(grad_output, x, aux_weight, None, torch.float32, None)
     found = gemm.grad_parameters(product)
@@ -194,14 +189,13 @@ def test_weights_of_more_than_2_31_entries():
     x, grad_output = draw(512, 4096), draw(512, FAR)
     weight, aux_weight = draw(FAR, 4096, divided_by=64), draw(FAR, 4096, divided_by=64)
     scale, last = torch.full((1,), 0.5, device="cuda"), slice(-100, None)
-    combined = CombinedWeight(weight, aux_weight, scale, transposed=True)
-    of_last = CombinedWeight(weight[last], aux_weight[last], scale, transposed=True)
-    y = gemm.combined_matmul(x, combined)
-    assert_close(y[:, last], reference.combined_matmul(x, of_last))
+    combined = CombinedWeight(weight, aux_weight, scale)
+    of_last = CombinedWeight(weight[last], aux_weight[last], scale)
+    y = gemm.combined_matmul(x, combined._replace(transposed=True))
+    assert_close(y[:, last], reference.combined_matmul(x, of_last._replace(transposed=True)))
     grad_output[:, :-100] = 0
-    grad_x = gemm.combined_matmul(grad_output, combined._replace(transposed=False))
-    grad_of_last = grad_output[:, last].contiguous()
-    assert_close(grad_x, reference.combined_matmul(grad_of_last, of_last._replace(transposed=False)))
+    expected = reference.combined_matmul(grad_output[:, last].contiguous(), of_last)
+    assert_close(gemm.combined_matmul(grad_output, combined), expected)
     grad_weight, _, _ = gemm.grad_parameters(GradParameters(grad_output, x, None, None, torch.bfloat16, None))
     assert_close(grad_weight[last], reference.grad_weight(grad_output[:, last].contiguous(), x))
     assert not grad_weight[:-100].any()

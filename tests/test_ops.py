@@ -36,6 +36,12 @@ def operands(m, n, k, dtype=torch.float32, weight_dtype=torch.float32, device="c
     return tensors, torch.randn(m, n, dtype=dtype, device=device)
 
 
+def changed(product, **operands):
+    """A product of the kernels, with other operands."""
+    own = {name: operands.pop(name) for name in product._fields if name in operands}
+    return product._replace(**own, **({"combined": product.combined._replace(**operands)} if operands else {}))
+
+
 def published(x, weight, aux_weight, scale, bias=None):
     """The published formulation: the combined weight is materialised, in the dtypes torch gives it."""
     scaled = scale.to(weight.dtype).view(-1, *(1,) * (aux_weight.dim() - 1)) * aux_weight

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 from test_compilation import by_hopper, by_tma, for_target
-from test_ops import operands
+from test_ops import changed, operands
 from triton.backends.compiler import GPUTarget
 from triton.runtime import _allocation
 
@@ -58,68 +58,31 @@ UNADDRESSABLE = {
 }
 
 
-def forward_arguments():
-    """Of a product that `gemm_tma` computes, and its target; weights (256, 128)."""
-    return {
-        "target": HOPPER,
-        "left": matrix(1024, 128),
-        "weight": matrix(256, 128),
-        "aux_weight": matrix(2, 256, 128),
-        "aux_weight_scale": None,
-        "transposed": True,
-        "bias": matrix(256),
-    }
+def forward():
+    """A product that `gemm_tma` computes."""
+    combined = CombinedWeight(matrix(256, 128), matrix(2, 256, 128), matrix(1), transposed=True)
+    return CombinedMatmul(matrix(1024, 128), combined, matrix(256))
 
 
-def grad_input_arguments():
-    """The same of an input gradient with a quantised W_aux; weights (128, 256)."""
-    return {
-        "target": HOPPER,
-        "left": matrix(1024, 128),
-        "weight": matrix(128, 256),
-        "aux_weight": matrix(2, 128, 256, dtype=torch.int8),
-        "aux_weight_scale": matrix(2, 128, 1, dtype=FLOAT),
-        "transposed": False,
-        "bias": None,
-    }
+def grad_input():
+    """The same of a quantised W_aux."""
+    aux_weight, scales = matrix(2, 128, 256, dtype=torch.int8), matrix(2, 128, 1, dtype=FLOAT)
+    return CombinedMatmul(matrix(1024, 128), CombinedWeight(matrix(128, 256), aux_weight, matrix(1), scales))
 
 
-def hopper_arguments():
+def hopper():
     """The same for `gemm_hopper`, which takes one auxiliary model."""
-    return forward_arguments() | {"aux_weight": matrix(256, 128)}
+    return changed(forward(), aux_weight=matrix(256, 128))
 
 
-def grad_parameters_arguments():
-    return {
-        "target": HOPPER,
-        "grad_output": matrix(1024, 128),
-        "x": matrix(1024, 256),
-        "aux_weight": matrix(2, 128, 256, dtype=torch.int8),
-        "aux_weight_scale": matrix(2, 128, 1, dtype=FLOAT),
-    }
-
-
-def product_of(aux_weight, aux_weight_scale, weight=None, left=None, bias=None, transposed=False, **operands):
-    if operands:
-        return GradParameters(*operands.values(), aux_weight, None, HALF, None, aux_weight_scale)
-    scale = matrix(1, dtype=FLOAT)
-    return CombinedMatmul(left, CombinedWeight(weight, aux_weight, scale, aux_weight_scale, transposed), bias)
-
-
-@pytest.fixture
-def takes(monkeypatch):
-    """Whether the kernels of a name are among those that may compute a product on a target."""
-
-    def takes(by, target, **arguments):
-        monkeypatch.setattr(plans, "active_target", lambda: target)
-        return by in {plan.by for plan in plans.candidates(product_of(**arguments))}
-
-    return takes
+def grad_parameters():
+    aux_weight, scales = matrix(2, 128, 256, dtype=torch.int8), matrix(2, 128, 1, dtype=FLOAT)
+    return GradParameters(matrix(1024, 128), matrix(1024, 256), aux_weight, None, HALF, None, scales)
 
 
 OTHER_GPUS = {f"target {target}": {"target": target} for target in (AMPERE, TARGETS["sm_120"], TARGETS["gfx942"], None)}
 NOT_TAKEN = {
-    ("tma", forward_arguments): {
+    ("tma", forward): {
         **OTHER_GPUS,
         "float32 activations": {"left": matrix(1024, 128, dtype=FLOAT)},
         "few rows": {"left": matrix(511, 128)},
@@ -140,7 +103,7 @@ NOT_TAKEN = {
             if name not in ("by columns", "2**31 rows")
         },
     },
-    ("tma", grad_input_arguments): {
+    ("tma", grad_input): {
         "weights by columns": {
             "weight": by_columns(matrix(128, 256)),
             "aux_weight": by_columns(matrix(2, 128, 256, dtype=torch.int8)),
@@ -158,7 +121,7 @@ NOT_TAKEN = {
         },
         "aux_weight, 2 bytes more apart": {"aux_weight": matrix(2, 128, 256, dtype=torch.int8, gap=2)},
     },
-    ("tma", grad_parameters_arguments): {
+    ("tma", grad_parameters): {
         **OTHER_GPUS,
         "float32 activations": {"x": matrix(1024, 256, dtype=FLOAT)},
         "int4": {"aux_weight": matrix(2, 128, 256, dtype=torch.uint8)},
@@ -187,12 +150,17 @@ NOT_TAKEN = {
     },
 }
 if HAS_HOPPER_LOOPS:
-    NOT_TAKEN["hopper", hopper_arguments] = {
+    NOT_TAKEN["hopper", hopper] = {
         **OTHER_GPUS,
         "target sm_100": {"target": TARGETS["sm_100"]},
         "two models": {"aux_weight": matrix(2, 256, 128)},
-        "scales along the depth": grad_input_arguments()
-        | {"aux_weight": matrix(128, 256, dtype=torch.int8), "aux_weight_scale": matrix(128, 1, dtype=FLOAT)},
+        "scales along the depth": {
+            "combined": changed(
+                grad_input(),
+                aux_weight=matrix(128, 256, dtype=torch.int8),
+                aux_weight_scale=matrix(128, 1, dtype=FLOAT),
+            ).combined
+        },
         "misaligned bias": {"bias": misaligned(matrix(256))},
     }
 
@@ -216,46 +184,46 @@ def test_tiles_for_hopper_are_chosen_by_waves(monkeypatch, rows, columns, multip
 
 @by_tma
 @pytest.mark.parametrize(
-    "by, arguments, changes",
+    "by, product, changes",
     [
-        pytest.param(by, arguments, changes, id=f"{arguments.__name__.removesuffix('_arguments')}: {name}")
-        for (by, arguments), rows in NOT_TAKEN.items()
+        pytest.param(by, product, changes, id=f"{product.__name__}: {name}")
+        for (by, product), rows in NOT_TAKEN.items()
         for name, changes in rows.items()
     ],
 )
-def test_one_violated_condition_leaves_a_product_to_the_other_kernels(takes, by, arguments, changes):
-    assert takes(by, **arguments())
-    assert not takes(by, **arguments() | changes)
+def test_one_violated_condition_leaves_a_product_to_the_other_kernels(monkeypatch, by, product, changes):
+    assert by in kernels(monkeypatch, product())
+    assert by not in kernels(monkeypatch, product(), **changes)
+
+
+def kernels(monkeypatch, product, target=HOPPER, **changes):
+    """Those that may compute a product on a target."""
+    monkeypatch.setattr(plans, "active_target", lambda: target)
+    return {plan.by for plan in plans.candidates(changed(product, **changes))}
 
 
 @by_tma
-def test_what_is_not_read_by_tma_needs_no_alignment(takes):
+def test_what_is_not_read_by_tma_needs_no_alignment(monkeypatch):
     frozen_scale = {"grad_output": matrix(1024, 126, gap=2), "aux_weight": None, "aux_weight_scale": None}
-    assert takes("tma", **grad_parameters_arguments() | frozen_scale)
-
-
-def forward_product(**changes):
-    tensors = {"left": matrix(64, 32), "weight": matrix(16, 32), "aux_weight": matrix(16, 32), "transposed": True}
-    return product_of(**{"aux_weight_scale": None} | tensors | changes)
+    assert "tma" in kernels(monkeypatch, grad_parameters(), **frozen_scale)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"left": matrix(65, 32)},
-        {"left": matrix(64, 32, gap=8)},
-        {"left": misaligned(matrix(64, 32))},
-        {"left": matrix(64, 32, dtype=torch.float16)},
-        {"weight": by_columns(matrix(16, 32))},
-        {"bias": matrix(16)},
+        {"left": matrix(1025, 128)},
+        {"left": matrix(1024, 128, gap=8)},
+        {"left": misaligned(matrix(1024, 128))},
+        {"left": matrix(1024, 128, dtype=torch.float16)},
+        {"weight": by_columns(matrix(256, 128))},
+        {"bias": None},
         {"transposed": False},
     ],
     ids=["size", "stride", "alignment", "dtype", "order", "bias", "transposed"],
 )
 def test_a_tuned_plan_is_for_the_tensors_it_was_timed_with(changes):
     with compiling_for(HOPPER):
-        assert problem(forward_product()) == problem(forward_product())
-        assert problem(forward_product()) != problem(forward_product(**changes))
+        assert problem(forward()) == problem(forward()) != problem(changed(forward(), **changes))
 
 
 def test_a_tuned_plan_is_for_a_gpu_and_a_float32_precision(monkeypatch):
@@ -271,7 +239,7 @@ def test_a_tuned_plan_is_for_a_gpu_and_a_float32_precision(monkeypatch):
         torch.set_float32_matmul_precision(precision)
         try:
             with compiling_for(target):
-                keys.append(problem(forward_product()))
+                keys.append(problem(forward()))
         finally:
             torch.set_float32_matmul_precision(before)
     assert len(set(keys)) == len(keys)
@@ -289,7 +257,7 @@ def test_remembered_plans_are_bounded(monkeypatch):
     UNTUNED.update((str(size), Plan("pointers")) for size in range(9))
     with compiling_for(AMPERE):
         for rows in range(16, 24):
-            gemm.combined_matmul(*forward_product(left=matrix(rows, 32)))
+            gemm.combined_matmul(*changed(forward(), left=matrix(rows, 128)))
             assert len(UNTUNED) <= 4
 
 
@@ -370,12 +338,12 @@ def test_descriptors_lie_in_memory_of_torch_on_the_current_device(target, produc
 
         return launch
 
-    x, grad_output, aux_weight = matrix(1024, 128), matrix(1024, 256), matrix(256, 128)
-    combined = CombinedWeight(matrix(256, 128), aux_weight, matrix(1))
+    aux_weight, grad_output = matrix(128, 256), matrix(1024, 128)
+    combined = CombinedWeight(matrix(128, 256), aux_weight, matrix(1))
     call = {
-        "forward": (gemm.combined_matmul, x, combined._replace(transposed=True)),
+        "forward": (gemm.combined_matmul, matrix(1024, 256), combined._replace(transposed=True)),
         "grad_input": (gemm.combined_matmul, grad_output, combined),
-        "grad_parameters": (gemm.grad_parameters, GradParameters(grad_output, x, aux_weight, matrix(1), HALF, HALF)),
+        "grad_parameters": (gemm.grad_parameters, grad_parameters()),
     }[product]
     with compiling_for(TARGETS[target]):
         monkeypatch.setattr(triton.runtime.driver.active, "launcher_cls", launcher_cls)

@@ -1,12 +1,15 @@
 """What tells a right result from a wrong one: results that plain torch makes, with faults made on purpose."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
+from test_ops import changed
+from torch.utils._pytree import tree_map
 
 from benchmarks.offline import TARGETS, compiling_for
-from m2pt_kernels import gemm, reference, verification
+from m2pt_kernels import gemm, verification
 from m2pt_kernels.cases import KINDS, PRODUCTS, Shape, cases
 from m2pt_kernels.devices import INTERPRETED
 from m2pt_kernels.plans import EAGER, Plan
@@ -38,31 +41,21 @@ def computing_by(monkeypatch):
     return replace
 
 
-def in_torch(product):
-    if isinstance(product, GradParameters):
-        return reference.grad_parameters(product)
-    return reference.combined_matmul(*product)
+in_torch = partial(gemm.compute, EAGER)
 
 
 def exactly(product):
     """In float64, rounded once."""
-    result = in_torch(in_float64(product))
-    if not isinstance(product, GradParameters):
+    scales = getattr(product, "combined", product).aux_weight_scale
+    if scales is not None:
+        aux_weight = verification.dequantize(product.operands[2], scales)
+        product = changed(product, aux_weight=aux_weight, aux_weight_scale=None)
+    wide = {torch.Tensor: torch.Tensor.double, torch.dtype: lambda _: torch.float64}
+    result = in_torch(tree_map(lambda operand: wide.get(type(operand), lambda it: it)(operand), product))
+    if isinstance(result, torch.Tensor):
         return result.to(product.left.dtype)
     dtypes = product.weight_dtype, product.aux_dtype, torch.float32
     return tuple(None if value is None else value.to(dtype) for value, dtype in zip(result, dtypes, strict=True))
-
-
-def in_float64(operand):
-    """A tensor, a dtype or what is made of them; what is quantised as what it stands for."""
-    if isinstance(operand, tuple):
-        if getattr(operand, "aux_weight_scale", None) is not None:
-            values = verification.dequantize(operand.aux_weight, operand.aux_weight_scale)
-            operand = operand._replace(aux_weight=values, aux_weight_scale=None)
-        return operand._make(map(in_float64, operand))
-    if isinstance(operand, torch.dtype):
-        return torch.float64
-    return operand.double() if isinstance(operand, torch.Tensor) else operand
 
 
 def outputs(result):
@@ -95,10 +88,10 @@ def a_row_too_few(product):
 
 def the_last_terms_left_out(product):
     if isinstance(product, GradParameters):
-        return in_torch(product._replace(grad_output=product.grad_output[:-4], x=product.x[:-4]))
+        return in_torch(changed(product, grad_output=product.grad_output[:-4], x=product.x[:-4]))
     left = product.left.clone()
     left[:, -4:] = 0
-    return in_torch(product._replace(left=left))
+    return in_torch(changed(product, left=left))
 
 
 def two_entries_changed_places(product):
@@ -114,17 +107,9 @@ def left_empty(product):
     return result
 
 
-def scale_of(product):
-    return (product if isinstance(product, GradParameters) else product.combined).cross_modal_scale
-
-
 def another_scale(product):
-    scale = scale_of(product)
-    if scale is None:
-        return in_torch(product)
-    if isinstance(product, GradParameters):
-        return in_torch(product._replace(cross_modal_scale=1.1 * scale))
-    return in_torch(product._replace(combined=product.combined._replace(cross_modal_scale=1.1 * scale)))
+    scale = product.operands[3]
+    return in_torch(product if scale is None else changed(product, cross_modal_scale=1.1 * scale))
 
 
 FAULTS = [a_row_too_few, the_last_terms_left_out, two_entries_changed_places, left_empty]
@@ -143,7 +128,7 @@ def test_another_scale_is_a_fault(computing_by, kind, product):
     computing_by(another_scale)
     for case in cases(KINDS[kind], product, SHAPE, "cpu"):
         fault = verify(PLAN, case.product).fault
-        assert (fault is None) == (scale_of(case.product) is None)
+        assert (fault is None) == (case.product.operands[3] is None)
         assert fault is None or product != "grad_parameters" or fault.startswith("error of the gradient of aux_weight")
 
 
@@ -167,9 +152,8 @@ def test_a_scale_gradient_of_a_rounded_gradient_is_a_fault(computing_by):
 
     computing_by(fault)
     case = cases(KINDS["autocast"], "grad_parameters", Shape(4, 128, 96), "cpu")[0]
-    grad_output, x, aux_weight, *others = case.product
-    positive = GradParameters(grad_output.abs(), x.abs(), aux_weight.abs(), *others)  # so that nothing cancels
-    assert "the gradient of scale" in verify(PLAN, positive).fault
+    positive = {name: getattr(case.product, name).abs() for name in ("grad_output", "x", "aux_weight")}
+    assert "the gradient of scale" in verify(PLAN, changed(case.product, **positive)).fault  # nothing cancels
 
 
 def test_different_bits_are_a_fault(computing_by):
@@ -196,14 +180,10 @@ def precision(request):
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_operands_cut_to_tf32_are_right_if_torch_allows_tf32(computing_by, precision, product):
-    def cut(tensor):
-        return (tensor.view(torch.int32) & -(2**13)).view(torch.float32)
-
     def fault(product):
-        if isinstance(product, GradParameters):
-            return in_torch(product._replace(grad_output=cut(product.grad_output), x=cut(product.x)))
-        combined = product.combined._replace(weight=cut(product.combined.weight))
-        return in_torch(product._replace(left=cut(product.left), combined=combined))
+        names = ("grad_output", "x") if isinstance(product, GradParameters) else ("left", "weight")
+        cut = [(operand.view(torch.int32) & -(2**13)).view(torch.float32) for operand in product.operands[:2]]
+        return in_torch(changed(product, **dict(zip(names, cut, strict=True))))
 
     computing_by(fault)
     for case in cases(KINDS["tf32"], product, SHAPE, "cpu"):
@@ -237,8 +217,8 @@ def test_blocks_are_the_whole(monkeypatch, kind, product):
 
 def test_a_combined_weight_that_may_overflow_is_no_fault(computing_by):
     def overflowing(product):
-        weight = torch.where(product.combined.weight == largest, torch.inf, product.combined.weight)
-        return in_torch(product._replace(combined=product.combined._replace(weight=weight)))
+        weight = product.combined.weight
+        return in_torch(changed(product, weight=torch.where(weight == largest, torch.inf, weight)))
 
     computing_by(overflowing)
     largest = torch.finfo(torch.float16).max
