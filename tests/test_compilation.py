@@ -137,11 +137,11 @@ TYPES = {"aux_ptr": HALF, "cross_modal_scale_ptr": FLOAT, "aux_weight_scale_ptr"
 INT8 = {"aux_ptr": torch.int8, "aux_weight_scale_ptr": FLOAT, "grad_aux_ptr": None}
 INT4 = INT8 | {"aux_ptr": torch.uint8}
 POINTERS = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "EVEN_K": False, "INPUT_PRECISION": "ieee"}
-POINTERS |= {"COMBINE_IN_WARPS": False, "DEPTH_FIRST": False, "num_stages": 2}
+POINTERS |= {"COMBINE_IN_WARPS": False, "SCALED_BY_DEPTH": False, "num_stages": 2}
 TMA = {"BLOCK_M": 256, "MORE_M": 0, "BLOCK_N": 128, "BLOCK_K": 32, "DEPTH_FIRST": False, "PANEL": 32, "num_stages": 4}
 LAUNCHES = {
     "combined_matmul": (combined_matmul_kernel, TYPES, POINTERS),
-    "combined_matmul, int8, depth first": (combined_matmul_kernel, TYPES | INT8, POINTERS | {"DEPTH_FIRST": True}),
+    "combined_matmul, int8 by depth": (combined_matmul_kernel, TYPES | INT8, POINTERS | {"SCALED_BY_DEPTH": True}),
     "combined_matmul, int4": (combined_matmul_kernel, TYPES | INT4, POINTERS),
     "grad_parameters": (grad_parameters_kernel, TYPES, POINTERS),
     "grad_parameters, int4": (grad_parameters_kernel, TYPES | INT4, POINTERS),

@@ -322,7 +322,7 @@ def combined_matmul_hopper_kernel(
 
 
 class CombinedTile(NamedTuple):
-    """The output tile is (BLOCK_M + MORE_M) x BLOCK_N, a step of the reduction BLOCK_K."""
+    """The output tile is (BLOCK_M + MORE_M) x 128, a step's depth BLOCK_K."""
 
     BLOCK_M: int
     MORE_M: int

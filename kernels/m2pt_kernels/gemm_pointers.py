@@ -65,13 +65,13 @@ def combined_matmul_kernel(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    DEPTH_FIRST: tl.constexpr,
+    SCALED_BY_DEPTH: tl.constexpr,
     MODELS: tl.constexpr,
 ):
     """Store left (weight + sum of scale * aux) + bias: left (rows, depth), weight and each aux (depth, columns).
 
-    A quantised aux has a scale for each of its rows, which run along the depth if DEPTH_FIRST and along columns
-    otherwise; int4 has one for each group of a row, and no tile touches two groups.
+    A quantised aux has a scale for each step of the depth if SCALED_BY_DEPTH, or else for each column; int4 has one for
+    each group along the other dimension too, and no tile touches two groups.
     """
     # A mask of rows and columns in the loop would cost registers that the largest tiles do not have.
     tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
@@ -81,11 +81,11 @@ def combined_matmul_kernel(
     left_ptrs = left_ptr + row[:, None] * stride_left_row + k[None, :] * stride_left_depth
     weight_ptrs = weight_ptr + k[:, None] * stride_weight_depth + column[None, :] * stride_weight_column
     PACKED: tl.constexpr = aux_ptr.dtype.element_ty == tl.uint8
-    aux_column = _packed_index(column) if PACKED and DEPTH_FIRST else column
+    aux_column = _packed_index(column) if PACKED and SCALED_BY_DEPTH else column
     aux_ptrs = aux_ptr + k[:, None] * stride_aux_depth + aux_column[None, :] * stride_aux_column
     step = tl.full((), BLOCK_K, tl.int64)
     if aux_weight_scale_ptr is not None:
-        if DEPTH_FIRST:
+        if SCALED_BY_DEPTH:
             aux_weight_scale_ptrs = aux_weight_scale_ptr + k[:, None] * stride_aux_weight_scale
             if PACKED:
                 aux_weight_scale_ptrs += tile_column * BLOCK_N // GROUP_SIZE
@@ -97,12 +97,12 @@ def combined_matmul_kernel(
             scale = tl.load(cross_modal_scale_ptr + model + tl.zeros((1, 1), tl.int32)).to(tl.float32)
         else:
             scale = tl.load(cross_modal_scale_ptr + model).to(tl.float32)
-        if aux_weight_scale_ptr is not None and not (DEPTH_FIRST or PACKED):
+        if aux_weight_scale_ptr is not None and not (SCALED_BY_DEPTH or PACKED):
             scale *= tl.load(aux_weight_scale_ptrs + offset_of(model, stride_aux_weight_scale_model))
         scales += (scale,)
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, depth, BLOCK_K):
-        if PACKED and not DEPTH_FIRST:
+        if PACKED and not SCALED_BY_DEPTH:
             aux_depth = _packed_index(start + k)
             aux_ptrs = aux_ptr + aux_depth[:, None] * stride_aux_depth + column[None, :] * stride_aux_column
         if EVEN_K:
@@ -115,11 +115,11 @@ def combined_matmul_kernel(
             model_ptrs = aux_ptrs + offset_of(model, stride_aux_model)
             aux = tl.load(model_ptrs) if EVEN_K else tl.load(model_ptrs, mask=k[:, None] < depth - start, other=0.0)
             if PACKED:
-                aux = _unpack(aux, column[None, :] if DEPTH_FIRST else (start + k)[:, None])
+                aux = _unpack(aux, column[None, :] if SCALED_BY_DEPTH else (start + k)[:, None])
             step_scale = scales[model]
-            if aux_weight_scale_ptr is not None and (PACKED or DEPTH_FIRST):
+            if aux_weight_scale_ptr is not None and (PACKED or SCALED_BY_DEPTH):
                 model_scale_ptrs = aux_weight_scale_ptrs + offset_of(model, stride_aux_weight_scale_model)
-                if DEPTH_FIRST:
+                if SCALED_BY_DEPTH:
                     step_scale *= tl.load(model_scale_ptrs, mask=k[:, None] < depth - start, other=0.0)
                 else:
                     step_scale *= tl.load(model_scale_ptrs + start // GROUP_SIZE)
@@ -128,7 +128,7 @@ def combined_matmul_kernel(
         left_ptrs += step * stride_left_depth
         weight_ptrs += step * stride_weight_depth
         aux_ptrs += step * stride_aux_depth
-        if aux_weight_scale_ptr is not None and DEPTH_FIRST:
+        if aux_weight_scale_ptr is not None and SCALED_BY_DEPTH:
             aux_weight_scale_ptrs += step * stride_aux_weight_scale
     if bias_ptr is not None:
         accumulator += tl.load(bias_ptr + column[None, :]).to(tl.float32)
@@ -254,7 +254,7 @@ def combined_matmul(
         GROUP=GROUP,
         EVEN_K=depth % tile.BLOCK_K == 0,
         INPUT_PRECISION=input_precision(left.dtype, active_target()),
-        DEPTH_FIRST=not transposed and aux_weight_scale is not None,
+        SCALED_BY_DEPTH=not transposed and aux_weight_scale is not None,
         MODELS=combined.models,
         **OPTIONS,
     )
