@@ -155,11 +155,9 @@ if HAS_HOPPER_LOOPS:
         "target sm_100": {"target": TARGETS["sm_100"]},
         "two models": {"aux_weight": matrix(2, 256, 128)},
         "scales along the depth": {
-            "combined": changed(
-                grad_input(),
-                aux_weight=matrix(128, 256, dtype=torch.int8),
-                aux_weight_scale=matrix(128, 1, dtype=FLOAT),
-            ).combined
+            "transposed": False,
+            "aux_weight": matrix(256, 128, dtype=torch.int8),
+            "aux_weight_scale": matrix(256, 1, dtype=FLOAT),
         },
         "misaligned bias": {"bias": misaligned(matrix(256))},
     }

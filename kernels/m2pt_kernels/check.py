@@ -193,17 +193,15 @@ def table(rows: Sequence[Row]) -> str:
         ratios = [row.error_ratio for row in found if row.error_ratio is not None]
         timed = next((row for row in found if row.milliseconds is not None), None)
         error = f"{max(ratios):.2f}" if ratios else "-"
-        times = ("-", "-") if timed is None else (f"{timed.milliseconds:.3f}", f"{_over_plain(timed):.2f}")
+        times = "-", "-"
+        if timed is not None:
+            times = f"{timed.milliseconds:.3f}", f"{timed.milliseconds / timed.plain_milliseconds:.2f}"
         mark = "FAULTY" if any(row.fault for row in found) else "not run" if not ratios else ""
         lines.append((variant, error, *times, mark))
     width = max(len(line[0]) for line in lines)
     return "\n".join(
         f"{name:{width}} {error:>15} {time:>8} {ratio:>10} {mark}".rstrip() for name, error, time, ratio, mark in lines
     )
-
-
-def _over_plain(row: Row) -> float:
-    return row.milliseconds / row.plain_milliseconds
 
 
 def main() -> int:

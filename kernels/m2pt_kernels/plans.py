@@ -230,7 +230,6 @@ SEVERAL_TMA_TILES: dict[str, dict[int, tuple[gemm_tma.CombinedTile, ...]]] = {
 }
 # The same on sm_90 where they are quantised and their rows run along the depth, with a scale for each step of it.
 _SEVERAL_PAIRED_TILES = dict.fromkeys((4, 5, 6, 7), (_hopper(MORE_M=0, num_stages=4),))
-_MOST_MODELS_BY_TMA = 3
 
 _grad = partial(GradTile, BLOCK_K=64)
 # The last of each is for few tiles.
@@ -307,7 +306,7 @@ def hopper_tiles(target: GPUTarget | None, left: Tensor, combined: CombinedWeigh
 def tma_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence[gemm_tma.CombinedTile]:
     """Return the tiles of `gemm_tma`; none where it cannot compute."""
     row, models = architecture(target), combined.models
-    if not HAS_TMA_LOOPS or models > _MOST_MODELS_BY_TMA:
+    if not HAS_TMA_LOOPS or models > 3:
         return ()
     tiles = (TMA_TILES if models == 1 else SEVERAL_TMA_TILES).get(row, {})
     if row == "hopper" and models > 1 and combined.depth_first and combined.aux_weight.itemsize == 1:
