@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import math
 import mmap
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -500,11 +501,16 @@ def test_autocast(device, dtype):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_backward_inside_autocast_is_not_rounded(device, dtype):
-    tensors, grad_output = operands(37, 24, 33, dtype, device=device)
-    outside = outputs(cross_modal_linear, tensors, grad_output)
-    with torch.autocast(device, dtype):
-        inside = outputs(cross_modal_linear, tensors, grad_output)
-    assert all(torch.equal(inside[name], outside[name]) for name in outside)
+    for own_dtype in (dtype, torch.float32):
+        tensors, grad_output = operands(37, 24, 33, own_dtype, device=device)
+        outside = outputs(cross_modal_linear, tensors, grad_output)
+        with ExitStack() as stack:
+
+            def forward(enter=stack.enter_context, **leaves):
+                return cross_modal_linear(**leaves), enter(torch.autocast(device, dtype))
+
+            inside = outputs(lambda **leaves: forward(**leaves)[0], tensors, grad_output)
+        assert all(torch.equal(inside[name], outside[name]) for name in outside)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)

@@ -1,6 +1,6 @@
 """Which kernel a product gets, and on which device: no GPU is needed, drivers and devices are stand-ins."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import Context
 from types import SimpleNamespace
 
@@ -198,6 +198,26 @@ def kernels(monkeypatch, product, target=HOPPER, **changes):
     """Those that may compute a product on a target."""
     monkeypatch.setattr(plans, "active_target", lambda: target)
     return {plan.by for plan in plans.candidates(changed(product, **changes))}
+
+
+def test_a_triton_without_tma_loops_has_pointers_alone(monkeypatch):
+    monkeypatch.setattr(plans, "HAS_TMA_LOOPS", False)
+    monkeypatch.setattr(plans, "gemm_hopper", None)
+    for product in (forward, grad_input, grad_parameters):
+        assert kernels(monkeypatch, product()) == {"pointers"}
+
+
+def test_a_gpu_between_hopper_and_blackwell_gets_hoppers_pointers(monkeypatch):
+    large = changed(forward(), left=matrix(12608, 128))
+    assert kernels(monkeypatch, large, GPUTarget("cuda", 110, 32)) == {"pointers"}
+    assert [plan.tile for plan in plans.candidates(large)] == list(plans.POINTER_TILES["hopper"]["mixed"])
+
+
+@pytest.mark.parametrize("capability, reads", [(86, False), (89, True), (90, True)])
+def test_float8_is_read_from_capability_89_on(monkeypatch, capability, reads):
+    float8 = {"aux_weight": matrix(2, 128, 256, dtype=torch.float8_e4m3fn), "target": GPUTarget("cuda", capability, 32)}
+    with nullcontext() if reads else pytest.raises(ValueError, match="float8_e4m3fn needs CUDA"):
+        assert kernels(monkeypatch, grad_input(), **float8)
 
 
 @by_tma

@@ -47,11 +47,12 @@ def products(request, device, monkeypatch):
         record(plans.gemm_hopper, "combined_matmul")
     else:
         monkeypatch.setattr(plans, "gemm_hopper", None)
+    if INTERPRETED:
+        monkeypatch.setattr(plans, "active_target", lambda: GPUTarget("cuda", 90, 32))
     if INTERPRETED and plans.HAS_TMA_LOOPS:
         small = gemm_tma.CombinedTile(BLOCK_M=32, MORE_M=16, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=1)
         small_grad = gemm_tma.GradTile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=1)
         tiles = {2: [small], 4: [small._replace(MORE_M=0)]}
-        monkeypatch.setattr(plans, "active_target", lambda: GPUTarget("cuda", 90, 32))
         monkeypatch.setattr(plans, "_MIN_ROWS_BY_TMA", 1)
         monkeypatch.setattr(plans, "tma_tiles", lambda target, combined: tiles[combined.weight.itemsize])
         monkeypatch.setattr(plans, "tma_grad_tiles", lambda *_: [small_grad])

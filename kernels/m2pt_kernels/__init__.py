@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .combined import combined_weight
-from .ops import cross_modal_linear, implementation
+from .ops import combined_weight, cross_modal_linear, implementation
 from .quantization import dequantize, quantize
 
 if TYPE_CHECKING:

@@ -23,14 +23,15 @@ from .combined import CombinedWeight
 from .devices import INTERPRETED
 from .plans import Plan, candidates, problem, variant
 from .products import CombinedMatmul, GradParameters, Product
-from .quantization import DTYPES, quantize
+from .quantization import DTYPES, GROUP_SIZE, quantize
+from .tiles import ceil_div
 from .verification import verify
 
 PRODUCTS = ("forward", "grad_input", "grad_parameters")
 
 
 class Kind(NamedTuple):
-    """Has dtypes of activations and weights, how many auxiliary models there are, and whether float32 means TF32."""
+    """Names the dtypes of activations and weights, counts auxiliary models, and says whether float32 means TF32."""
 
     x: str
     weight: str
@@ -104,7 +105,7 @@ class Row:
 
 
 class Case(NamedTuple):
-    """Has a product, and computes the same without a pathway."""
+    """Holds a product and, without a pathway, computes the same."""
 
     inputs: str
     product: Product
@@ -121,7 +122,7 @@ def cases(kind: Kind, product: str, shape: Shape, device: str) -> list[Case]:
     stored = kind.aux_weight if kind.aux_weight in DTYPES.values() else None
     tokens, in_features, out_features = shape
     if stored == "int4":
-        in_features = -(-in_features // 64) * 64
+        in_features = ceil_div(in_features, GROUP_SIZE) * GROUP_SIZE
     draw = partial(torch.randn, device=device)
     x, grad_output = (draw(tokens, features).to(x_dtype) for features in (in_features, out_features))
     weights = draw(1 + kind.models, out_features, in_features) / in_features**0.5

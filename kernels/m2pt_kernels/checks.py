@@ -1,4 +1,4 @@
-"""Checks shared by every function: dense tensors, floating dtypes, one device. Messages begin with the argument."""
+"""Check what every function needs: dense tensors, floating dtypes, one device. Messages begin with the argument."""
 
 import torch
 from torch import Tensor, strided

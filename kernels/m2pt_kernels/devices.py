@@ -1,4 +1,4 @@
-"""What torch and Triton say of the device that kernels are compiled for and launched on."""
+"""Ask torch and Triton about the device that kernels are compiled for and launched on."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache

@@ -19,7 +19,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def is_divided(model: nn.Module, place: str) -> bool:
-    """Return whether the module at a dotted name has DTensors, or is in one that FSDP divides, if whole for a while."""
+    """Return whether the module at a dotted name has DTensors, or is in one that FSDP divides, even if whole now."""
     names = place.split(".") if place else []
     around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
     own = (*around[-1].parameters(recurse=False), *around[-1].buffers(recurse=False))

@@ -338,7 +338,7 @@ def combined_matmul(
     tile: CombinedTile, left: Tensor, combined: CombinedWeight, bias: Tensor | None, output: Tensor
 ) -> None:
     """Write a `CombinedMatmul` to output, contiguous. A quantised W_aux has a scale for each row in memory."""
-    (rows, depth), columns, outer = left.shape, output.shape[1], combined.outer
+    (rows, depth), columns, (depth_first, outer) = left.shape, output.shape[1], combined.layout
     provide_descriptor_memory()
     combined_matmul_hopper_kernel[(min(count_tiles(tile, rows, columns), multiprocessors(left.device)),)](
         *(left, *combined[:4], bias, output),
@@ -346,7 +346,7 @@ def combined_matmul(
         *(left.stride(0), combined.weight.stride(outer), combined.aux_weight.stride(outer)),
         **tile._asdict(),
         GROUP=GROUP,
-        DEPTH_FIRST=combined.depth_first,
+        DEPTH_FIRST=depth_first,
         num_warps=4,
         **TMA_OPTIONS,
     )

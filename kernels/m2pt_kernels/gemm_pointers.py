@@ -1,4 +1,4 @@
-"""GEMMs by pointers, which take any shape, any stride, float32, float16 and bfloat16, W_aux quantised or not."""
+"""GEMMs by pointers take any shape, any stride, float32, float16 and bfloat16, and a W_aux that may be quantised."""
 
 from typing import NamedTuple
 
@@ -169,10 +169,10 @@ def grad_parameters_kernel(
     INPUT_PRECISION: tl.constexpr,
     MODELS: tl.constexpr,
 ):
-    """Compute G = grad^T x, of grad (depth, rows) and x (depth, columns), in float32; store what has a pointer:
+    """Compute G = grad^T x, of grad (depth, rows) and x (depth, columns), in float32.
 
-    G to grad_weight, and for each auxiliary model scale * G to grad_aux and <G, aux>, one number per row of the tile,
-    to partial. The scales of a quantised aux, if any, are one a row, or one a group of int4.
+    Store each result whose pointer is not None: G in grad_weight, and for each auxiliary model scale * G in grad_aux,
+    and <G, aux> in partial, one number per row of a tile. A quantised aux has a scale a row, int4 a group.
     """
     tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -246,10 +246,12 @@ def combined_matmul(
     (rows, depth), columns = left.shape, output.shape[1]
     weight, aux_weight, _, aux_weight_scale, transposed = combined
     strides = *left.stride(), *combined.strides(weight), *combined.strides(aux_weight), model_stride(aux_weight)
-    of_scales = (0, 0) if aux_weight_scale is None else (aux_weight_scale.stride(-2), model_stride(aux_weight_scale))
+    scale_strides = (
+        (0, 0) if aux_weight_scale is None else (aux_weight_scale.stride(-2), model_stride(aux_weight_scale))
+    )
     combined_matmul_kernel[(ceil_div(rows, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N),)](
         *(left, *combined[:4], bias, output),
-        *(rows, columns, depth, *strides, *of_scales),
+        *(rows, columns, depth, *strides, *scale_strides),
         **tile._asdict(),
         GROUP=GROUP,
         EVEN_K=depth % tile.BLOCK_K == 0,
@@ -264,14 +266,14 @@ def grad_parameters(
     tile: GradTile, product: GradParameters, grad_weight: Tensor | None, grad_aux: Tensor | None
 ) -> Tensor | None:
     """Write the weights' gradients that are given; return the scale's, if wanted, as partial sums (n, ...)."""
-    grad_output, x, aux_weight, scale, *_, aux_weight_scale = product
+    grad_output, x, aux_weight, cross_modal_scale, *_, aux_weight_scale = product
     (rows, columns), depth, models = product.shape, len(x), product.models
     tiles = ceil_div(rows, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N)
     partial = None if aux_weight is None else x.new_empty(models, tiles * tile.BLOCK_M, dtype=torch.float32)
-    of_aux = (0, 0, 0) if aux_weight is None else (*aux_weight.stride()[-2:], model_stride(aux_weight))
+    aux_strides = (0, 0, 0) if aux_weight is None else (*aux_weight.stride()[-2:], model_stride(aux_weight))
     grad_parameters_kernel[(tiles,)](
-        *(grad_output, x, aux_weight, scale, aux_weight_scale, grad_weight, grad_aux, partial),
-        *(rows, columns, depth, *grad_output.stride(), *x.stride(), *of_aux),
+        *(grad_output, x, aux_weight, cross_modal_scale, aux_weight_scale, grad_weight, grad_aux, partial),
+        *(rows, columns, depth, *grad_output.stride(), *x.stride(), *aux_strides),
         **tile._asdict(),
         GROUP=GROUP,
         EVEN_K=depth % tile.BLOCK_K == 0,

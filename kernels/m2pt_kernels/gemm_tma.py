@@ -211,11 +211,9 @@ def grad_parameters_tma_kernel(
     GROUP: tl.constexpr,
     MODELS: tl.constexpr,
 ):
-    """Compute G = grad^T x, of grad (depth, rows) and x (depth, columns), in float32; store what has a pointer:
+    """Compute what `grad_parameters_kernel` does by TMA, with a quantised aux's scale for each row.
 
-    G to grad_weight, and for each auxiliary model scale * G to grad_aux and <G, aux>, one number per row of each tile,
-    to partial. By TMA only, in quarters of the tile: 64-bit addresses and a whole tile beside the accumulator exceed
-    the registers.
+    Tiles are stored in quarters: 64-bit addresses and a whole tile beside the accumulator exceed the registers.
     """
     PIECE: tl.constexpr = BLOCK_N // 4
     grad = tl.make_tensor_descriptor(grad_ptr, [depth, rows], [stride_grad, 1], [BLOCK_K, BLOCK_M])
@@ -284,7 +282,7 @@ def combined_matmul(
 ) -> None:
     """Write a `CombinedMatmul` to output, contiguous. A quantised W_aux has a scale for each row in memory."""
     (rows, depth), columns = left.shape, output.shape[1]
-    (weight, aux_weight, *_), outer = combined, combined.outer
+    (weight, aux_weight, *_), (depth_first, outer) = combined, combined.layout
     provide_descriptor_memory()
     combined_matmul_tma_kernel[(ceil_div(rows, tile.BLOCK_M + tile.MORE_M) * ceil_div(columns, tile.BLOCK_N),)](
         *(left, *combined[:4], bias, output),
@@ -292,7 +290,7 @@ def combined_matmul(
         *(left.stride(0), weight.stride(outer), aux_weight.stride(outer), model_stride(aux_weight)),
         **tile._asdict(),
         GROUP=GROUP,
-        DEPTH_FIRST=combined.depth_first,
+        DEPTH_FIRST=depth_first,
         MODELS=combined.models,
         # Fewer rows to copy; 64 would make two panels a tile, and Triton does not divide a dimension of two.
         PANEL=32 if columns % 32 == 0 else 16,
@@ -304,15 +302,15 @@ def grad_parameters(
     tile: GradTile, product: GradParameters, grad_weight: Tensor | None, grad_aux: Tensor | None
 ) -> Tensor | None:
     """Write the weights' gradients that are given; return the scale's, if wanted, as partial sums (n, ...)."""
-    grad_output, x, aux_weight, scale, *_, aux_weight_scale = product
+    grad_output, x, aux_weight, cross_modal_scale, *_, aux_weight_scale = product
     (rows, columns), depth, models = product.shape, len(x), product.models
     column_tiles = ceil_div(columns, tile.BLOCK_N)
     partial = None if aux_weight is None else x.new_empty(models, column_tiles * rows, dtype=torch.float32)
-    of_aux = (0, 0) if aux_weight is None else (aux_weight.stride(-2), model_stride(aux_weight))
+    aux_strides = (0, 0) if aux_weight is None else (aux_weight.stride(-2), model_stride(aux_weight))
     provide_descriptor_memory()
     grad_parameters_tma_kernel[(ceil_div(rows, tile.BLOCK_M) * column_tiles,)](
-        *(grad_output, x, aux_weight, scale, aux_weight_scale, grad_weight, grad_aux, partial),
-        *(rows, columns, depth, grad_output.stride(0), x.stride(0), *of_aux),
+        *(grad_output, x, aux_weight, cross_modal_scale, aux_weight_scale, grad_weight, grad_aux, partial),
+        *(rows, columns, depth, grad_output.stride(0), x.stride(0), *aux_strides),
         **tile._asdict(),
         GROUP=GROUP,
         MODELS=models,

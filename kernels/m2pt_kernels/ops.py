@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType, NoneType
 
@@ -14,13 +13,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .checks import GEMM_DTYPES, check_operand
-from .combined import CombinedWeight, cast, check_weights, wide_dtype
+from .combined import CombinedWeight, check_weights
+from .divided import check_whole
 from .products import GradParameters
 from .quantization import DTYPES as QUANTIZED
 
-gemm, devices = (
-    import_module(f".{name}", __package__) if find_spec("triton") else None for name in ("gemm", "devices")
-)
+if find_spec("triton"):
+    from . import devices, gemm
+else:
+    devices = gemm = None
 
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
 
@@ -80,7 +81,7 @@ def cross_modal_linear(
     dtype = _checked_dtype(x, weight, bias)
     if not _is_unobserved(x, weight, aux_weight, scale, bias, aux_weight_scale):
         return _cross_modal_linear(x, weight, aux_weight, scale, bias, aux_weight_scale)
-    return _CrossModalLinear.apply(cast(x, dtype), weight, aux_weight, scale, bias, aux_weight_scale, _matmul)
+    return _CrossModalLinear.apply(reference.cast(x, dtype), weight, aux_weight, scale, bias, aux_weight_scale, _matmul)
 
 
 def _checked_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -113,6 +114,28 @@ def _autocast_enabled(tensor: Tensor) -> bool:
         return False
     device_type = tensor.device.type
     return device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
+
+
+def combined_weight(
+    weight: Tensor, aux_weight: Tensor, scale: Tensor, dtype: torch.dtype, aux_weight_scale: Tensor | None = None
+) -> Tensor:
+    """Compute `W + s * W_aux` (M2PT eq. 2) in float32 at least, and round it once, to `dtype`; without gradients.
+
+    Several auxiliary models are all added. Shapes and dtypes as `cross_modal_linear` takes them.
+
+    Raises:
+        TypeError: no tensors, dtypes that are not floating, or a quantised aux_weight without its scales or the other
+            way round.
+        ValueError: a shape, layout or device that does not fit the others, or a tensor divided among processes.
+    """
+    check_weights(weight, aux_weight, scale, aux_weight_scale)
+    operands = {"weight": weight, "aux_weight": aux_weight, "scale": scale, "aux_weight_scale": aux_weight_scale}
+    for name, tensor in operands.items():
+        check_whole(name, tensor)
+    if dtype not in GEMM_DTYPES:
+        raise TypeError(f"dtype: expected one of {GEMM_DTYPES}, got {dtype!r}")
+    with torch.no_grad():
+        return reference.combined_sum(CombinedWeight(*operands.values()), dtype)
 
 
 _forced = "auto"
@@ -202,10 +225,9 @@ def _gradients(grad_output, x, *others):
 
 
 def _grad_product(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale=None):
-    """Make the product of `grad_parameters`, which may also be given what no wanted gradient needs."""
+    """Make the product that the operator asks for; a scale and a dtype ask for W_aux's gradient together."""
     if scale is None or aux_dtype is None:
         scale = aux_dtype = None
-    aux_weight_scale = None if aux_weight is None else aux_weight_scale
     return GradParameters(_flat(grad_output), _flat(x), aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale)
 
 
@@ -216,17 +238,17 @@ def _dispatched_matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | No
     return _grad_input(left, weight, aux_weight, scale, aux_weight_scale)
 
 
-@torch.library.impl(_library, "cross_modal_linear", "CompositeExplicitAutograd")
+@torch.library.impl("m2pt_kernels::cross_modal_linear", "default", lib=_library)
 def _(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
     return _matmul(x, CombinedWeight(weight, aux_weight, scale, aux_weight_scale, transposed=True), bias)
 
 
-@torch.library.impl(_library, "grad_input", "CompositeExplicitAutograd")
+@torch.library.impl("m2pt_kernels::grad_input", "default", lib=_library)
 def _(grad_output, *combined):
     return _matmul(grad_output, CombinedWeight(*combined))
 
 
-@torch.library.impl(_library, "grad_parameters", "CompositeExplicitAutograd")
+@torch.library.impl("m2pt_kernels::grad_parameters", "default", lib=_library)
 def _(grad_output, *others):
     gradients = _gradients(grad_output, *others)
     return tuple(grad_output.new_empty(0) if gradient is None else gradient for gradient in gradients)
@@ -244,7 +266,7 @@ def _(grad_output, weight, *_, **__):
 
 @torch.library.register_fake("m2pt_kernels::grad_parameters", lib=_library)
 def _(grad_output, x, *others, **named):
-    product, wide = _grad_product(grad_output, x, *others, **named), wide_dtype(x.dtype)
+    product, wide = _grad_product(grad_output, x, *others, **named), reference.wide_dtype(x.dtype)
     return (
         x.new_empty(0 if product.weight_dtype is None else product.shape, dtype=product.weight_dtype),
         x.new_empty(0 if product.aux_dtype is None else product.aux_shape, dtype=product.aux_dtype),
@@ -294,15 +316,15 @@ class _CrossModalLinear(torch.autograd.Function):
                 scale if need_aux else None,
                 weight_dtype if need_weight else None,
                 aux_dtype if need_aux else None,
-                aux_weight_scale,
+                aux_weight_scale if need_scale else None,
             )
         if need_bias:
             # Before torch 2.12 a DTensor does not flatten a batch dimension that is sharded.
             batch = tuple(range(grad_output.dim() - 1))
-            grad_bias = grad_output.sum(batch, dtype=bias_dtype) if batch else cast(grad_output, bias_dtype)
+            grad_bias = grad_output.sum(batch, dtype=bias_dtype) if batch else reference.cast(grad_output, bias_dtype)
         # What is not wanted comes as an empty tensor from an operator.
         grad_weight, grad_aux = grad_weight if need_weight else None, grad_aux if need_aux else None
-        grad_scale = cast(grad_scale, scale_dtype) if need_scale else None
+        grad_scale = reference.cast(grad_scale, scale_dtype) if need_scale else None
         return grad_x, grad_weight, grad_aux, grad_scale, grad_bias, None, None
 
     @staticmethod

@@ -1,9 +1,10 @@
 """Choose the kernel and the tiles of a product by the GPU, the operands, and what was timed or found faulty.
 
-All that depends on a GPU's architecture is here. To add one, name it in `architecture`, give it a row in POINTER_TILES
-and POINTER_GRAD_TILES, and, if TMA's kernels compile for it, one in each TMA table; then add its target to TARGETS in
-`benchmarks/offline.py`. `tests/test_compilation.py` says whether its tiles fit without spills, and
-`python -m benchmarks.compile_report` what they compile to.
+Kernels and tiles by architecture are here; devices.py and quantization.py say which dtypes a device reads. To add one,
+name it in `architecture` and give it a row in POINTER_TILES and POINTER_GRAD_TILES and, if the TMA kernels compile for
+it, in the TMA tables and MULTIPROCESSORS. With its target in TARGETS of `benchmarks/offline.py`,
+`tests/test_compilation.py` says whether the tiles fit without spills, and `python -m benchmarks.compile_report` what
+they compile to.
 """
 
 import warnings
@@ -115,14 +116,17 @@ POINTER_TILES: dict[str, dict[str, tuple[gemm_pointers.CombinedTile, ...]]] = {
     "cdna": {  # gfx90a, gfx942
         "half": (
             _256x128(BLOCK_K=32, num_stages=2),
-            _256x128(BLOCK_K=32, num_stages=2, BLOCK_N=256),
+            gemm_pointers.CombinedTile(BLOCK_M=256, BLOCK_N=256, BLOCK_K=32, num_warps=8, num_stages=2),
             _128x128(BLOCK_K=32, num_stages=2),
         ),
         "mixed": (_256x128(BLOCK_K=32, num_stages=2), _128x128(BLOCK_K=32, num_stages=2)),
         **dict.fromkeys(("tf32", "ieee"), (_256x128(BLOCK_K=16, num_stages=2), _128x128(BLOCK_K=32, num_stages=2))),
     },
     "rdna": {  # gfx11 and gfx12, which have no tf32
-        "half": (_128x128(BLOCK_K=32, num_stages=2), _128x128(BLOCK_K=32, num_stages=2, BLOCK_N=64, num_warps=4)),
+        "half": (
+            _128x128(BLOCK_K=32, num_stages=2),
+            gemm_pointers.CombinedTile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2),
+        ),
         "mixed": (_128x128(BLOCK_K=32, num_stages=2), _128x128(BLOCK_K=16, num_stages=2)),
         "ieee": (_128x128(BLOCK_K=8, num_stages=2), _64x64(BLOCK_K=16, num_stages=2, num_warps=8)),
     },
@@ -139,6 +143,8 @@ POINTER_TILES: dict[str, dict[str, tuple[gemm_pointers.CombinedTile, ...]]] = {
 }
 
 _grad_128x128 = partial(GradTile, BLOCK_M=128, BLOCK_N=128, num_warps=8)
+_grad_128x64 = partial(GradTile, BLOCK_M=128, BLOCK_N=64, num_warps=8)
+_grad_256x128 = partial(GradTile, BLOCK_M=256, BLOCK_N=128, num_warps=8)
 _grad_64x64 = partial(GradTile, BLOCK_M=64, BLOCK_N=64, num_warps=4)
 _grad_32x32 = partial(GradTile, BLOCK_M=32, BLOCK_N=32, num_warps=4)
 _AMPERE_GRADS = {
@@ -158,7 +164,7 @@ POINTER_GRAD_TILES: dict[str, dict[str, Sequence[GradTile]]] = {
     "cdna": {
         "half": (
             _grad_128x128(BLOCK_K=32, num_stages=2, num_warps=4),
-            _grad_128x128(BLOCK_K=32, num_stages=2, BLOCK_M=256),
+            _grad_256x128(BLOCK_K=32, num_stages=2),
             _grad_128x128(BLOCK_K=32, num_stages=2),
         ),
         **dict.fromkeys(
@@ -171,17 +177,17 @@ POINTER_GRAD_TILES: dict[str, dict[str, Sequence[GradTile]]] = {
         "ieee": (_grad_128x128(BLOCK_K=8, num_stages=2), _grad_64x64(BLOCK_K=16, num_stages=2, num_warps=8)),
     },
     "small": {
-        "half": (_grad_128x128(BLOCK_K=32, num_stages=4, BLOCK_N=64, num_warps=4),),
+        "half": (_grad_128x64(BLOCK_K=32, num_stages=4, num_warps=4),),
         "tf32": (_grad_64x64(BLOCK_K=32, num_stages=3),),
         "ieee": (_grad_32x32(BLOCK_K=16, num_stages=3),),
     },
     "portable": {
-        "half": (_grad_32x32(BLOCK_K=32, num_stages=2, BLOCK_M=64),),
+        "half": (GradTile(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2),),
         **dict.fromkeys(("tf32", "ieee"), (_grad_32x32(BLOCK_K=16, num_stages=2),)),
     },
 }
 for _tiles in (POINTER_TILES, POINTER_GRAD_TILES):
-    # With the accumulator in tensor memory; sm_110 is read by pointers alone.
+    # Blackwell keeps the accumulator in tensor memory. On sm_110 only the pointer kernels run.
     _tiles["blackwell"] = _tiles["thor"] = _tiles["hopper"]
 
 CROWDED_TILES: Sequence[GradTile] = ()
@@ -192,14 +198,14 @@ if RELEASE < (3, 8):  # whose compiler spills the tiles above, or does not take 
     POINTER_GRAD_TILES["small"]["half"] = (_grad_64x64(BLOCK_K=32, num_stages=4, num_warps=8),)
     POINTER_GRAD_TILES["small"]["tf32"] = (_grad_64x64(BLOCK_K=32, num_stages=3, num_warps=8),)
     POINTER_GRAD_TILES["portable"]["ieee"] = (_grad_32x32(BLOCK_K=32, num_stages=2),)
-    CROWDED_TILES = (_grad_128x128(BLOCK_K=32, num_stages=3, BLOCK_N=64),)
+    CROWDED_TILES = (_grad_128x64(BLOCK_K=32, num_stages=3),)
 if RELEASE < (3, 6):
     POINTER_TILES["rdna"]["mixed"] = (_128x128(BLOCK_K=16, num_stages=2),)
     POINTER_GRAD_TILES["cdna"]["half"] = (
         _grad_128x128(BLOCK_K=32, num_stages=2),
-        _grad_128x128(BLOCK_K=32, num_stages=2, BLOCK_M=256),
+        _grad_256x128(BLOCK_K=32, num_stages=2),
     )
-    POINTER_GRAD_TILES["rdna"]["half"] = (_grad_128x128(BLOCK_K=32, num_stages=2, BLOCK_N=64),)
+    POINTER_GRAD_TILES["rdna"]["half"] = (_grad_128x64(BLOCK_K=32, num_stages=2),)
 
 _hopper = partial(gemm_tma.CombinedTile, BLOCK_M=256, BLOCK_N=128, BLOCK_K=32, num_warps=4)
 _blackwell = partial(gemm_tma.CombinedTile, BLOCK_M=256, MORE_M=128, BLOCK_N=128, num_warps=8)
@@ -244,7 +250,7 @@ TMA_GRAD_TILES: dict[str, Sequence[GradTile]] = {
         _grad(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=5),
     ),
 }
-_MULTIPROCESSORS = {"hopper": 132, "blackwell": 148}
+MULTIPROCESSORS = {"hopper": 132, "blackwell": 148}
 
 _MIN_ROWS_BY_TMA = 512
 _LARGEST_SIZE_BY_TMA = 2**31 - 2**10
@@ -287,7 +293,7 @@ def _check_readable(aux_weight: Tensor | None, target: GPUTarget | None) -> None
 
 
 def hopper_tiles(target: GPUTarget | None, left: Tensor, combined: CombinedWeight) -> list[Any]:
-    """Return the tiles of `gemm_hopper`, which takes one auxiliary model; the least work of the busiest SM is first."""
+    """Return the tiles of `gemm_hopper`, for one auxiliary model, by the work they give the busiest SM."""
     if gemm_hopper is None or architecture(target) != "hopper" or combined.models > 1:
         return []
     if combined.aux_weight_scale is not None and not combined.transposed:  # the scales lie along the depth
@@ -306,18 +312,18 @@ def hopper_tiles(target: GPUTarget | None, left: Tensor, combined: CombinedWeigh
 def tma_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence[gemm_tma.CombinedTile]:
     """Return the tiles of `gemm_tma`; none where it cannot compute."""
     row, models = architecture(target), combined.models
-    if not HAS_TMA_LOOPS or models > 3:
+    if not HAS_TMA_LOOPS or models > 3:  # more would spill
         return ()
     tiles = (TMA_TILES if models == 1 else SEVERAL_TMA_TILES).get(row, {})
-    if row == "hopper" and models > 1 and combined.depth_first and combined.aux_weight.itemsize == 1:
+    if row == "hopper" and models > 1 and combined.layout[0] and combined.aux_weight.itemsize == 1:
         tiles = _SEVERAL_PAIRED_TILES
     return tiles.get(combined.weight.itemsize + models * combined.aux_weight.itemsize, ())
 
 
 def _is_for_tma(left: Tensor, combined: CombinedWeight, bias: Tensor | None) -> bool:
     """Return whether TMA can address the operands and the output of a product, and is worth it."""
-    columns, scales = combined.shape[1], combined.aux_weight_scale
-    by_rows = combined.outer == -2  # then a row of int8 or float8 has one scale
+    columns, aux_weight_scale = combined.shape[1], combined.aux_weight_scale
+    by_rows = combined.layout[1] == -2  # then a row of int8 or float8 has one scale
     return (
         left.dtype.itemsize == 2
         and left.shape[0] >= _MIN_ROWS_BY_TMA
@@ -326,20 +332,21 @@ def _is_for_tma(left: Tensor, combined: CombinedWeight, bias: Tensor | None) -> 
         and _is_addressable(combined.weight, by_rows)
         and _is_addressable(combined.aux_weight, by_rows)
         and (bias is None or _is_whole(bias.data_ptr()))
-        and (scales is None or (by_rows and _are_addressable(scales) and (combined.transposed or _is_whole(columns))))
+        and (aux_weight_scale is None or (by_rows and _are_addressable(aux_weight_scale)))
+        and (aux_weight_scale is None or combined.transposed or _is_whole(columns))
     )
 
 
 def _is_grad_for_tma(product: GradParameters) -> bool:
     """Return whether TMA can address the operands and the outputs of gradients."""
-    (rows, columns), aux_weight, scales = product.shape, product.aux_weight, product.aux_weight_scale
+    (rows, columns), aux_weight, aux_weight_scale = product.shape, product.aux_weight, product.aux_weight_scale
     return (
         product.x.itemsize == 2
         and _is_whole(columns * product.x.itemsize)
         and _is_addressable(product.grad_output)
         and _is_addressable(product.x)
         and (aux_weight is None or (_is_addressable(aux_weight) and _is_whole(rows * 4)))
-        and (scales is None or _are_addressable(scales))
+        and (aux_weight_scale is None or _are_addressable(aux_weight_scale))
     )
 
 
@@ -363,9 +370,10 @@ def _is_addressable(matrix: Tensor, row_major: bool = True) -> bool:
     )
 
 
-def _are_addressable(scales: Tensor) -> bool:
+def _are_addressable(aux_weight_scale: Tensor) -> bool:
     """Return whether TMA can address the quantisation scales of each auxiliary model."""
-    return _is_whole(scales.data_ptr()) and _is_whole(model_stride(scales) * scales.itemsize)
+    distance = model_stride(aux_weight_scale) * aux_weight_scale.itemsize
+    return _is_whole(aux_weight_scale.data_ptr()) and _is_whole(distance)
 
 
 def tma_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequence[GradTile]:
@@ -381,15 +389,15 @@ def tma_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequenc
     if row == "blackwell" and aux_weight is not None and product.models > 2 and aux_weight.itemsize == 4:
         large = [tile for tile in large if tile.BLOCK_M < 256]  # the others would spill
     small_tiles = ceil_div(product.shape[0], small.BLOCK_M) * ceil_div(product.shape[1], small.BLOCK_N)
-    return (small, *large) if small_tiles <= _MULTIPROCESSORS[row] else (*large, small)
+    return (small, *large) if small_tiles <= MULTIPROCESSORS[row] else (*large, small)
 
 
 def _pointer_tiles(target: GPUTarget | None, left: Tensor, combined: CombinedWeight) -> list[Any]:
     weight, aux_weight, models = combined.weight, combined.aux_weight, combined.models
     packed = aux_weight.dtype == torch.uint8
-    aligned = is_aligned(combined.shape, left, weight, aux_weight)
+    aligned = _is_aligned(combined.shape, left, weight, aux_weight)
     aligned &= weight.itemsize + models * aux_weight.itemsize <= 8
-    small = packed or is_small(left.shape[0], combined.shape[1])
+    small = packed or _is_small(left.shape[0], combined.shape[1])
     is_mixed = packed or models > 1 or max(weight.itemsize, aux_weight.itemsize) > 2
     tiles = _tiles_of(POINTER_TILES, target, left, aligned, small, is_mixed)
     if models == 1 and combined.aux_weight_scale is None:
@@ -398,10 +406,10 @@ def _pointer_tiles(target: GPUTarget | None, left: Tensor, combined: CombinedWei
 
 
 def _pointer_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequence[GradTile]:
-    x, aligned = product.x, is_aligned(product.shape, product.grad_output, product.x)
+    x, aligned = product.x, _is_aligned(product.shape, product.grad_output, product.x)
     if CROWDED_TILES and aligned and architecture(target) != "portable" and x.itemsize == 2 and _is_crowded(product):
         return CROWDED_TILES
-    return _tiles_of(POINTER_GRAD_TILES, target, x, aligned, is_small(*product.shape))
+    return _tiles_of(POINTER_GRAD_TILES, target, x, aligned, _is_small(*product.shape))
 
 
 def _tiles_of(
@@ -419,13 +427,13 @@ def _tiles_of(
     return kinds["mixed" if is_mixed else "half"]
 
 
-def is_aligned(features: tuple[int, int], *matrices: Tensor) -> bool:
+def _is_aligned(features: tuple[int, int], *matrices: Tensor) -> bool:
     """Return whether rows can be read 16 elements at a time; if not, the larger tiles would spill."""
     strides = (stride for matrix in matrices for stride in matrix.stride() if stride != 1)
     return all(map(_is_whole, (*features, *strides, *(matrix.data_ptr() for matrix in matrices))))
 
 
-def is_small(rows: int, columns: int) -> bool:
+def _is_small(rows: int, columns: int) -> bool:
     """Return whether a result has so few rows, or makes so few large tiles (under 64), that small ones are better."""
     return rows <= 64 or rows * columns < 2**20
 
@@ -455,7 +463,7 @@ class Problem(NamedTuple):
 def problem(product: Product) -> Problem:
     """Describe a product on the current device, which is its tensors'."""
     operands = [
-        (operand.shape, operand.stride(), _is_whole(operand.data_ptr()), operand.dtype)
+        (operand.shape, operand.stride(), operand.data_ptr() % 16 == 0, operand.dtype)
         if isinstance(operand, Tensor)
         else operand
         for operand in product.operands
@@ -489,20 +497,20 @@ _recorded: dict[Problem, Product] | None = None
 
 @contextmanager
 def recording() -> Iterator[dict[Problem, Product]]:
-    """Collect the products, one of each problem, for which plans are chosen inside, in whichever thread."""
+    """Collect the products, one of each problem, for which any thread chooses plans inside."""
     global _recorded
-    before, _recorded = _recorded, {}
+    _recorded = recorded = {}
     try:
-        yield _recorded
+        yield recorded
     finally:
-        _recorded = before
+        _recorded = None
 
 
 def choose(product: Product) -> Plan:
     """Return the plan of a prepared product on the current device: the tuned one, or the first that is usable."""
     key = problem(product)
-    if _recorded is not None:
-        _recorded.setdefault(key, product)
+    if (recorded := _recorded) is not None:  # read once, as another thread may end it
+        recorded.setdefault(key, product)
     plan = TUNED.get(key) or UNTUNED.get(key)
     if plan is None:
         if len(UNTUNED) >= MOST_UNTUNED:  # of sizes that keep changing

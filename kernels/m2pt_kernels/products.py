@@ -1,4 +1,4 @@
-"""The two products that kernels compute, as values that are planned, timed, verified and launched."""
+"""Hold the two products that kernels compute as values, to be planned, timed, verified and launched."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class CombinedMatmul(NamedTuple):
     Attributes:
         left: x (M, K), or dY (M, N).
         combined: a factor (K, N), or (N, K).
-        bias: an entry for each column of the factor, or None.
+        bias: (N,), or None, as it is without transposing.
     """
 
     left: Tensor
@@ -31,8 +31,8 @@ class CombinedMatmul(NamedTuple):
 
     def prepared(self) -> "CombinedMatmul":
         """Return the same as kernels read it: entries lie in memory, vectors and scales without gaps."""
-        left, (weight, aux_weight, scale, aux_weight_scale, transposed), bias = self
-        scales = _contiguous(scale), _contiguous(aux_weight_scale)
+        left, (weight, aux_weight, cross_modal_scale, aux_weight_scale, transposed), bias = self
+        scales = _contiguous(cross_modal_scale), _contiguous(aux_weight_scale)
         combined = CombinedWeight(_stored(weight), _stored(aux_weight), *scales, transposed)
         return CombinedMatmul(_stored(left), combined, _contiguous(bias))
 
@@ -82,9 +82,9 @@ class GradParameters(NamedTuple):
 
     def prepared(self) -> "GradParameters":
         """Return the same as kernels read it: entries lie in memory, scales without gaps."""
-        grad_output, x, aux_weight, scale, *dtypes, aux_weight_scale = self
+        grad_output, x, aux_weight, cross_modal_scale, *dtypes, aux_weight_scale = self
         matrices = _stored(grad_output), _stored(x), _stored(aux_weight)
-        return GradParameters(*matrices, _contiguous(scale), *dtypes, _contiguous(aux_weight_scale))
+        return GradParameters(*matrices, _contiguous(cross_modal_scale), *dtypes, _contiguous(aux_weight_scale))
 
 
 Product = CombinedMatmul | GradParameters

@@ -137,7 +137,7 @@ def supports_float8(device: torch.device) -> bool:
 
 
 def reads_float8(capability: int | None) -> bool:
-    """Return whether kernels read float8_e4m3fn at ten times a compute capability, or None of a GPU without CUDA."""
+    """Return whether kernels can read float8_e4m3fn; a capability of 89 means 8.9, None means no CUDA."""
     return capability is not None and capability >= 89
 
 

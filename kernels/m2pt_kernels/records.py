@@ -85,7 +85,7 @@ def _faults(findings: dict[str, Any]) -> dict[str, str]:
 
 
 def remember(device: str, kernels: Kernels, findings: Findings) -> None:
-    """Keep what was found. A variant with a fault is not used any more, until it is right where it was faulty.
+    """Keep what was found, for `faults`. A variant has no fault any more once it is right where it was faulty.
 
     Other processes that run already go on as they were.
     """

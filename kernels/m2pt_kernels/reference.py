@@ -4,30 +4,76 @@ Everything is accumulated in float32, or in float64 where the operands are float
 dequantised a block of rows at a time.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .combined import BLOCK_ENTRIES, CombinedWeight, blocks_of_rows, cast, wide_dtype
+from .combined import CombinedWeight
 from .products import GradParameters
+from .quantization import dequantize
+
+BLOCK_ENTRIES = 2**18
+"""A block of rows has so many entries: 1 MiB in float32, which stays in a CPU's cache."""
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Call `tensor.to(dtype)` only where it is needed, as it takes microseconds even where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that sums of a dtype are made in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def combined_sum(combined: CombinedWeight, dtype: torch.dtype) -> Tensor:
+    """Compute the sum, (N, K) and not transposed, in float32 at least, and round it once."""
+    weight, aux_weight, cross_modal_scale, aux_weight_scale, _ = combined
+    wide = wide_dtype(dtype)
+    # Makes torch compute in that dtype, in one pass where the device converts as it reads.
+    cross_modal_scale = cast(cross_modal_scale, wide)
+    one_pass = aux_weight_scale is None and aux_weight.dim() == 2
+    if dtype == wide and one_pass:
+        return torch.addcmul(weight, aux_weight, cross_modal_scale)
+    rounded = torch.empty_like(weight, dtype=dtype)
+    if one_pass:
+        return torch.addcmul(weight, aux_weight, cross_modal_scale, out=rounded)
+    for rows, blocks in _blocks_of_rows(aux_weight, aux_weight_scale):
+        total = weight[rows]
+        for block, scale in zip(blocks, cross_modal_scale.split(1), strict=True):
+            total = torch.addcmul(total, block, scale)
+        rounded[rows] = total
+    return rounded
+
+
+def _blocks_of_rows(aux_weight: Tensor, aux_weight_scale: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some rows at a time, and what the auxiliary models have in them, (n, rows, K)."""
+    size = max(1, BLOCK_ENTRIES // max(1, aux_weight.shape[-1]))
+    for start in range(0, max(1, aux_weight.shape[-2]), size):
+        rows = slice(start, start + size)
+        blocks = aux_weight[..., rows, :]
+        if aux_weight_scale is not None:
+            blocks = dequantize(blocks, aux_weight_scale[..., rows, :])
+        yield rows, blocks if blocks.dim() == 3 else blocks.unsqueeze(0)
 
 
 def combined_matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | None = None) -> Tensor:
     """Return `x (W + s * W_aux)^T + b` or `dY (W + s * W_aux)`, in the dtype of `left`."""
-    weight = combined.sum(left.dtype)
-    bias = None if bias is None else cast(bias, left.dtype)
+    weight = combined_sum(combined, left.dtype)
     if combined.transposed:
-        return F.linear(left, weight, bias)
-    return torch.mm(left, weight) if bias is None else torch.addmm(bias, left, weight)
+        return F.linear(left, weight, None if bias is None else cast(bias, left.dtype))
+    return torch.mm(left, weight)
 
 
 def grad_parameters(product: GradParameters) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of weight, aux weight and cross-modal scale; None for what is not wanted."""
-    grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale = product
+    grad_output, x, aux_weight, cross_modal_scale, weight_dtype, aux_dtype, aux_weight_scale = product
     accumulator = grad_weight(grad_output, x)
     return (
         None if weight_dtype is None else cast(accumulator, weight_dtype),
-        None if aux_dtype is None else cast(grad_aux(accumulator, scale), aux_dtype),
+        None if aux_dtype is None else cast(grad_aux(accumulator, cross_modal_scale), aux_dtype),
         None if aux_weight is None else grad_scale(accumulator, aux_weight, aux_weight_scale),
     )
 
@@ -55,6 +101,6 @@ def grad_scale(accumulator: Tensor, aux_weight: Tensor, aux_weight_scale: Tensor
     if aux_weight_scale is None and aux_weight.dtype == dtype and accumulator.numel() <= BLOCK_ENTRIES:
         sums = torch.linalg.vecdot(accumulator, aux_weight)  # as below, without what takes longer in a small layer
     else:
-        blocks = blocks_of_rows(aux_weight, aux_weight_scale)
+        blocks = _blocks_of_rows(aux_weight, aux_weight_scale)
         sums = torch.cat([torch.linalg.vecdot(accumulator[rows], cast(aux, dtype)) for rows, aux in blocks], 1)
     return sums.sum(-1, keepdim=sums.dim() == 1)

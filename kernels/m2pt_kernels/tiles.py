@@ -1,4 +1,4 @@
-"""Tiles, as all kernels number and address them."""
+"""Number and address tiles, for all kernels."""
 
 from typing import NamedTuple
 

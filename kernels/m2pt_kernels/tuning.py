@@ -44,10 +44,10 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
     """Time every way to compute the products of a training step, and use the fastest from now on in this process.
 
     Runs the model forward and backward once, within the caller's autocast; parameters, gradients, buffers and random
-    numbers are left as they were. Before a candidate is timed its result is compared with float64. Times are kept as
-    `records` says; what is found there is not timed again. A candidate that fails is left out, with a warning, and one
-    whose result is wrong is never used again on such a GPU; if no kernel is left, plain torch computes. Call it before
-    `torch.compile` and distributed wrappers.
+    numbers are left as they were. What other threads compute meanwhile is tuned too. Before a candidate is timed its
+    result is compared with float64. Times are kept as `records` says; what is found there is not timed again. A
+    candidate that fails is left out, with a warning, and one whose result is wrong is never used again on such a GPU;
+    if no kernel is left, plain torch computes. Call it before `torch.compile` and distributed wrappers.
 
     Args:
         model: on the GPU that it is trained on.

@@ -1,4 +1,4 @@
-"""Find out whether a plan computes a product right: compare with float64, as plain torch does.
+"""Find out whether a plan computes a product right: compare it with float64, and its error with plain torch's own.
 
 The memory that a kernel writes to is poisoned before, and repeated runs must give the same bits.
 """
@@ -94,7 +94,7 @@ class Bound:
 
 
 def verify(plan: Plan, product: Product) -> Finding:
-    """Compute a product by a plan on the current device, RUNS times, and compare; outside autocast.
+    """Compute a product by a plan, RUNS times, and compare; outside autocast.
 
     Raises:
         Exception: whatever the kernel raises.
@@ -142,7 +142,7 @@ def _have_same_bits(first: list[Tensor | None], second: list[Tensor | None]) -> 
 
 def _compare_combined(got: list[Tensor], plain: list[Tensor], product: CombinedMatmul) -> dict[str, Bound]:
     left, combined, bias = product
-    weight, scale = combined.weight, combined.cross_modal_scale
+    weight, cross_modal_scale = combined.weight, combined.cross_modal_scale
     aux_weight = _values(combined.aux_weight, combined.aux_weight_scale)
     if combined.transposed:
         weight, aux_weight = weight.t(), aux_weight.mT
@@ -150,7 +150,7 @@ def _compare_combined(got: list[Tensor], plain: list[Tensor], product: CombinedM
     bias = left.new_zeros(weight.shape[1]) if bias is None else bias
     bound = Bound(left.dtype, depth, _operand_eps(left), _sums(depth))
     for columns in _blocks(weight.shape[1], depth):
-        summands = torch.cat((weight[None, :, columns].double(), _scaled(aux_weight[..., columns], scale)))
+        summands = torch.cat((weight[None, :, columns].double(), _scaled(aux_weight[..., columns], cross_modal_scale)))
         total, absolute = summands.sum(0), summands.abs().sum(0).float()
         finite = total.abs() <= limits.max * (1 - limits.eps)
         squares = torch.where(finite, total.square(), torch.inf).float()
@@ -169,7 +169,7 @@ def _compare_combined(got: list[Tensor], plain: list[Tensor], product: CombinedM
 def _compare_gradients(
     got: list[Tensor | None], plain: list[Tensor | None], product: GradParameters
 ) -> dict[str, Bound]:
-    grad_output, x, aux_weight, scale, *_, aux_weight_scale = product
+    grad_output, x, aux_weight, cross_modal_scale, *_, aux_weight_scale = product
     tokens, columns = x.shape
     eps = _operand_eps(x) if x.dtype == torch.float32 else 0.0  # what is not float32 is multiplied as it is
     names = ("the gradient of weight", "the gradient of aux_weight", "the gradient of scale")
@@ -185,7 +185,7 @@ def _compare_gradients(
         if got[0] is not None:
             bounds[names[0]].add(got[0][rows], plain[0][rows], exact, terms, eps * squares.sqrt())
         if got[1] is not None:
-            factors = scale.double().view(-1, *(1,) * (got[1].dim() - 1))
+            factors = cross_modal_scale.double().view(-1, *(1,) * (got[1].dim() - 1))
             sums = factors * exact, factors.abs() * terms, factors.abs() * eps * squares.sqrt()
             bounds[names[1]].add(got[1][..., rows, :], plain[1][..., rows, :], *sums)
         if aux_weight is not None:

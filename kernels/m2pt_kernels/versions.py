@@ -1,4 +1,4 @@
-"""What differs between releases of Triton, tiles apart: features, options, and which releases are known."""
+"""Say what differs between releases of Triton, tiles apart: features, options, and which releases are known."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import triton
 
 RELEASE = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
 OLDEST, NEWEST = (3, 5), (3, 9)
-"""All kernels were compiled with these, the releases between, and read: no spills, within shared memory."""
+"""All kernels were compiled with these and the releases between, and read: no spills, within shared memory."""
 
 HAS_TMA_LOOPS = RELEASE >= (3, 8)
 """Triton 3.4 to 3.6 do not compile the loops of `gemm_tma`; 3.7 does, with barriers that share their memory."""
@@ -21,7 +21,7 @@ OPTIONS = {"enable_fp_fusion": True}
 """In every kernel multiplications and additions become one instruction, which Triton 3.10 will do only if asked."""
 
 TMA_OPTIONS = OPTIONS
-"""The kernels in `gemm_tma` and `gemm_hopper` need more."""
+"""The kernels in `gemm_tma` and `gemm_hopper` need more from Triton 3.9 on."""
 if RELEASE >= (3, 9):
     # It assembles for sm_90 with ptxas 13, which by default spills registers of the largest tiles.
     TMA_OPTIONS = OPTIONS | {"ptx_options": "--register-usage-level=0"}
