@@ -207,6 +207,26 @@ def test_a_triton_without_tma_loops_has_pointers_alone(monkeypatch):
         assert kernels(monkeypatch, product()) == {"pointers"}
 
 
+def test_pointer_tiles_suit_the_operands(monkeypatch):
+    monkeypatch.setattr(plans, "active_target", lambda: AMPERE)
+    several, tiles = changed(forward(), left=matrix(12608, 128)), plans.POINTER_TILES
+    one = changed(several, aux_weight=matrix(256, 128))
+    for product, expected in (
+        (one, tiles["ampere"]["half"]),
+        (several, [tile for tile in tiles["ampere"]["mixed"] if not tile.COMBINE_IN_WARPS]),
+        (changed(one, left=misaligned(matrix(12608, 128))), tiles["portable"]["half"]),
+    ):
+        assert [plan.tile for plan in plans.candidates(product)] == list(expected)
+
+
+@by_tma
+def test_several_quantised_models_are_read_in_pairs_along_the_depth_alone():
+    aux_weight, aux_weight_scale = matrix(2, 256, 128, dtype=torch.int8), matrix(2, 256, 1, dtype=FLOAT)
+    along_columns = changed(forward(), aux_weight=aux_weight, aux_weight_scale=aux_weight_scale)
+    for product, more_rows in ((grad_input(), 0), (along_columns, 128)):
+        assert [tile.MORE_M for tile in plans.tma_tiles(HOPPER, product.combined)] == [more_rows]
+
+
 def test_a_gpu_between_hopper_and_blackwell_gets_hoppers_pointers(monkeypatch):
     large = changed(forward(), left=matrix(12608, 128))
     assert kernels(monkeypatch, large, GPUTarget("cuda", 110, 32)) == {"pointers"}

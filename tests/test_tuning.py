@@ -402,7 +402,7 @@ def test_a_product_that_no_kernel_computes_is_left_to_plain_torch(model, sample,
 def test_nothing_is_recorded_after_a_warmup(model, sample, times):
     tune(model, sample)
     assert plans._recorded is None
-    with pytest.raises(ValueError, match="^x: expected shape"):
+    with pytest.raises(ValueError, match="x: expected shape"):
         tune(model, sample[:, :5])
     assert plans._recorded is None
 
