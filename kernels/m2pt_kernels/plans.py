@@ -68,6 +68,7 @@ _128x128 = partial(gemm_pointers.CombinedTile, BLOCK_M=128, BLOCK_N=128, num_war
 _64x64 = partial(gemm_pointers.CombinedTile, BLOCK_M=64, BLOCK_N=64, num_warps=4)
 _64x32 = partial(gemm_pointers.CombinedTile, BLOCK_M=64, BLOCK_N=32, num_warps=4)
 _32x32 = partial(gemm_pointers.CombinedTile, BLOCK_M=32, BLOCK_N=32, num_warps=4)
+_AMPERE_IEEE = (_128x128(BLOCK_K=8, num_stages=3), _64x64(BLOCK_K=16, num_stages=3))
 
 # Of each tuple the first is used unless `warmup` finds a faster one; for one auxiliary model all fit without spills.
 # Operand kinds: "half"; "mixed" is half-precision activations with float32 W or W_aux; float32 is "tf32" or "ieee".
@@ -88,7 +89,7 @@ POINTER_TILES: dict[str, dict[str, tuple[gemm_pointers.CombinedTile, ...]]] = {
             _256x128(BLOCK_K=16, num_stages=4),
             _128x128(BLOCK_K=32, num_stages=3, COMBINE_IN_WARPS=True),
         ),
-        "ieee": (_128x128(BLOCK_K=8, num_stages=3), _64x64(BLOCK_K=16, num_stages=3)),
+        "ieee": _AMPERE_IEEE,
     },
     "ampere_small": {  # sm_86, sm_89 and sm_120: the same instructions, 99 KiB, and half the tensor cores' rate
         "half": (
@@ -106,7 +107,7 @@ POINTER_TILES: dict[str, dict[str, tuple[gemm_pointers.CombinedTile, ...]]] = {
             _256x128(BLOCK_K=16, num_stages=3),
             _128x128(BLOCK_K=32, num_stages=3, COMBINE_IN_WARPS=True),
         ),
-        "ieee": (_128x128(BLOCK_K=8, num_stages=3), _64x64(BLOCK_K=16, num_stages=3)),
+        "ieee": _AMPERE_IEEE,
     },
     "hopper": {  # sm_90
         "half": (_128x128(BLOCK_K=64, num_stages=3),),
