@@ -210,17 +210,15 @@ def _matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | None = None) 
         with torch.autocast(left.device.type, enabled=False):
             return _matmul(left, combined, bias)
     path = path_of(left, *combined[:3], bias)
-    if left.dim() == 2:
-        return path.combined_matmul(left, combined, bias)
     output = path.combined_matmul(_flat(left), combined, bias)
-    return _shaped(output, (*left.shape[:-1], output.shape[1]))
+    return output if left.dim() == 2 else _shaped(output, (*left.shape[:-1], output.shape[1]))
 
 
 def _gradients(grad_output, x, *others):
     if _autocast_enabled(x):
         with torch.autocast(x.device.type, enabled=False):
             return _gradients(grad_output, x, *others)
-    product = _grad_product(grad_output, x, *others)
+    product = _grad_product(_flat(grad_output), _flat(x), *others)
     return path_of(grad_output, x, product.aux_weight, product.cross_modal_scale).grad_parameters(product)
 
 
@@ -228,7 +226,7 @@ def _grad_product(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, au
     """Make the product that the operator asks for; a scale and a dtype ask for W_aux's gradient together."""
     if scale is None or aux_dtype is None:
         scale = aux_dtype = None
-    return GradParameters(_flat(grad_output), _flat(x), aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale)
+    return GradParameters(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale)
 
 
 def _dispatched_matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | None = None) -> Tensor:

@@ -2,9 +2,9 @@
 
 Kernels and tiles by architecture are here; devices.py and quantization.py say which dtypes a device reads. To add one,
 name it in `architecture` and give it a row in POINTER_TILES and POINTER_GRAD_TILES and, if the TMA kernels compile for
-it, in the TMA tables and MULTIPROCESSORS. With its target in TARGETS of `benchmarks/offline.py`,
-`tests/test_compilation.py` says whether the tiles fit without spills, and `python -m benchmarks.compile_report` what
-they compile to.
+it, in the TMA tables and MULTIPROCESSORS. With its target and memory in `benchmarks/offline.py`,
+`tests/test_compilation.py` says whether the tiles fit without spills; with its rates in `benchmarks/compile_report.py`,
+that says what they compile to.
 """
 
 import warnings
@@ -464,7 +464,7 @@ class Problem(NamedTuple):
 def problem(product: Product) -> Problem:
     """Describe a product on the current device, which is its tensors'."""
     operands = [
-        (operand.shape, operand.stride(), operand.data_ptr() % 16 == 0, operand.dtype)
+        (operand.shape, operand.stride(), _is_whole(operand.data_ptr()), operand.dtype)
         if isinstance(operand, Tensor)
         else operand
         for operand in product.operands

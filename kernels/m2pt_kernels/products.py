@@ -62,7 +62,7 @@ class GradParameters(NamedTuple):
 
     @property
     def operands(self) -> tuple[Tensor | torch.dtype | None, ...]:
-        return tuple(self)
+        return self
 
     @property
     def shape(self) -> tuple[int, int]:
