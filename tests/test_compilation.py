@@ -10,11 +10,12 @@ from test_ops import operands
 
 from benchmarks.offline import TARGETS, can_compile, compiling_for, resources
 from benchmarks.sass import main_loop, serialised_wgmma
-from m2pt_kernels import cross_modal_linear, gemm, gemm_tma, plans, quantize
+from m2pt_kernels import cross_modal_linear, estimates, gemm, gemm_tma, plans, quantize
 from m2pt_kernels.combined import CombinedWeight
 from m2pt_kernels.devices import input_precision
 from m2pt_kernels.gemm_pointers import combined_matmul_kernel, grad_parameters_kernel
-from m2pt_kernels.products import CombinedMatmul
+from m2pt_kernels.products import CombinedMatmul, GradParameters
+from m2pt_kernels.split_sums import split_sums_kernel
 from m2pt_kernels.versions import HAS_HOPPER_LOOPS, HAS_TMA_LOOPS, RELEASE
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -54,6 +55,14 @@ def matmul_precision():
     before = torch.get_float32_matmul_precision()
     yield torch.set_float32_matmul_precision
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def first_tiles(monkeypatch):
+    """The first tile of the first kernel that can compute a product is used, whatever it takes, and nothing is split."""
+    kernels = ["hopper", "tma", "pointers"]
+    monkeypatch.setattr(estimates, "clocks", lambda by, tile, work, splits=1: kernels.index(by))
+    monkeypatch.setattr(estimates, "best_splits", lambda by, tile, work: 1)
 
 
 @pytest.fixture
@@ -102,8 +111,33 @@ def test_several_models_without_spills_and_within_shared_memory(target):
         assert resources(kernel).spilled == 0, (kernel.metadata.name, kernel.src.constants, resources(kernel))
 
 
+@pytest.mark.parametrize("storage", [None, "int8", "int4"])
+@each_target
+def test_split_gradients_without_spills_and_within_shared_memory(target, storage):
+    """In the tiles of every kernel, and the sums of the splits, all gradients being wanted."""
+    models, columns = (1, 1088) if storage else (3, 1040)
+    tensors, grad_output = operands(600, 3088, columns, HALF, FLOAT, models=models, needs_grad=())
+    tensors = quantized(tensors, storage) if storage else tensors
+    scale, aux_dtype = (None, None) if storage else (tensors["scale"], FLOAT)
+    product = GradParameters(
+        *(grad_output, tensors["x"], tensors["aux_weight"], scale, FLOAT, aux_dtype, tensors.get("aux_weight_scale"))
+    )
+    row = plans.architecture(TARGETS[target])
+    tiles = {
+        "tma": plans.TMA_GRAD_TILES.get(row, ()) if HAS_TMA_LOOPS else (),
+        "pointers": (*plans.POINTER_GRAD_TILES[row]["half"], *plans.POINTER_GRAD_TILES["small"]["half"]),
+    }
+    split = [plans.Plan(by, tile, splits=3) for by, found in tiles.items() for tile in found]
+    with compiling_for(TARGETS[target]) as compiled:
+        for plan in split:
+            gemm.grad_parameters(product, plan)
+    assert len(compiled) == len(split) + 1
+    for kernel in compiled:
+        assert resources(kernel).spilled == 0, (kernel.metadata.name, kernel.src.constants, resources(kernel))
+
+
 @pytest.mark.parametrize("weight_dtype, stores", [(HALF, 0), (FLOAT, 4)], ids=str)
-def test_ampere_combines_in_registers_or_once_a_block(weight_dtype, stores):
+def test_ampere_combines_in_registers_or_once_a_block(first_tiles, weight_dtype, stores):
     x, weight = torch.empty(1024, 1024, dtype=HALF), torch.empty(1024, 1024, dtype=weight_dtype)
     with compiling_for(TARGETS["sm_80"]) as compiled:
         cross_modal_linear(x, weight, weight, torch.empty(1))
@@ -113,7 +147,7 @@ def test_ampere_combines_in_registers_or_once_a_block(weight_dtype, stores):
 
 
 @each_target
-def test_more_rows_than_32_bits_count(target):
+def test_more_rows_than_32_bits_count(first_tiles, target):
     rows = 2**31 + 5
     x, grad_output = torch.empty(1, 16, dtype=HALF).expand(rows, 16), torch.empty(1, 1, dtype=HALF).expand(rows, 1)
     weight = torch.empty(1, 16, dtype=HALF, requires_grad=True)
@@ -148,6 +182,8 @@ LAUNCHES = {
     "combined_matmul by TMA": (gemm_tma.combined_matmul_tma_kernel, TYPES, TMA),
     "combined_matmul by TMA, int8": (gemm_tma.combined_matmul_tma_kernel, TYPES | INT8, TMA | {"DEPTH_FIRST": True}),
     "grad_parameters by TMA": (gemm_tma.grad_parameters_tma_kernel, TYPES, TMA | {"BLOCK_M": 128, "BLOCK_K": 64}),
+    "sums of splits": (split_sums_kernel, TYPES | {"splits_ptr": FLOAT}, {"BLOCK": 64, "SPLITS": 2, "num_stages": 1}),
+    "sums of splits, int4": (split_sums_kernel, TYPES | INT4, {"BLOCK": 64, "SPLITS": 2, "num_stages": 1}),
 }
 """A kernel, what its pointers point to where that is not bfloat16, and its constants."""
 if HAS_HOPPER_LOOPS:
@@ -183,7 +219,7 @@ def test_every_integer_may_be_one_odd_or_beyond_32_bits(launch, argument):
             arguments[param.name] = (constants | {"GROUP": 8, "MODELS": 2}).get(param.name, 4096)
     values = [1, 17, 2**31 + 16]
     if "TMA" in launch:  # some are refused: see `test_plans.py`
-        if argument in ("rows", "columns", "depth"):
+        if argument in ("rows", "columns", "depth", "share"):
             values.remove(2**31 + 16)
         if argument == "columns" or argument.startswith("stride"):
             values.remove(1)
@@ -200,7 +236,7 @@ def quantized(tensors, storage):
 
 @pytest.mark.parametrize("storage", ["int8", "int4", "float8_e4m3fn"])
 @each_target
-def test_quantized_without_spills_and_within_shared_memory(target, storage):
+def test_quantized_without_spills_and_within_shared_memory(first_tiles, target, storage):
     refused = storage == "float8_e4m3fn" and target in ("sm_80", "sm_86", "gfx942", "gfx1100")
     with compiling_for(TARGETS[target]) as compiled:
         for dtype, weight_dtype, sizes in (
@@ -222,7 +258,9 @@ def test_quantized_without_spills_and_within_shared_memory(target, storage):
 @by_tma
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
 @pytest.mark.parametrize("storage, in_features", [("int8", 208), ("int8", 224), ("float8_e4m3fn", 224)])
-def test_hopper_dequantises_in_registers_without_waiting(without_gluon, storage, weight_dtype, in_features):
+def test_hopper_dequantises_in_registers_without_waiting(
+    first_tiles, without_gluon, storage, weight_dtype, in_features
+):
     tensors, grad_output = operands(600, 272, in_features, HALF, weight_dtype)
     with compiling_for(TARGETS["sm_90"]) as compiled:
         cross_modal_linear(**quantized(tensors, storage)).backward(grad_output)
@@ -240,9 +278,8 @@ def test_hopper_dequantises_in_registers_without_waiting(without_gluon, storage,
 def compile_by_hopper(product):
     """In all tiles of `gemm_hopper`."""
     with compiling_for(TARGETS["sm_90"]) as compiled:
-        for plan in plans.candidates(product):
-            if plan.by == "hopper":
-                gemm.compute(plan, product)
+        for tile in plans.hopper_tiles(TARGETS["sm_90"], product.combined):
+            gemm.compute(plans.Plan("hopper", tile), product)
     return compiled
 
 
@@ -267,7 +304,7 @@ def test_hopper_combines_the_next_step_while_it_multiplies(product, dtype, weigh
     is_forward = product == "forward"
     combined = CombinedWeight(weight, aux_weight, torch.empty(1), scales, transposed=is_forward)
     compiled = compile_by_hopper(CombinedMatmul(x if is_forward else grad_output, combined))
-    assert len(compiled) == (3 if is_forward or scales is None else 0)  # which are not those of the depth
+    assert len(compiled) == (4 if is_forward or scales is None else 0)  # which are not those of the depth
     for kernel in compiled:
         assert resources(kernel).spilled == 0
         assert serialised_wgmma(kernel) == []
@@ -281,13 +318,13 @@ def test_a_bias_takes_no_registers_from_hoppers_products(weight_dtype):
     x, weight = torch.empty(1000, 224, dtype=HALF), torch.empty(272, 224, dtype=weight_dtype)
     combined = CombinedWeight(weight, weight, torch.empty(1), transposed=True)
     compiled = compile_by_hopper(CombinedMatmul(x, combined, torch.empty(272, dtype=weight_dtype)))
-    assert len(compiled) == 3
+    assert len(compiled) == 4
     for kernel in compiled:
         assert resources(kernel).spilled == 0 and serialised_wgmma(kernel) == []
 
 
 @by_tma
-def test_hopper_dequantises_three_models_in_registers():
+def test_hopper_dequantises_three_models_in_registers(first_tiles):
     tensors, grad_output = operands(600, 272, 224, HALF, FLOAT, models=3, needs_grad=("x",))
     with compiling_for(TARGETS["sm_90"]) as compiled:
         cross_modal_linear(**quantized(tensors, "float8_e4m3fn")).backward(grad_output)
@@ -298,7 +335,7 @@ def test_hopper_dequantises_three_models_in_registers():
 
 
 @by_tma
-def test_columns_that_are_not_a_multiple_of_16_bytes_are_not_read_in_pairs(without_gluon):
+def test_columns_that_are_not_a_multiple_of_16_bytes_are_not_read_in_pairs(first_tiles, without_gluon):
     tensors, _ = operands(600, 272, 200, HALF, HALF, needs_grad=("x",))
     tensors["aux_weight"] = torch.empty(272, 208, dtype=torch.int8)[:, :200]
     with compiling_for(TARGETS["sm_90"]) as compiled:
@@ -334,7 +371,7 @@ def compile_step(target, weight_dtype, aux_dtype):
 @by_tma
 @pytest.mark.parametrize("aux_dtype", [HALF, FLOAT], ids=str)
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
-def test_hopper_multiplies_from_registers_without_waiting(without_gluon, weight_dtype, aux_dtype):
+def test_hopper_multiplies_from_registers_without_waiting(first_tiles, without_gluon, weight_dtype, aux_dtype):
     most = (140, 140, 58) if RELEASE < (3, 9) else (141, 140, 61)  # whose assembler is another
     for kernel, instructions in zip(compile_step("sm_90", weight_dtype, aux_dtype), most, strict=True):
         assert serialised_wgmma(kernel) == []
@@ -347,7 +384,7 @@ def test_hopper_multiplies_from_registers_without_waiting(without_gluon, weight_
 @by_tma
 @pytest.mark.parametrize("aux_dtype", [HALF, FLOAT], ids=str)
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
-def test_blackwell_multiplies_from_tensor_memory(weight_dtype, aux_dtype):
+def test_blackwell_multiplies_from_tensor_memory(first_tiles, weight_dtype, aux_dtype):
     *products, grad_parameters = compile_step("sm_100", weight_dtype, aux_dtype)
     for kernel in (*products, grad_parameters):
         assert 0 < kernel.metadata.tmem_size <= 512
@@ -361,8 +398,10 @@ def test_blackwell_multiplies_from_tensor_memory(weight_dtype, aux_dtype):
 
 @by_tma
 @pytest.mark.parametrize("weight_dtype, aux_dtype", [(HALF, HALF), (FLOAT, HALF), (FLOAT, FLOAT)], ids=str)
-@pytest.mark.parametrize("target, position", [("sm_90", 1), for_target("sm_100", 1), for_target("sm_100", 2)])
-def test_other_tiles_by_tma(without_gluon, target, position, weight_dtype, aux_dtype, monkeypatch):
+@pytest.mark.parametrize(
+    "target, position", [*(("sm_90", position) for position in range(1, 4)), *(for_target("sm_100", i) for i in (1, 2))]
+)
+def test_other_tiles_by_tma(first_tiles, without_gluon, target, position, weight_dtype, aux_dtype, monkeypatch):
     for name in ("tma_tiles", "tma_grad_tiles"):
         tiles = getattr(plans, name)
         monkeypatch.setattr(plans, name, lambda *product, tiles=tiles: tiles(*product)[: position + 1][-1:])

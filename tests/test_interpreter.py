@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("name", ["test_ops.py", "test_several_models.py", "test_numerics.py", "test_tma_kernels.py"])
+@pytest.mark.parametrize(
+    "name", ["test_ops.py", "test_several_models.py", "test_numerics.py", "test_tma_kernels.py", "test_splits.py"]
+)
 def test_operators_in_the_interpreter(name):
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).with_name(name)],

@@ -12,13 +12,16 @@ from test_ops import changed, operands
 from triton.backends.compiler import GPUTarget
 from triton.runtime import _allocation
 
+from benchmarks import results
 from benchmarks.offline import TARGETS, compiling_for
-from m2pt_kernels import gemm, plans, reference
+from benchmarks.products import LAYERS, WEIGHTS
+from m2pt_kernels import estimates, gemm, plans, reference
 from m2pt_kernels.combined import CombinedWeight
 from m2pt_kernels.devices import device_of, supports
 from m2pt_kernels.ops import path_of
 from m2pt_kernels.plans import TUNED, UNTUNED, Plan, problem
 from m2pt_kernels.products import CombinedMatmul, GradParameters
+from m2pt_kernels.tiles import count_tiles, share_of
 from m2pt_kernels.versions import HAS_HOPPER_LOOPS
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -85,7 +88,6 @@ NOT_TAKEN = {
     ("tma", forward): {
         **OTHER_GPUS,
         "float32 activations": {"left": matrix(1024, 128, dtype=FLOAT)},
-        "few rows": {"left": matrix(511, 128)},
         "four models": {"aux_weight": matrix(4, 256, 128)},
         "int4": {"aux_weight": matrix(256, 128, dtype=torch.uint8)},
         "output rows of no multiple of 16 bytes": {
@@ -163,21 +165,80 @@ if HAS_HOPPER_LOOPS:
     }
 
 
+def on_meta(*shape, dtype=HALF):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def chosen(monkeypatch, multiprocessors, tokens, in_features, out_features, target=HOPPER, dtypes=(HALF, HALF)):
+    """The plans of a layer's forward, input gradient and parameter gradients."""
+    monkeypatch.setattr(plans, "active_target", lambda: target)
+    monkeypatch.setattr(plans, "multiprocessors", lambda device: multiprocessors)
+    weight, aux_weight = (on_meta(out_features, in_features, dtype=dtype) for dtype in dtypes)
+    x, grad_output = on_meta(tokens, in_features), on_meta(tokens, out_features)
+    combined = CombinedWeight(weight, aux_weight, on_meta(1, dtype=FLOAT))
+    return [
+        plans.candidates(product)[0]
+        for product in (
+            CombinedMatmul(x, combined._replace(transposed=True)),
+            CombinedMatmul(grad_output, combined),
+            GradParameters(grad_output, x, aux_weight, None, weight.dtype, None),
+        )
+    ]
+
+
 @by_hopper
 @pytest.mark.parametrize(
-    "rows, columns, multiprocessors, more_rows",
+    "multiprocessors, sizes, heights",
     [
-        (12608, 3072, 132, [128, 32, 64]),  # 6 waves of 384 rows, 8 of 288, 8 of 320
-        (12608, 768, 132, [32, 64, 128]),  # 2 waves each
-        (12608, 768, 114, [128, 32, 64]),  # 2 of 384, 3 of others
+        (132, (12608, 768, 3072), [384, 288]),  # 6 waves of 384 rows, 8 of 288 and of 320; 2 of each
+        (114, (12608, 3072, 768), [384, 384]),  # 2 waves of 384, 3 of others; 7 of 384, 9 of 320, 10 of 288
+        (132, (788, 768, 3072), [160, 128]),  # 72 tiles of 288 rows, 120 of 160; 18 and 30
+        (132, (197, 3072, 768), [64, 128]),  # too few tiles of `gemm_hopper`
     ],
 )
-def test_tiles_for_hopper_are_chosen_by_waves(monkeypatch, rows, columns, multiprocessors, more_rows):
-    monkeypatch.setattr(plans, "multiprocessors", lambda device: multiprocessors)
-    weight = torch.empty(columns, 64, dtype=HALF, device="meta")
-    combined = CombinedWeight(weight, weight, torch.empty(1), transposed=True)
-    tiles = plans.hopper_tiles(HOPPER, torch.empty(rows, 64, dtype=HALF, device="meta"), combined)
-    assert [tile.MORE_M for tile in tiles] == more_rows
+def test_tiles_are_chosen_by_waves(monkeypatch, multiprocessors, sizes, heights):
+    forward, grad_input, _ = chosen(monkeypatch, multiprocessors, *sizes)
+    assert [plan.tile.shape[0] for plan in (forward, grad_input)] == heights
+
+
+MEASURED = results.read(results.TRACKED / "products-h200.md")
+
+
+@by_hopper
+def test_the_choice_on_an_h200_is_the_fastest_that_was_measured_there(monkeypatch):
+    layers = {layer.name: layer for layer in LAYERS}
+    for row in MEASURED:
+        if row["product"] == "grad_parameters":
+            continue
+        _, *sizes = layers[row["layer"]]
+        names = dict(pair.rsplit(" ", 1) for pair in row["others / plain"].split(", "))
+        times = {row["its plan"]: row["this package / plain"]} | {name: float(time) for name, time in names.items()}
+        plan = chosen(monkeypatch, 132, *sizes, dtypes=WEIGHTS[row["weights"]])
+        assert times[str(plan[row["product"] == "grad_input"])] == min(times.values())
+
+
+@pytest.mark.parametrize("target, multiprocessors", [("sm_80", 108), ("sm_90", 132), ("sm_100", 148), ("gfx942", 304)])
+def test_gradients_of_few_tiles_are_split_to_fill_the_machine(monkeypatch, target, multiprocessors):
+    for tokens, in_features, out_features in ((12608, 768, 768), (100_000, 192, 192)):
+        plan = chosen(monkeypatch, multiprocessors, tokens, in_features, out_features, TARGETS[target])[-1]
+        assert 1 < plan.splits <= estimates.MOST_SPLITS
+        assert plan.splits * in_features * out_features * 4 <= estimates.MOST_SPLIT_BYTES
+        blocks = plan.splits * count_tiles(plan.tile, out_features, in_features)
+        assert blocks > 0.8 * multiprocessors or plan.splits == estimates.MOST_SPLITS
+
+
+@pytest.mark.parametrize("sizes", [(64, 768, 768), (12608, 8192, 8192), (0, 768, 768)])
+def test_gradients_are_not_split_without_need(monkeypatch, sizes):
+    assert chosen(monkeypatch, 132, *sizes)[-1].splits == 1
+
+
+def test_splits_have_whole_steps_of_their_own():
+    tile = plans.POINTER_GRAD_TILES["hopper"]["half"][0]
+    for depth in range(1, 3000, 7):
+        work = estimates.Work(256, 256, depth, 0, 0, 4096, 132)
+        splits = estimates.best_splits("pointers", tile, work)
+        share = share_of(depth, splits, tile.BLOCK_K) or depth
+        assert (splits - 1) * share < depth <= splits * share
 
 
 @by_tma
@@ -230,7 +291,8 @@ def test_several_quantised_models_are_read_in_pairs_along_the_depth_alone():
 def test_a_gpu_between_hopper_and_blackwell_gets_hoppers_pointers(monkeypatch):
     large = changed(forward(), left=matrix(12608, 128))
     assert kernels(monkeypatch, large, GPUTarget("cuda", 110, 32)) == {"pointers"}
-    assert [plan.tile for plan in plans.candidates(large)] == list(plans.POINTER_TILES["hopper"]["mixed"])
+    tiles = {tile for row in ("hopper", "small") for tile in plans.POINTER_TILES[row]["mixed"]}
+    assert {plan.tile for plan in plans.candidates(large)} <= tiles
 
 
 @pytest.mark.parametrize("capability, reads", [(86, False), (89, True), (90, True)])
@@ -334,7 +396,8 @@ def test_plans_and_launches_are_the_tensors_devices_not_the_current_ones(devices
         )
 
     monkeypatch.setattr(gemm, "_LAUNCHES", {by: launch(by) for by in ("pointers", "tma", "hopper")})
-    tensors, grad_output = operands(1024, 1024, 1024, HALF, HALF, needs_grad=())
+    monkeypatch.setattr(gemm.split_sums, "grad_parameters", lambda *_: None)
+    tensors, grad_output = operands(4096, 1024, 1024, HALF, HALF, needs_grad=())
     x, weight, aux_weight, scale, bias = tensors.values()
     combined = CombinedWeight(weight, aux_weight, scale, transposed=True)
     if tuned:  # for the other device
@@ -378,16 +441,17 @@ def test_descriptors_lie_in_memory_of_torch_on_the_current_device(target, produc
 
     aux_weight, grad_output = matrix(128, 256), matrix(1024, 128)
     combined = CombinedWeight(matrix(128, 256), aux_weight, matrix(1))
-    call = {
-        "forward": (gemm.combined_matmul, matrix(1024, 256), combined._replace(transposed=True)),
-        "grad_input": (gemm.combined_matmul, grad_output, combined),
-        "grad_parameters": (gemm.grad_parameters, grad_parameters()),
+    product = {
+        "forward": CombinedMatmul(matrix(1024, 256), combined._replace(transposed=True)),
+        "grad_input": CombinedMatmul(grad_output, combined),
+        "grad_parameters": grad_parameters(),
     }[product]
     with compiling_for(TARGETS[target]):
+        plan = next(plan for plan in plans.candidates(product) if plan.by != "pointers")
         monkeypatch.setattr(triton.runtime.driver.active, "launcher_cls", launcher_cls)
         monkeypatch.setattr(torch, "empty", lambda size, **options: (size, options))
-        Context().run(*call)
-    ((size, options),) = allocated
+        Context().run(gemm.compute, plan, product)
+    size, options = allocated[0]
     assert size > 0 and options == {"dtype": torch.int8, "device": "cuda"}
 
 

@@ -23,7 +23,7 @@ from test_ops import (
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 
-from m2pt_kernels import cross_modal_linear, gemm, gemm_tma, plans
+from m2pt_kernels import cross_modal_linear, estimates, gemm, gemm_tma, plans
 from m2pt_kernels.devices import INTERPRETED
 from m2pt_kernels.ops import path_of
 
@@ -32,7 +32,7 @@ HALVES = DTYPES[1:]
 STEP = ["combined_matmul", "combined_matmul", "grad_parameters"]
 
 
-@pytest.fixture(params=["gluon", "tl"] if torch.cuda.is_available() else ["tl"])
+@pytest.fixture(params=["gluon", "tl", "tl, split"] if torch.cuda.is_available() else ["tl", "tl, split"])
 def products(request, device, monkeypatch):
     """The products that the kernels which read by TMA have made."""
     made = []
@@ -53,9 +53,11 @@ def products(request, device, monkeypatch):
         small = gemm_tma.CombinedTile(BLOCK_M=32, MORE_M=16, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=1)
         small_grad = gemm_tma.GradTile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=1)
         tiles = {2: [small], 4: [small._replace(MORE_M=0)]}
-        monkeypatch.setattr(plans, "_MIN_ROWS_BY_TMA", 1)
         monkeypatch.setattr(plans, "tma_tiles", lambda target, combined: tiles[combined.weight.itemsize])
         monkeypatch.setattr(plans, "tma_grad_tiles", lambda *_: [small_grad])
+    kernels = ["hopper", "tma", "pointers"]
+    monkeypatch.setattr(estimates, "clocks", lambda by, tile, work, splits=1: kernels.index(by) + 1 - splits / 99)
+    monkeypatch.setattr(estimates, "best_splits", lambda *_: 2 if "split" in request.param else 1)
     return made
 
 

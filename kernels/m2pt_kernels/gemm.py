@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import gemm_pointers, gemm_tma, plans, reference
+from . import gemm_pointers, gemm_tma, plans, reference, split_sums
 from .combined import CombinedWeight
 from .devices import device_of
 from .plans import EAGER, Plan
@@ -33,7 +34,8 @@ def grad_parameters(
     """Return the wanted gradients of weight, aux weight and cross-modal scale. `plan` replaces the one that is chosen.
 
     The scale's is reduced in two stages of fixed order, a sum per row of a tile and the sum of those, without atomics:
-    repeated runs give the same bits.
+    repeated runs give the same bits. So they do where the tokens are split, which takes float32 memory of N x K for
+    each split, `estimates.MOST_SPLIT_BYTES` at most, until this returns.
     """
     with device_of(product.x):
         product = product.prepared()
@@ -43,7 +45,13 @@ def grad_parameters(
         empty, weight_dtype, aux_dtype = product.x.new_empty, product.weight_dtype, product.aux_dtype
         grad_weight = None if weight_dtype is None else empty(product.shape, dtype=weight_dtype)
         grad_aux = None if aux_dtype is None else empty(product.aux_shape, dtype=aux_dtype)
-        partial = _LAUNCHES[plan.by].grad_parameters(plan.tile, product, grad_weight, grad_aux)
+        launch = _LAUNCHES[plan.by].grad_parameters
+        if plan.splits == 1:
+            partial = launch(plan.tile, product, grad_weight, grad_aux)
+        else:
+            splits = empty(plan.splits, *product.shape, dtype=torch.float32)
+            launch(plan.tile, product.of_splits, splits, None, plan.splits)
+            partial = split_sums.grad_parameters(splits, product, grad_weight, grad_aux)
         return grad_weight, grad_aux, None if partial is None else partial.sum(1)
 
 

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .combined import CombinedWeight
 from .devices import multiprocessors
 from .gemm_tma import provide_descriptor_memory
-from .tiles import GROUP, ceil_div
+from .tiles import GROUP, count_tiles
 from .versions import TMA_OPTIONS
 
 _GROUPS = gl.constexpr(2)
@@ -329,9 +329,10 @@ class CombinedTile(NamedTuple):
     BLOCK_K: int
     STAGES: int
 
-
-def count_tiles(tile: CombinedTile, rows: int, columns: int) -> int:
-    return ceil_div(rows, tile.BLOCK_M + tile.MORE_M) * ceil_div(columns, _GROUPS.value * _COLUMNS.value)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Its rows and columns, and a step's depth."""
+        return self.BLOCK_M + self.MORE_M, _GROUPS.value * _COLUMNS.value, self.BLOCK_K
 
 
 def combined_matmul(

@@ -11,7 +11,7 @@ from .combined import CombinedWeight, model_stride
 from .devices import active_target, input_precision
 from .products import GradParameters
 from .quantization import GROUP_SIZE
-from .tiles import GROUP, GradTile, ceil_div, offset_of, tile_of_program
+from .tiles import GROUP, GradTile, count_tiles, offset_of, share_of, tile_of_program
 from .versions import OPTIONS
 
 GROUP_SIZE = tl.constexpr(GROUP_SIZE)
@@ -25,13 +25,13 @@ def _indices_inside(tile, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _packed_index(column):
+def packed_index(column):
     """Return where the int4 entry of a column lies in its row, in bytes."""
     return column // GROUP_SIZE * (GROUP_SIZE // 2) + column % (GROUP_SIZE // 2)
 
 
 @triton.jit
-def _unpack(data, column):
+def unpack(data, column):
     """Return the int4 entries of the columns that bytes were read for."""
     shift = (column // (GROUP_SIZE // 2) % 2 * 4).to(tl.uint8)
     return ((data >> shift) & 15).to(tl.float32) - 8
@@ -81,7 +81,7 @@ def combined_matmul_kernel(
     left_ptrs = left_ptr + row[:, None] * stride_left_row + k[None, :] * stride_left_depth
     weight_ptrs = weight_ptr + k[:, None] * stride_weight_depth + column[None, :] * stride_weight_column
     PACKED: tl.constexpr = aux_ptr.dtype.element_ty == tl.uint8
-    aux_column = _packed_index(column) if PACKED and SCALED_BY_DEPTH else column
+    aux_column = packed_index(column) if PACKED and SCALED_BY_DEPTH else column
     aux_ptrs = aux_ptr + k[:, None] * stride_aux_depth + aux_column[None, :] * stride_aux_column
     step = tl.full((), BLOCK_K, tl.int64)
     if aux_weight_scale_ptr is not None:
@@ -103,7 +103,7 @@ def combined_matmul_kernel(
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, depth, BLOCK_K):
         if PACKED and not SCALED_BY_DEPTH:
-            aux_depth = _packed_index(start + k)
+            aux_depth = packed_index(start + k)
             aux_ptrs = aux_ptr + aux_depth[:, None] * stride_aux_depth + column[None, :] * stride_aux_column
         if EVEN_K:
             left, weight = tl.load(left_ptrs), tl.load(weight_ptrs)
@@ -115,7 +115,7 @@ def combined_matmul_kernel(
             model_ptrs = aux_ptrs + offset_of(model, stride_aux_model)
             aux = tl.load(model_ptrs) if EVEN_K else tl.load(model_ptrs, mask=k[:, None] < depth - start, other=0.0)
             if PACKED:
-                aux = _unpack(aux, column[None, :] if SCALED_BY_DEPTH else (start + k)[:, None])
+                aux = unpack(aux, column[None, :] if SCALED_BY_DEPTH else (start + k)[:, None])
             step_scale = scales[model]
             if aux_weight_scale_ptr is not None and (PACKED or SCALED_BY_DEPTH):
                 model_scale_ptrs = aux_weight_scale_ptrs + offset_of(model, stride_aux_weight_scale_model)
@@ -154,6 +154,7 @@ def grad_parameters_kernel(
     rows,
     columns,
     depth,
+    share,
     stride_grad_depth,
     stride_grad_row,
     stride_x_depth,
@@ -173,7 +174,14 @@ def grad_parameters_kernel(
 
     Store each result whose pointer is not None: G in grad_weight, and for each auxiliary model scale * G in grad_aux,
     and <G, aux> in partial, one number per row of a tile. A quantised aux has a scale a row, int4 a group.
+    If share is not None, `program_id(1)` counts shares of so much of the depth, each with its G in grad_weight.
     """
+    if share is not None:
+        begin = offset_of(tl.program_id(1), share)
+        depth = tl.minimum(depth - begin, share)
+        grad_ptr += offset_of(begin, stride_grad_depth)
+        x_ptr += offset_of(begin, stride_x_depth)
+        grad_weight_ptr += offset_of(tl.program_id(1), offset_of(rows, columns))
     tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     row = tile_row * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     column = tile_column * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -199,7 +207,7 @@ def grad_parameters_kernel(
     offsets = row[:, None] * columns + column[None, :]
     if partial_ptr is not None:
         PACKED: tl.constexpr = aux_ptr.dtype.element_ty == tl.uint8
-        aux_column = _packed_index(column) if PACKED else column
+        aux_column = packed_index(column) if PACKED else column
         aux_ptrs = aux_ptr + row[:, None] * stride_aux_row + aux_column[None, :] * stride_aux_column
         for model in tl.range(MODELS, num_stages=1):
             aux = tl.load(aux_ptrs + offset_of(model, stride_aux_model), mask, other=0.0)
@@ -208,7 +216,7 @@ def grad_parameters_kernel(
                 aux_weight_scale = tl.load(
                     aux_weight_scale_ptr + groups + column[None, :] // GROUP_SIZE, mask, other=0.0
                 )
-                aux = _unpack(aux, column[None, :]) * aux_weight_scale
+                aux = unpack(aux, column[None, :]) * aux_weight_scale
             # Past the matrix the accumulator is infinity times zero where an operand is infinite.
             sums = tl.sum(tl.where(mask, accumulator * aux.to(tl.float32), 0.0), 1)
             if aux_weight_scale_ptr is not None and not PACKED:
@@ -238,6 +246,11 @@ class CombinedTile(NamedTuple):
     num_stages: int
     COMBINE_IN_WARPS: bool = False
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Its rows and columns, and a step's depth."""
+        return self.BLOCK_M, self.BLOCK_N, self.BLOCK_K
+
 
 def combined_matmul(
     tile: CombinedTile, left: Tensor, combined: CombinedWeight, bias: Tensor | None, output: Tensor
@@ -249,7 +262,7 @@ def combined_matmul(
     scale_strides = (
         (0, 0) if aux_weight_scale is None else (aux_weight_scale.stride(-2), model_stride(aux_weight_scale))
     )
-    combined_matmul_kernel[(ceil_div(rows, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N),)](
+    combined_matmul_kernel[(count_tiles(tile, rows, columns),)](
         *(left, *combined[:4], bias, output),
         *(rows, columns, depth, *strides, *scale_strides),
         **tile._asdict(),
@@ -263,17 +276,21 @@ def combined_matmul(
 
 
 def grad_parameters(
-    tile: GradTile, product: GradParameters, grad_weight: Tensor | None, grad_aux: Tensor | None
+    tile: GradTile, product: GradParameters, grad_weight: Tensor | None, grad_aux: Tensor | None, splits: int = 1
 ) -> Tensor | None:
-    """Write the weights' gradients that are given; return the scale's, if wanted, as partial sums (n, ...)."""
+    """Write the weights' gradients that are given; return the scale's, if wanted, as partial sums (n, ...).
+
+    With several splits grad_weight alone is written, (splits, N, K), in float32: of each share of the tokens.
+    """
     grad_output, x, aux_weight, cross_modal_scale, *_, aux_weight_scale = product
     (rows, columns), depth, models = product.shape, len(x), product.models
-    tiles = ceil_div(rows, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N)
+    tiles = count_tiles(tile, rows, columns)
     partial = None if aux_weight is None else x.new_empty(models, tiles * tile.BLOCK_M, dtype=torch.float32)
     aux_strides = (0, 0, 0) if aux_weight is None else (*aux_weight.stride()[-2:], model_stride(aux_weight))
-    grad_parameters_kernel[(tiles,)](
+    grad_parameters_kernel[(tiles, splits)](
         *(grad_output, x, aux_weight, cross_modal_scale, aux_weight_scale, grad_weight, grad_aux, partial),
-        *(rows, columns, depth, *grad_output.stride(), *x.stride(), *aux_strides),
+        *(rows, columns, depth, share_of(depth, splits, tile.BLOCK_K)),
+        *(*grad_output.stride(), *x.stride(), *aux_strides),
         **tile._asdict(),
         GROUP=GROUP,
         EVEN_K=depth % tile.BLOCK_K == 0,

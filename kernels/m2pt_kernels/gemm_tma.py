@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .combined import CombinedWeight, model_stride
 from .products import GradParameters
-from .tiles import GROUP, GradTile, ceil_div, offset_of, tile_of_program
+from .tiles import GROUP, GradTile, ceil_div, count_tiles, offset_of, share_of, tile_of_program
 from .versions import TMA_OPTIONS
 
 
@@ -117,7 +117,7 @@ def combined_matmul_tma_kernel(
 
     left is (rows, depth); weight and each aux lie in memory as (columns, depth), or (depth, columns) if DEPTH_FIRST. A
     quantised aux has a scale for each row in memory; if DEPTH_FIRST, columns is a multiple of PANEL.
-    MORE_M is 0 or half of BLOCK_M; the output leaves in pieces of that many rows, to spare shared memory for stages.
+    MORE_M is 0 or less than BLOCK_M. The output leaves in pieces, to spare shared memory for stages.
     """
     PAIRED: tl.constexpr = DEPTH_FIRST and aux_weight_scale_ptr is not None
     RELABEL: tl.constexpr = 8 if PAIRED else 0 if DEPTH_FIRST else 4
@@ -126,6 +126,7 @@ def combined_matmul_tma_kernel(
     output = tl.make_tensor_descriptor(output_ptr, [rows, columns], [columns, 1], [PIECE, BLOCK_N])
     if MORE_M > 0:
         more_left = tl.make_tensor_descriptor(left_ptr, [rows, depth], [stride_left, 1], [MORE_M, BLOCK_K])
+        more_output = tl.make_tensor_descriptor(output_ptr, [rows, columns], [columns, 1], [MORE_M, BLOCK_N])
         more = tl.zeros((BLOCK_N, MORE_M), tl.float32)
     if DEPTH_FIRST:
         weight = tl.make_tensor_descriptor(weight_ptr, [depth, columns], [stride_weight, 1], [BLOCK_K, BLOCK_N])
@@ -185,7 +186,7 @@ def combined_matmul_tma_kernel(
     _store_transposed(output, first, row, column, RELABEL)
     _store_transposed(output, second, row + PIECE, column, RELABEL)
     if MORE_M > 0:
-        _store_transposed(output, more, row + BLOCK_M, column, RELABEL)
+        _store_transposed(more_output, more, row + BLOCK_M, column, RELABEL)
 
 
 @triton.jit
@@ -201,6 +202,7 @@ def grad_parameters_tma_kernel(
     rows,
     columns,
     depth,
+    share,
     stride_grad,
     stride_x,
     stride_aux,
@@ -215,6 +217,11 @@ def grad_parameters_tma_kernel(
 
     Tiles are stored in quarters: 64-bit addresses and a whole tile beside the accumulator exceed the registers.
     """
+    begin, end = 0, depth
+    if share is not None:
+        begin = tl.program_id(1) * share
+        end = tl.minimum(begin + share, depth)
+        grad_weight_ptr += offset_of(tl.program_id(1), offset_of(rows, columns))
     PIECE: tl.constexpr = BLOCK_N // 4
     grad = tl.make_tensor_descriptor(grad_ptr, [depth, rows], [stride_grad, 1], [BLOCK_K, BLOCK_M])
     x = tl.make_tensor_descriptor(x_ptr, [depth, columns], [stride_x, 1], [BLOCK_K, BLOCK_N])
@@ -240,7 +247,7 @@ def grad_parameters_tma_kernel(
     if grad_weight_ptr is not None:
         grad_weight = tl.make_tensor_descriptor(grad_weight_ptr, [rows, columns], [columns, 1], [BLOCK_M, PIECE])
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in tl.range(0, depth, BLOCK_K, warp_specialize=True):
+    for k in tl.range(begin, end, BLOCK_K, warp_specialize=True):
         grad_tile = grad.load([k, row])
         accumulator = tl.dot(grad_tile.T, x.load([k, column]), accumulator)
     left, right = _halves(accumulator)
@@ -276,6 +283,11 @@ class CombinedTile(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Its rows and columns, and a step's depth."""
+        return self.BLOCK_M + self.MORE_M, self.BLOCK_N, self.BLOCK_K
+
 
 def combined_matmul(
     tile: CombinedTile, left: Tensor, combined: CombinedWeight, bias: Tensor | None, output: Tensor
@@ -284,7 +296,7 @@ def combined_matmul(
     (rows, depth), columns = left.shape, output.shape[1]
     (weight, aux_weight, *_), (depth_first, outer) = combined, combined.layout
     provide_descriptor_memory()
-    combined_matmul_tma_kernel[(ceil_div(rows, tile.BLOCK_M + tile.MORE_M) * ceil_div(columns, tile.BLOCK_N),)](
+    combined_matmul_tma_kernel[(count_tiles(tile, rows, columns),)](
         *(left, *combined[:4], bias, output),
         *(rows, columns, depth),
         *(left.stride(0), weight.stride(outer), aux_weight.stride(outer), model_stride(aux_weight)),
@@ -299,18 +311,22 @@ def combined_matmul(
 
 
 def grad_parameters(
-    tile: GradTile, product: GradParameters, grad_weight: Tensor | None, grad_aux: Tensor | None
+    tile: GradTile, product: GradParameters, grad_weight: Tensor | None, grad_aux: Tensor | None, splits: int = 1
 ) -> Tensor | None:
-    """Write the weights' gradients that are given; return the scale's, if wanted, as partial sums (n, ...)."""
+    """Write the weights' gradients that are given; return the scale's, if wanted, as partial sums (n, ...).
+
+    With several splits grad_weight alone is written, (splits, N, K), in float32: of each share of the tokens.
+    """
     grad_output, x, aux_weight, cross_modal_scale, *_, aux_weight_scale = product
     (rows, columns), depth, models = product.shape, len(x), product.models
     column_tiles = ceil_div(columns, tile.BLOCK_N)
     partial = None if aux_weight is None else x.new_empty(models, column_tiles * rows, dtype=torch.float32)
     aux_strides = (0, 0) if aux_weight is None else (aux_weight.stride(-2), model_stride(aux_weight))
     provide_descriptor_memory()
-    grad_parameters_tma_kernel[(ceil_div(rows, tile.BLOCK_M) * column_tiles,)](
+    grad_parameters_tma_kernel[(count_tiles(tile, rows, columns), splits)](
         *(grad_output, x, aux_weight, cross_modal_scale, aux_weight_scale, grad_weight, grad_aux, partial),
-        *(rows, columns, depth, grad_output.stride(0), x.stride(0), *aux_strides),
+        *(rows, columns, depth, share_of(depth, splits, tile.BLOCK_K)),
+        *(grad_output.stride(0), x.stride(0), *aux_strides),
         **tile._asdict(),
         GROUP=GROUP,
         MODELS=models,

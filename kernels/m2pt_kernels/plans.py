@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from . import gemm_pointers, gemm_tma, records
+from . import estimates, gemm_pointers, gemm_tma, records, split_sums
 from .combined import CombinedWeight, model_stride
 from .devices import active_target, capability_of, device_name, input_precision, multiprocessors
 from .products import GradParameters, Product
 from .quantization import DTYPES as QUANTIZED
 from .quantization import reads_float8
-from .tiles import GradTile, ceil_div
+from .tiles import GradTile
 from .versions import HAS_HOPPER_LOOPS, HAS_TMA_LOOPS, RELEASE, is_trusted
 
 gemm_hopper = import_module(".gemm_hopper", __package__) if HAS_HOPPER_LOOPS else None
@@ -34,18 +34,28 @@ KERNELS = (
     gemm_pointers.grad_parameters_kernel,
     gemm_tma.combined_matmul_tma_kernel,
     gemm_tma.grad_parameters_tma_kernel,
+    split_sums.split_sums_kernel,
     *([] if gemm_hopper is None else [gemm_hopper.combined_matmul_hopper_kernel]),
 )
 
 
 class Plan(NamedTuple):
-    """Says what computes a product: kernels of "pointers", "tma" or "hopper" in such tiles, or plain torch, "eager"."""
+    """Says what computes a product: kernels of "pointers", "tma" or "hopper" in such tiles, or plain torch, "eager".
+
+    splits: among so many blocks the reduction of a tile of gradients is split, to be added by `split_sums`.
+    """
 
     by: str
     tile: Any = None
+    splits: int = 1
+
+    @property
+    def kernel(self) -> str:
+        """Names what is compiled for it."""
+        return self.by if self.tile is None else f"{self.by} {'x'.join(map(str, self.tile))}"
 
     def __str__(self) -> str:
-        return self.by if self.tile is None else f"{self.by} {'x'.join(map(str, self.tile))}"
+        return self.kernel if self.splits == 1 else f"{self.kernel} in {self.splits} splits"
 
 
 EAGER = Plan("eager")
@@ -65,12 +75,14 @@ def architecture(target: GPUTarget | None) -> str:
 
 _256x128 = partial(gemm_pointers.CombinedTile, BLOCK_M=256, BLOCK_N=128, num_warps=8)
 _128x128 = partial(gemm_pointers.CombinedTile, BLOCK_M=128, BLOCK_N=128, num_warps=8)
+_128x64 = partial(gemm_pointers.CombinedTile, BLOCK_M=128, BLOCK_N=64, num_warps=8)
 _64x64 = partial(gemm_pointers.CombinedTile, BLOCK_M=64, BLOCK_N=64, num_warps=4)
 _64x32 = partial(gemm_pointers.CombinedTile, BLOCK_M=64, BLOCK_N=32, num_warps=4)
 _32x32 = partial(gemm_pointers.CombinedTile, BLOCK_M=32, BLOCK_N=32, num_warps=4)
 _AMPERE_IEEE = (_128x128(BLOCK_K=8, num_stages=3), _64x64(BLOCK_K=16, num_stages=3))
 
-# Of each tuple the first is used unless `warmup` finds a faster one; for one auxiliary model all fit without spills.
+# Of a tuple and of "small" the one is used that `estimates` takes for the fastest, of equals the first, unless `warmup`
+# finds a faster one; for one auxiliary model all fit without spills.
 # Operand kinds: "half"; "mixed" is half-precision activations with float32 W or W_aux; float32 is "tf32" or "ieee".
 POINTER_TILES: dict[str, dict[str, tuple[gemm_pointers.CombinedTile, ...]]] = {
     "ampere": {  # sm_80 and sm_87, with 163 KiB of shared memory
@@ -110,8 +122,9 @@ POINTER_TILES: dict[str, dict[str, tuple[gemm_pointers.CombinedTile, ...]]] = {
         "ieee": _AMPERE_IEEE,
     },
     "hopper": {  # sm_90
-        "half": (_128x128(BLOCK_K=64, num_stages=3),),
-        **dict.fromkeys(("mixed", "tf32"), (_128x128(BLOCK_K=32, num_stages=3),)),
+        "half": (_128x128(BLOCK_K=64, num_stages=3), _128x64(BLOCK_K=64, num_stages=3)),
+        "mixed": (_128x128(BLOCK_K=32, num_stages=3), _128x64(BLOCK_K=64, num_stages=3)),
+        "tf32": (_128x128(BLOCK_K=32, num_stages=3),),
         "ieee": (_64x64(BLOCK_K=16, num_stages=3),),
     },
     "cdna": {  # gfx90a, gfx942
@@ -131,7 +144,7 @@ POINTER_TILES: dict[str, dict[str, tuple[gemm_pointers.CombinedTile, ...]]] = {
         "mixed": (_128x128(BLOCK_K=32, num_stages=2), _128x128(BLOCK_K=16, num_stages=2)),
         "ieee": (_128x128(BLOCK_K=8, num_stages=2), _64x64(BLOCK_K=16, num_stages=2, num_warps=8)),
     },
-    "small": {  # any GPU, for results of which the tiles above would be few or mostly padding
+    "small": {  # any GPU, where the tiles above would be few or mostly padding
         **dict.fromkeys(("half", "mixed"), (_64x64(BLOCK_K=32, num_stages=3), _64x32(BLOCK_K=32, num_stages=3))),
         "tf32": (_64x64(BLOCK_K=16, num_stages=3), _64x32(BLOCK_K=32, num_stages=3)),
         "ieee": (_32x32(BLOCK_K=16, num_stages=3),),
@@ -209,15 +222,16 @@ if RELEASE < (3, 6):
     POINTER_GRAD_TILES["rdna"]["half"] = (_grad_128x64(BLOCK_K=32, num_stages=2),)
 
 _hopper = partial(gemm_tma.CombinedTile, BLOCK_M=256, BLOCK_N=128, BLOCK_K=32, num_warps=4)
+_OVER_256_ROWS = tuple(_hopper(MORE_M=more, num_stages=4) for more in (128, 64, 32))
 _blackwell = partial(gemm_tma.CombinedTile, BLOCK_M=256, MORE_M=128, BLOCK_N=128, num_warps=8)
 
 # 384 rows a tile is what registers (sm_90) and tensor memory (sm_100) hold, the stages are what shared memory does. By
 # architecture, then by the bytes an element of W and one of W_aux take together.
 TMA_TILES: dict[str, dict[int, tuple[gemm_tma.CombinedTile, ...]]] = {
     "hopper": {
-        **dict.fromkeys((3, 4), (_hopper(MORE_M=128, num_stages=4), _hopper(MORE_M=0, num_stages=5))),
-        **dict.fromkeys((5, 6), (_hopper(MORE_M=128, num_stages=4), _hopper(MORE_M=0, num_stages=4))),
-        8: (_hopper(MORE_M=128, num_stages=3), _hopper(MORE_M=0, num_stages=4)),
+        **dict.fromkeys((3, 4), (*_OVER_256_ROWS, _hopper(MORE_M=0, num_stages=5))),
+        **dict.fromkeys((5, 6), (*_OVER_256_ROWS, _hopper(MORE_M=0, num_stages=4))),
+        8: (*(tile._replace(num_stages=3) for tile in _OVER_256_ROWS), _hopper(MORE_M=0, num_stages=4)),
     },
     "blackwell": dict.fromkeys(
         (3, 4, 5, 6, 8), (_blackwell(BLOCK_K=64, num_stages=2), _blackwell(BLOCK_K=32, num_stages=4))
@@ -239,7 +253,6 @@ SEVERAL_TMA_TILES: dict[str, dict[int, tuple[gemm_tma.CombinedTile, ...]]] = {
 _SEVERAL_PAIRED_TILES = dict.fromkeys((4, 5, 6, 7), (_hopper(MORE_M=0, num_stages=4),))
 
 _grad = partial(GradTile, BLOCK_K=64)
-# The last of each is for few tiles.
 TMA_GRAD_TILES: dict[str, Sequence[GradTile]] = {
     "hopper": (
         _grad(BLOCK_M=128, BLOCK_N=256, num_warps=4, num_stages=3),
@@ -251,18 +264,17 @@ TMA_GRAD_TILES: dict[str, Sequence[GradTile]] = {
         _grad(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=5),
     ),
 }
-MULTIPROCESSORS = {"hopper": 132, "blackwell": 148}
-
-_MIN_ROWS_BY_TMA = 512
 _LARGEST_SIZE_BY_TMA = 2**31 - 2**10
 """Coordinates have 32 bits, and a tile may reach past the matrix."""
 
-_TILE_OVERHEAD = 200
-"""A tile of `gemm_hopper` costs so many rows besides its own, by an H200's times of several heights."""
+_WORTH_TRYING = 2
+"""Plans that are estimated to take over so many times as long as the best are left out."""
 
 
 def candidates(product: Product) -> list[Plan]:
-    """Return the ways to compute a product on the current device, the untuned choice first.
+    """Return the ways to compute a product on the current device, the untuned choice first, by `estimates.clocks`.
+
+    Of every kernel that can compute it the best is among them, in case others are faulty.
 
     Raises:
         ValueError: the device cannot read a float8 W_aux.
@@ -271,7 +283,7 @@ def candidates(product: Product) -> list[Plan]:
     if isinstance(product, GradParameters):
         _check_readable(product.aux_weight, target)
         tiles = {
-            "tma": tma_grad_tiles(target, product) if _is_grad_for_tma(product) else [],
+            "tma": tma_grad_tiles(target, product) if _is_grad_for_tma(product) else (),
             "pointers": _pointer_grad_tiles(target, product),
         }
     else:
@@ -279,11 +291,33 @@ def candidates(product: Product) -> list[Plan]:
         _check_readable(combined.aux_weight, target)
         by_tma = _is_for_tma(*product)
         tiles = {
-            "hopper": hopper_tiles(target, left, combined) if by_tma else [],
-            "tma": tma_tiles(target, combined) if by_tma else [],
+            "hopper": hopper_tiles(target, combined) if by_tma else (),
+            "tma": tma_tiles(target, combined) if by_tma else (),
             "pointers": _pointer_tiles(target, left, combined),
         }
-    return [Plan(by, tile) for by, found in tiles.items() for tile in found]
+    work, clocks = _work(product, target), {}
+    for by, found in tiles.items():
+        for tile in found:
+            for splits in {1, 1 if work.models else estimates.best_splits(by, tile, work)}:
+                clocks[Plan(by, tile, splits)] = estimates.clocks(by, tile, work, splits)
+    plans = sorted(clocks, key=clocks.__getitem__)
+    best = {by: next((plan for plan in plans if plan.by == by), None) for by in tiles}.values()
+    return [plan for plan in plans if plan in best or clocks[plan] <= _WORTH_TRYING * clocks[plans[0]]]
+
+
+def _work(product: Product, target: GPUTarget | None) -> estimates.Work:
+    if isinstance(product, GradParameters):
+        size, models, weight_bytes = (*product.shape, len(product.x)), 0, 0
+    else:
+        left, combined, _ = product
+        depth, columns = combined.shape
+        size, models = (len(left), columns, depth), combined.models
+        weight_bytes = combined.weight.itemsize + models * combined.aux_weight.itemsize
+    activations = product[0]
+    flops = estimates.FLOPS[architecture(target)]
+    if activations.dtype == torch.float32:
+        flops /= estimates.SLOWER[input_precision(activations.dtype, target)]
+    return estimates.Work(*size, models, weight_bytes, flops, multiprocessors(activations.device))
 
 
 def _check_readable(aux_weight: Tensor | None, target: GPUTarget | None) -> None:
@@ -293,21 +327,15 @@ def _check_readable(aux_weight: Tensor | None, target: GPUTarget | None) -> None
         raise ValueError(f"aux_weight: float8_e4m3fn needs CUDA and compute capability 8.9, this is {target.arch}")
 
 
-def hopper_tiles(target: GPUTarget | None, left: Tensor, combined: CombinedWeight) -> list[Any]:
-    """Return the tiles of `gemm_hopper`, for one auxiliary model, by the work they give the busiest SM."""
+def hopper_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence[Any]:
+    """Return the tiles of `gemm_hopper`, for one auxiliary model; none where it cannot compute."""
     if gemm_hopper is None or architecture(target) != "hopper" or combined.models > 1:
-        return []
+        return ()
     if combined.aux_weight_scale is not None and not combined.transposed:  # the scales lie along the depth
-        return []
-    size = left.shape[0], combined.shape[1]
-
-    def cost(tile: Any) -> int:
-        waves = ceil_div(gemm_hopper.count_tiles(tile, *size), multiprocessors(left.device))
-        return waves * (tile.BLOCK_M + tile.MORE_M + _TILE_OVERHEAD)
-
+        return ()
     stages = 3 if combined.weight.itemsize + combined.aux_weight.itemsize == 8 else 4  # as shared memory holds
-    tiles = [gemm_hopper.CombinedTile(BLOCK_M=256, MORE_M=more, BLOCK_K=32, STAGES=stages) for more in (128, 64, 32)]
-    return sorted(tiles, key=cost)
+    heights = ((256, 128), (256, 64), (256, 32), (128, 32))
+    return [gemm_hopper.CombinedTile(BLOCK_M=rows, MORE_M=more, BLOCK_K=32, STAGES=stages) for rows, more in heights]
 
 
 def tma_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence[gemm_tma.CombinedTile]:
@@ -327,7 +355,6 @@ def _is_for_tma(left: Tensor, combined: CombinedWeight, bias: Tensor | None) -> 
     by_rows = combined.layout[1] == -2  # then a row of int8 or float8 has one scale
     return (
         left.dtype.itemsize == 2
-        and left.shape[0] >= _MIN_ROWS_BY_TMA
         and _is_whole(columns * left.itemsize)
         and _is_addressable(left)
         and _is_addressable(combined.weight, by_rows)
@@ -382,15 +409,14 @@ def tma_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequenc
     row, aux_weight = architecture(target), product.aux_weight
     if not HAS_TMA_LOOPS or row not in TMA_GRAD_TILES:
         return ()
-    *large, small = TMA_GRAD_TILES[row]
+    tiles = TMA_GRAD_TILES[row]
     elements = aux_weight, product.weight_dtype, product.aux_dtype
     if row == "blackwell" and len({element.itemsize for element in elements if element is not None}) > 1:
         # Their layouts differ, and only 256 rows a tile, or few columns, leave registers to convert between them.
-        large = [tile for tile in large if tile.BLOCK_N < 256]
+        tiles = [tile for tile in tiles if tile.BLOCK_N < 256]
     if row == "blackwell" and aux_weight is not None and product.models > 2 and aux_weight.itemsize == 4:
-        large = [tile for tile in large if tile.BLOCK_M < 256]  # the others would spill
-    small_tiles = ceil_div(product.shape[0], small.BLOCK_M) * ceil_div(product.shape[1], small.BLOCK_N)
-    return (small, *large) if small_tiles <= MULTIPROCESSORS[row] else (*large, small)
+        tiles = [tile for tile in tiles if tile.BLOCK_M < 256]  # the others would spill
+    return tiles
 
 
 def _pointer_tiles(target: GPUTarget | None, left: Tensor, combined: CombinedWeight) -> list[Any]:
@@ -398,19 +424,21 @@ def _pointer_tiles(target: GPUTarget | None, left: Tensor, combined: CombinedWei
     packed = aux_weight.dtype == torch.uint8
     aligned = _is_aligned(combined.shape, left, weight, aux_weight)
     aligned &= weight.itemsize + models * aux_weight.itemsize <= 8
-    small = packed or _is_small(left.shape[0], combined.shape[1])
     is_mixed = packed or models > 1 or max(weight.itemsize, aux_weight.itemsize) > 2
-    tiles = _tiles_of(POINTER_TILES, target, left, aligned, small, is_mixed)
+    tiles = _tiles_of(POINTER_TILES, target, left, aligned, is_mixed)
     if models == 1 and combined.aux_weight_scale is None:
         return list(tiles)
     return [tile for tile in tiles if not (tile.BLOCK_N > 32 if packed else tile.COMBINE_IN_WARPS)]  # they would spill
 
 
 def _pointer_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequence[GradTile]:
-    x, aligned = product.x, _is_aligned(product.shape, product.grad_output, product.x)
-    if CROWDED_TILES and aligned and architecture(target) != "portable" and x.itemsize == 2 and _is_crowded(product):
+    row, x, aux_weight = architecture(target), product.x, product.aux_weight
+    aligned = _is_aligned(product.shape, product.grad_output, x)
+    if CROWDED_TILES and aligned and row != "portable" and x.itemsize == 2 and _is_crowded(product):
         return CROWDED_TILES
-    return _tiles_of(POINTER_GRAD_TILES, target, x, aligned, _is_small(*product.shape))
+    if row in ("blackwell", "thor") and aux_weight is not None:
+        aligned &= product.models * aux_weight.itemsize <= 8
+    return _tiles_of(POINTER_GRAD_TILES, target, x, aligned)
 
 
 def _tiles_of(
@@ -418,25 +446,19 @@ def _tiles_of(
     target: GPUTarget | None,
     activations: Tensor,
     aligned: bool,
-    small: bool,
     is_mixed: bool = False,
 ) -> Any:
-    row = architecture(target) if aligned else "portable"
-    kinds = table["small" if small and row != "portable" else row]
+    rows = (architecture(target), "small") if aligned and architecture(target) != "portable" else ("portable",)
+    kind = "mixed" if is_mixed else "half"
     if activations.dtype == torch.float32:
-        return kinds[input_precision(activations.dtype, target)]
-    return kinds["mixed" if is_mixed else "half"]
+        kind = input_precision(activations.dtype, target)
+    return [tile for row in rows for tile in table[row][kind]]
 
 
 def _is_aligned(features: tuple[int, int], *matrices: Tensor) -> bool:
     """Return whether rows can be read 16 elements at a time; if not, the larger tiles would spill."""
     strides = (stride for matrix in matrices for stride in matrix.stride() if stride != 1)
     return all(map(_is_whole, (*features, *strides, *(matrix.data_ptr() for matrix in matrices))))
-
-
-def _is_small(rows: int, columns: int) -> bool:
-    """Return whether a result has so few rows, or makes so few large tiles (under 64), that small ones are better."""
-    return rows <= 64 or rows * columns < 2**20
 
 
 def _is_crowded(product: GradParameters) -> bool:
@@ -483,7 +505,8 @@ def variant(plan: Plan, key: Problem) -> str:
     names = [QUANTIZED.get(dtype) or str(dtype).removeprefix("torch.") for dtype in dtypes]
     if input_precision(first[-1], key.target) == "tf32":
         names.append("as tf32")
-    return f"{key.product} by {plan} of {' '.join(names)}"
+    kernel = f"{plan.kernel} in splits" if plan.splits > 1 else plan.kernel
+    return f"{key.product} by {kernel} of {' '.join(names)}"
 
 
 TUNED: dict[Problem, Plan] = {}

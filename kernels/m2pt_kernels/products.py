@@ -80,6 +80,11 @@ class GradParameters(NamedTuple):
         """The aux weight's shape, (N, K) or (n, N, K)."""
         return self.shape if self.models == 1 else (self.models, *self.shape)
 
+    @property
+    def of_splits(self) -> "GradParameters":
+        """What is computed of each split of the tokens: G alone, in float32."""
+        return GradParameters(self.grad_output, self.x, None, None, torch.float32, None)
+
     def prepared(self) -> "GradParameters":
         """Return the same as kernels read it: entries lie in memory, scales without gaps."""
         grad_output, x, aux_weight, cross_modal_scale, *dtypes, aux_weight_scale = self

@@ -1,6 +1,6 @@
 """Number and address tiles, for all kernels."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -18,10 +18,26 @@ class GradTile(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Its rows and columns, and a step's depth."""
+        return self.BLOCK_M, self.BLOCK_N, self.BLOCK_K
+
 
 def ceil_div(size: int, block: int) -> int:
     """Divide and round up; `triton.cdiv` takes microseconds on the host."""
     return -(-size // block)
+
+
+def count_tiles(tile: Any, rows: int, columns: int) -> int:
+    """Return how many tiles cover a result."""
+    height, width, _ = tile.shape
+    return ceil_div(rows, height) * ceil_div(columns, width)
+
+
+def share_of(depth: int, splits: int, block: int) -> int | None:
+    """Return how much of the depth each split reduces, whole steps of `block`; None if there is one split."""
+    return None if splits == 1 else ceil_div(ceil_div(depth, block), splits) * block
 
 
 @triton.jit

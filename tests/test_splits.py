@@ -1,0 +1,130 @@
+"""Gradients whose reduction over the tokens is split: any number of splits of any shape, in a fixed order."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops import (
+    DTYPES,
+    HALF,
+    NAMES,
+    STORAGES,
+    assert_as_good_as_torch,
+    assert_quantized_as_good_as_torch,
+    every_other,
+    exact,
+    operands,
+    outputs,
+    padded,
+    scale_gradient_bound,
+    transposed,
+)
+
+from m2pt_kernels import cross_modal_linear, estimates, gemm, split_sums
+from m2pt_kernels.ops import path_of
+from m2pt_kernels.plans import UNTUNED
+from m2pt_kernels.tiles import ceil_div
+
+LAYOUTS = (torch.Tensor.contiguous, transposed, padded, every_other)
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Make every gradient be split among so many blocks, or as many as its tokens have steps; returns how many were."""
+    made, launch = [], split_sums.grad_parameters
+
+    def choose(wanted):
+        def best_splits(by, tile, work):
+            steps = ceil_div(work.depth, tile.BLOCK_K)
+            return ceil_div(steps, ceil_div(steps, min(wanted, steps))) if steps else 1
+
+        made.clear()
+        UNTUNED.clear()
+        monkeypatch.setattr(estimates, "best_splits", best_splits)
+        monkeypatch.setattr(estimates, "clocks", lambda by, tile, work, splits=1: -splits)
+        monkeypatch.setattr(
+            split_sums, "grad_parameters", lambda splits, *others: made.append(len(splits)) or launch(splits, *others)
+        )
+        return made
+
+    return choose
+
+
+def assert_split(made, expected, device):
+    """Where the kernels run, gradients were split like this."""
+    assert made == (expected if path_of(torch.empty(0, device=device)) is gemm else [])
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    splits=st.integers(2, 9),
+    tokens=st.integers(1, 300),
+    features=st.tuples(*[st.integers(1, 70)] * 2),
+    models=st.integers(1, 3),
+    dtypes=st.sampled_from(DTYPES),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
+    needs_grad=st.sets(st.sampled_from(NAMES), min_size=1),
+)
+def test_any_number_of_splits_shape_stride_dtype_and_subset(
+    device, split, seed, splits, tokens, features, models, dtypes, layouts, needs_grad
+):
+    torch.manual_seed(seed)
+    split(splits)
+    tensors, grad_output = operands(tokens, *features, *dtypes, device, needs_grad=(), models=models)
+    tensors["x"], grad_output = layouts[0](tensors["x"]), layouts[1](grad_output)
+    if models == 1:
+        tensors["aux_weight"] = layouts[2](tensors["aux_weight"])
+    for name in needs_grad:
+        tensors[name].requires_grad_()
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+
+
+@pytest.mark.parametrize(
+    "splits, tokens, expected",
+    [
+        (2, 5, []),  # less than a step
+        (3, 97, [2]),  # four steps: shares of two
+        (4, 97, [4]),  # a token in the last share
+        (16, 600, [10]),  # 19 steps: shares of two
+    ],
+)
+def test_shares_of_the_tokens(device, split, splits, tokens, expected):
+    made = split(splits)
+    tensors, grad_output = operands(tokens, 48, 64, HALF[0], HALF[0], device)
+    assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
+    if device == "cpu":  # tiles of a GPU have other steps
+        assert_split(made, expected, device)
+
+
+@pytest.mark.parametrize("features", [(1, 64), (33, 64), (5, 1088)], ids=str)
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_quantized_aux_weight(device, split, storage, models, features):
+    split(3)
+    needs_grad = ("weight", "scale")
+    tensors, grad_output = operands(201, *features, *DTYPES[-1], device, needs_grad, models=models)
+    assert_quantized_as_good_as_torch(tensors, grad_output, storage)
+
+
+@pytest.mark.parametrize("features", [(70, 96), (3, 2100)], ids=str)
+def test_the_scale_gradient_is_exact_and_reproducible(device, split, features):
+    tensors, grad_output = operands(257, *features, HALF[0], HALF[0], device, needs_grad=("scale",))
+    want = exact(tensors, grad_output)["scale"]
+    for splits in (2, 5):
+        split(splits)
+        runs = [outputs(cross_modal_linear, tensors, grad_output)["scale"] for _ in range(3)]
+        assert (runs[0].double() - want).abs() <= scale_gradient_bound(want, 1e-5, tensors, grad_output)
+        assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+@pytest.mark.parametrize("name", ["x", "grad_output"])
+def test_what_is_infinite_stays_so(device, split, name):
+    split(4)
+    tensors, grad_output = operands(200, 33, 40, HALF[0], HALF[0], device, needs_grad=("weight", "scale"))
+    tensors |= {"grad_output": grad_output}
+    tensors[name][150, 7] = torch.inf
+    grad_output = tensors.pop("grad_output")
+    got, want = outputs(cross_modal_linear, tensors, grad_output), exact(tensors, grad_output)
+    for key in ("weight", "scale"):
+        assert torch.equal(got[key].isfinite(), want[key].isfinite())
