@@ -7,8 +7,8 @@ the other, and wave efficiency is the useful part of what all SMs could multiply
 waits without its busiest pipe being busy, as for combining where that does not overlap with MMA; "fixed" is launch,
 prologue and epilogue. Of the plain GEMM the best of six tiles is taken, its reduction split into up to 16 parts or not,
 its tiles shared between SMs so that L2 does not limit it. Constants are fitted to the H200 at 64 images (`cost.py`; how
-well: `prediction_errors.py`) and assumed of 4 images and of the A100 and B200, on which nothing ran. Clocks are the data
-sheets'. An H100 differs from an H200 by its HBM, which limits no row.
+well: `prediction_errors.py`) and assumed of 4 images and of the A100 and B200, on which nothing ran. Clocks are the
+data sheets'. An H100 differs from an H200 by its HBM, which limits no row.
 """
 
 from collections.abc import Iterator
