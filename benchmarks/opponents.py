@@ -1,9 +1,9 @@
-"""What the alternatives are predicted to reach of a plain GEMM's speed; compare the compile report's figures.
+"""What the alternatives take at least over a plain GEMM's time, predicted, for ViT-B's mlp.fc1.
 
-No GPU is needed and none is timed. Every alternative is the plain GEMM plus passes over matrices of the weight's size,
-which read and write HBM at its peak rate, one after the other; launches, caches and all that the compile report leaves
-out are left out. "published" makes the combined weight in the dtypes that torch's promotion gives it and keeps it for
-backward. "transient copy" (`implementation("eager")`) makes it in one pass and makes it again in backward.
+No GPU is needed and none is timed. Every alternative is the plain GEMM, as modelled for the predictions, plus passes
+over matrices of the weight's size, which read and write HBM at its peak rate, one after the other; their launches are
+left out. "published" makes the combined weight in the dtypes that torch's promotion gives it and keeps it for backward.
+"transient copy" (`implementation("eager")`) makes it in one pass and makes it again in backward.
 """
 
 from typing import NamedTuple
@@ -11,11 +11,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from benchmarks import results
-from benchmarks.compile_report import TENSOR_FLOPS, M
+from benchmarks.compile_report import IN_FEATURES, OUT_FEATURES, TOKENS
+from benchmarks.cost import A100, B200, H100, Gpu, plain
 from benchmarks.results import Row
-
-HBM_BYTES = {80: 13.4, 90: 14.5, 100: 29.2}
-"""A clock and SM: A100 SXM 2039 GB/s, 108 SMs at 1.41 GHz; H100 SXM 3350, 132 at 1.755; B200 8000, 148 at 1.85."""
 
 
 class Passes(NamedTuple):
@@ -40,29 +38,29 @@ ALTERNATIVES = (
 )
 
 
-def predicted(bytes_per_weight: int, tokens: int, arch: int) -> float:
-    """Of the plain GEMM's speed, which is taken to be the tensor cores' peak."""
-    gemm = 2 * tokens / TENSOR_FLOPS[arch]
-    return gemm / (gemm + bytes_per_weight / HBM_BYTES[arch])
+def predicted(bytes_per_weight: int, rows: int, columns: int, depth: int, gpu: Gpu) -> float:
+    """Predict the time over that of the plain GEMM of such a result."""
+    passes = bytes_per_weight * IN_FEATURES * OUT_FEATURES / gpu.hbm / 1e3
+    return 1 + passes / plain(rows, columns, depth, gpu)
 
 
-def rows(arch: int, tokens: int) -> list[Row]:
+def rows(gpu: Gpu, tokens: int) -> list[Row]:
     return [
         {
-            "architecture": f"sm_{arch}",
+            "GPU": gpu.name,
             "tokens": f"{tokens:,}",
             "implementation": passes.name,
             "weights": passes.weights,
-            "forward": predicted(passes.forward, tokens, arch),
-            "grad_input": predicted(passes.grad_input, tokens, arch),
-            "grad_parameters": predicted(passes.grad_parameters, tokens, arch),
+            "forward": predicted(passes.forward, tokens, OUT_FEATURES, IN_FEATURES, gpu),
+            "grad_input": predicted(passes.grad_input, tokens, IN_FEATURES, OUT_FEATURES, gpu),
+            "grad_parameters": predicted(passes.grad_parameters, OUT_FEATURES, IN_FEATURES, tokens, gpu),
         }
         for passes in ALTERNATIVES
     ]
 
 
 def predict() -> list[Row]:
-    return [row for arch in tqdm(HBM_BYTES) for tokens in (M // 16, M) for row in rows(arch, tokens)]
+    return [row for gpu in tqdm((A100, H100, B200)) for tokens in (TOKENS // 16, TOKENS) for row in rows(gpu, tokens)]
 
 
 if __name__ == "__main__":

@@ -10,8 +10,12 @@ from statistics import median
 
 import pytest
 
-from benchmarks import conftest, results, summary
+from benchmarks import conftest, cost, predictions, results, summary
+from benchmarks.compile_report import Kernel
+from benchmarks.offline import Resources
+from benchmarks.sass import Loop
 from benchmarks.timing import LEAST_ROUNDS, is_known, median_interval, until_known
+from m2pt_kernels.plans import Plan
 
 pytest_plugins = "pytester"
 
@@ -319,3 +323,104 @@ def test_benchmarks_of_a_gpu_run(tmp_path):
     assert len(trained) == 5 and any("every lever" in row["variant"] for row in trained)
     assert all(row["time / published"] == 1.0 for row in trained)
     assert all(row["peak, MiB"] / row["simulated peak, MiB"] == row["measured / simulated"] for row in trained)
+
+
+GPU = cost.Gpu("made up", 90, multiprocessors=10, clock=1000, hbm=1000)
+LAUNCH = cost.Launch(tiles=21, steps=5, terms={"tensor": 100, "shared": 80, "issue": 40}, hbm_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "costs", "waves", "microseconds"),
+    [
+        ({}, cost.Costs(20, epilogue=300), 3, 3 * (5 * 120 + 300) / 1000),
+        ({"tiles": 20}, cost.Costs(20, epilogue=300), 2, 2 * (5 * 120 + 300) / 1000),
+        ({}, cost.Costs(20, 300, prologue=400), 3, 3 * (5 * 120 + 300 + 400) / 1000),
+        ({}, cost.Costs(20, 300, prologue=400, persistent=True), 3, (3 * (5 * 120 + 300) + 400) / 1000),
+        ({}, cost.Costs(20, 300, overlap="no"), 3, 3 * (5 * (100 + 40 + 20) + 300) / 1000),
+        ({"products": 2}, cost.Costs(20, 300, overlap="no"), 3, 3 * (5 * (100 + 40 + 2 * 20) + 300) / 1000),
+        ({"resident": 2}, cost.Costs(20, 300), 3, 3 * (5 * 110 + 300) / 1000),
+        ({"resident": 2, "tiles": 10}, cost.Costs(20, 300), 1, (5 * 120 + 300) / 1000),
+        ({"hbm_bytes": 9_000_000}, cost.Costs(20, 300), 3, 9.0),
+        (
+            {"tiles": 4, "steps": 12, "splits": 5, "partial_bytes": cost.partial_bytes(100, 100, 5)},
+            cost.Costs(20, 300),
+            2,
+            2 * (3 * 120 + 300) / 1000 + cost.NEXT_LAUNCH + 0.4,
+        ),
+    ],
+)
+def test_estimate_by_hand(changes, costs, waves, microseconds):
+    found = cost.estimate(LAUNCH._replace(**changes), costs, GPU)
+    assert found.waves == waves
+    assert found.total == pytest.approx(cost.LAUNCH + microseconds)
+
+
+def test_terms_of_an_estimate_add_up_where_the_busiest_pipe_is_the_limit():
+    terms = cost.estimate(LAUNCH, cost.Costs(20, 300), GPU).terms
+    assert terms == pytest.approx(
+        {"tensor": 1.5, "shared": 1.2, "issue": 0.6, "HBM": 0, "exposed": 0.3, "fixed": cost.LAUNCH + 0.9}
+    )
+
+
+def test_plain_gemm_has_the_best_of_tiles_and_splits():
+    # 192 x 192: 66 x 16 tiles are 8 waves of 12 steps, of which tensor cores and shared memory take 1152 clocks.
+    assert cost.plain(12608, 3072, 768, cost.H200) == pytest.approx(5 + 8 * (12 * (1152 + 119) + 4200) / 1755)
+    # 192 x 192 in 8 splits: 16 x 8 blocks are a wave of 25 steps.
+    adding = cost.NEXT_LAUNCH + 8 * 8 * 768 * 768 / 4.8e6
+    assert cost.plain(768, 768, 12608, cost.H200) == pytest.approx(5 + (25 * 1271 + 4200) / 1755 + adding)
+
+
+@pytest.mark.parametrize(
+    ("by", "product", "arch", "overlap"),
+    [
+        ("hopper", "forward", 90, "yes"),
+        ("tma", "grad_input", 90, "no"),
+        ("tma", "forward", 100, "partly"),
+        ("pointers", "forward", 90, "no"),
+        ("pointers", "forward", 80, "partly"),
+        ("tma", "grad_parameters", 90, "-"),
+    ],
+)
+def test_what_overlaps_where(by, product, arch, overlap):
+    assert cost.costs_of(by, product, arch).overlap == overlap
+
+
+def test_terms_of_a_compiled_loop_by_hand():
+    loop = Loop({"tensor": 8, "shared": 64, "integer": 400}, shared_bytes=4 * 2048, stores_to_shared=0)
+    resources = Resources(registers=168, spilled=0, shared=196888)
+    kernel = Kernel(90, "forward", "hopper", 384, 128, 32, 4, 2, None, loop, resources)
+    # W and W_aux are copied in and read by warps, 64 rows of 128 each; wgmma reads x twice.
+    shared = (384 * 64 + 2 * 128 * 32 * 4 + 2 * 384 * 64) / 128
+    assert kernel.terms == (768, shared, 640, (8 + 64 + 400) / 4 * 8 / 4)
+    grad = kernel._replace(product="grad_parameters", by="tma", rows=128, columns=256, depth=64, column_bytes=2)
+    grad = grad._replace(loop=Loop({"tensor": 4}, 0, 0))
+    assert grad.terms == (1024, 1024, 768, 8)
+
+
+PRODUCTS_ROW = {
+    "layer": "ViT-B attn.qkv",
+    "tokens": 12608,
+    "weights": "fp32",
+    "product": "forward",
+    "plain GEMM, us": 70.0,
+    "this package / plain": 1.5,
+    "its plan": "hopper 1x2",
+    "others / plain": "tma 3x4 1.95, pointers 5x6xFalse 2.83",
+}
+
+
+@pytest.mark.parametrize(("tile", "ratio"), [((1, 2), 1.5), ((3, 4), "-")])
+def test_measured_stands_beside_predicted_where_that_plan_was_measured(monkeypatch, tile, ratio):
+    waited = PRODUCTS_ROW | {"product": "grad_parameters"}
+    monkeypatch.setattr(results, "read", lambda path: [PRODUCTS_ROW, waited])
+    key = ("ViT-B attn.qkv", 12608, "fp32", "forward")
+    measured = predictions.measured()
+    assert measured == {key: {"plain": 70.0, "hopper 1x2": 1.5, "tma 3x4": 1.95, "pointers 5x6xFalse": 2.83}}
+    monkeypatch.setattr(predictions, "chosen", lambda architecture, product: Plan("hopper", tile))
+    monkeypatch.setattr(predictions, "predict", lambda *arguments: (cost.Estimate(5, {"tensor": 60.0}, 143.0), 0.9))
+    layer = predictions.SHOWN[0]
+    product, *_ = predictions.products(*layer[1:], "fp32")
+    row = predictions.row(cost.H200, layer, "fp32", 0, product, measured)
+    plain = cost.plain(12608, 2304, 768, cost.H200)
+    assert row["measured / plain"] == ratio and row["predicted / plain"] == 143.0 / plain
+    assert (row["plan"], row["measured plain, us"]) == (str(Plan("hopper", tile)), 70.0)

@@ -3,8 +3,8 @@
 Kernels and tiles by architecture are here; devices.py and quantization.py say which dtypes a device reads. To add one,
 name it in `architecture` and give it a row in POINTER_TILES and POINTER_GRAD_TILES and, if the TMA kernels compile for
 it, in the TMA tables and MULTIPROCESSORS. With its target and memory in `benchmarks/offline.py`,
-`tests/test_compilation.py` says whether the tiles fit without spills; with its rates in `benchmarks/compile_report.py`,
-that says what they compile to.
+`tests/test_compilation.py` says whether the tiles fit without spills; with its rates in `benchmarks/cost.py`,
+`benchmarks/compile_report.py` says what they compile to.
 """
 
 import warnings

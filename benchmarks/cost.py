@@ -1,0 +1,178 @@
+"""Estimate the time of a product on a GPU: ours from the terms of its compiled loop, and cuBLAS's plain GEMM.
+
+A launch takes as long as its busiest SM or as HBM: so many waves of tiles, of so many k-steps, of so many clocks. What
+is called fitted below was fitted to the times of an H200 in results/products-h200.json, at a nominal 1755 MHz, and is
+assumed of every other GPU.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from m2pt_kernels.tiles import ceil_div
+
+
+class Gpu(NamedTuple):
+    """Is described by its data sheet: SMs, MHz of the boost clock, GB/s of HBM."""
+
+    name: str
+    arch: int
+    multiprocessors: int
+    clock: float
+    hbm: float
+
+
+A100 = Gpu("A100", 80, 108, 1410, 2039)
+H100 = Gpu("H100", 90, 132, 1755, 3350)
+H200 = H100._replace(name="H200", hbm=4800)
+B200 = Gpu("B200", 100, 148, 1850, 8000)
+
+TENSOR_FLOPS = {80: 2048, 86: 1024, 90: 4096, 100: 8192, 120: 1024}
+"""Dense half-precision FLOP a clock and SM (float32 accumulation), by the data sheets."""
+
+LAUNCH = 5.0
+"""Microseconds of a launch between two events, with a cold L2 cache; fitted."""
+NEXT_LAUNCH = 2.0
+"""Microseconds that a second kernel, which adds what splits computed, takes to start; assumed."""
+
+
+class Costs(NamedTuple):
+    """Clocks that nothing hides: exposed ones of a step, those of a tile's epilogue, of a block's prologue.
+
+    Attributes:
+        overlap: whether a step's combine overlaps with its MMA; "-" if nothing is combined.
+        persistent: whether a block computes tile after tile, and has one prologue.
+    """
+
+    exposed: float
+    epilogue: float
+    prologue: float = 0
+    overlap: str = "-"
+    persistent: bool = False
+
+
+EPILOGUE, DESCRIPTORS = 2300, 13_500
+"""Fitted. The second is the prologue of a kernel that makes descriptors of its operands for TMA on the device."""
+COSTS = {
+    "hopper": Costs(175, EPILOGUE, DESCRIPTORS, "yes", persistent=True),
+    # Each of a step's products is waited for.
+    "tma, sm_90": Costs(145, EPILOGUE, DESCRIPTORS, "no"),
+    # The warps that combine wait for the one buffer of tensor memory that MMA reads. Assumed.
+    "tma, sm_100": Costs(175, EPILOGUE, DESCRIPTORS, "partly"),
+    # The combined tile goes through shared memory.
+    "pointers, sm_90": Costs(790, EPILOGUE, 0, "no"),
+    # The same warps combine and multiply, and others fill the gaps. Assumed.
+    "pointers": Costs(205, EPILOGUE, 0, "partly"),
+    "tma, gradients": Costs(65, EPILOGUE, DESCRIPTORS),
+    "pointers, gradients": Costs(205, EPILOGUE),
+}
+"""By the kernels of a plan, where it matters by architecture; fitted unless it says assumed."""
+
+
+def costs_of(by: str, product: str, arch: int) -> Costs:
+    """Return what nothing hides of a product, by its name, in kernels of "hopper", "tma" or "pointers"."""
+    if product == "grad_parameters":
+        return COSTS[f"{by}, gradients"]
+    return COSTS.get(f"{by}, sm_{arch}") or COSTS[by]
+
+
+PLAIN_COSTS = Costs(119, 4200)
+"""Of cuBLAS's plain GEMM; fitted."""
+PLAIN_TILES = {
+    80: ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64)),
+    90: ((128, 256), (256, 128), (128, 192), (192, 128), (128, 128), (192, 192)),
+    100: ((128, 256), (256, 128), (128, 192), (192, 128), (128, 128), (256, 256)),
+}
+"""It has the best of these, and clusters of SMs share what they read of L2; assumed."""
+PLAIN_DEPTH = {80: 32, 90: 64, 100: 64}
+PLAIN_SPLITS, LEAST_STEPS = (1, 2, 3, 4, 5, 6, 8, 12, 16), 16
+"""It may split the reduction into so many parts of at least so many steps; assumed."""
+ROWS_OF_MMA = {90: 64, 100: 128}
+"""wgmma and tcgen05 read an operand in shared memory once for every so many rows of the other."""
+
+
+class Launch(NamedTuple):
+    """Describes what is computed: tiles of so many k-steps, and clocks of an SM that a step takes of every pipe.
+
+    Attributes:
+        hbm_bytes: the operands and the output, once.
+        products: MMA's of a step, each with an accumulator.
+        splits: parts of the reduction, each computed by a block of its own.
+        partial_bytes: what they write and a second launch reads.
+        resident: blocks that an SM holds at a time.
+    """
+
+    tiles: int
+    steps: int
+    terms: Mapping[str, float]
+    hbm_bytes: int
+    products: int = 1
+    splits: int = 1
+    partial_bytes: int = 0
+    resident: int = 1
+
+
+class Estimate(NamedTuple):
+    """Microseconds: of every pipe as if alone, exposed, fixed, and in all."""
+
+    waves: int
+    terms: dict[str, float]
+    total: float
+
+
+def estimate(launch: Launch, costs: Costs, gpu: Gpu) -> Estimate:
+    """Estimate the time of a launch, and of the one that adds what the splits of its reduction computed."""
+    blocks = launch.tiles * launch.splits
+    waves = ceil_div(blocks, gpu.multiprocessors)
+    steps = waves * ceil_div(launch.steps, launch.splits)
+    busiest, exposed = max(launch.terms.values()), costs.exposed / min(launch.resident, waves)
+    clocks = busiest + exposed
+    if costs.overlap == "no":
+        clocks = max(busiest, launch.terms["tensor"] + launch.terms["issue"] + exposed * launch.products)
+    fixed = waves * costs.epilogue + costs.prologue * (1 if costs.persistent else waves)
+    adding = 0.0 if launch.splits == 1 else NEXT_LAUNCH + launch.partial_bytes / gpu.hbm / 1e3
+    hbm = launch.hbm_bytes / gpu.hbm / 1e3
+    terms = {name: steps * term / gpu.clock for name, term in launch.terms.items()}
+    terms |= {
+        "HBM": hbm,
+        "exposed": steps * (clocks - busiest) / gpu.clock,
+        "fixed": LAUNCH + fixed / gpu.clock + adding,
+    }
+    return Estimate(waves, terms, LAUNCH + max(hbm, (steps * clocks + fixed) / gpu.clock) + adding)
+
+
+def plain(rows: int, columns: int, depth: int, gpu: Gpu) -> float:
+    """Estimate the microseconds of cuBLAS's plain GEMM in half precision: its best tile, its reduction split or not."""
+    step = PLAIN_DEPTH[gpu.arch]
+    steps = ceil_div(depth, step)
+    return min(
+        estimate(
+            Launch(
+                tiles=ceil_div(rows, height) * ceil_div(columns, width),
+                steps=steps,
+                terms={
+                    "tensor": 2 * height * width * step / TENSOR_FLOPS[gpu.arch],
+                    "shared": 2 * step * (height + width + _reads(height, width, gpu.arch)) / 128,
+                },
+                hbm_bytes=2 * (rows * depth + depth * columns + rows * columns),
+                splits=splits,
+                partial_bytes=partial_bytes(rows, columns, splits),
+            ),
+            PLAIN_COSTS,
+            gpu,
+        ).total
+        for height, width in PLAIN_TILES[gpu.arch]
+        for splits in PLAIN_SPLITS
+        if splits == 1 or steps // splits >= LEAST_STEPS
+    )
+
+
+def partial_bytes(rows: int, columns: int, splits: int) -> int:
+    """Count the bytes of float32 that splits of a reduction write and that are read to add them."""
+    return 0 if splits == 1 else 8 * splits * rows * columns
+
+
+def _reads(rows: int, columns: int, arch: int) -> int:
+    """Count what a tile's MMA read of shared memory for every element of the depth: rows and columns, repeated."""
+    if arch not in ROWS_OF_MMA:  # warps read both operands of their 64 x 64
+        return ceil_div(columns, 64) * rows + ceil_div(rows, 64) * columns
+    return rows + ceil_div(rows, ROWS_OF_MMA[arch]) * columns

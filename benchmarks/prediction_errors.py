@@ -1,0 +1,54 @@
+"""How far the predictions are from what an H200 measured, by kernel: every plan of every layer in the products' table.
+
+The constants in `cost.py` are fitted to these very times. What waited for the host is left out.
+"""
+
+from collections import defaultdict
+from statistics import median
+
+from tqdm import tqdm
+
+from benchmarks import results
+from benchmarks.compile_report import products
+from benchmarks.cost import H200, plain
+from benchmarks.offline import TARGETS, compiling_for
+from benchmarks.predictions import measured, predict, sizes
+from benchmarks.products import LAYERS, WEIGHTS
+from benchmarks.results import Row
+from m2pt_kernels.plans import candidates
+
+
+def errors() -> dict[tuple[str, str], list[float]]:
+    """Return predicted over measured time less 1, by kernel and product."""
+    found, times = defaultdict(list), measured()
+    for layer, weights in tqdm([(layer, weights) for layer in LAYERS for weights in WEIGHTS], unit="layer"):
+        for position, product in enumerate(products(*layer[1:], weights)):
+            known = times.get((layer.name, layer.tokens, weights, product.name))
+            if known is None:
+                continue
+            found["plain GEMM", product.name].append(plain(*sizes(layer, product.name), H200) / known["plain"] - 1)
+            with compiling_for(TARGETS["sm_90"]):
+                plans = [plan for plan in candidates(product) if str(plan) in known]
+            for plan in plans:
+                time, _ = predict(H200, layer, weights, position, plan)
+                found[plan.by, product.name].append(time.total / (known["plain"] * known[str(plan)]) - 1)
+    return found
+
+
+def rows() -> list[Row]:
+    return [
+        {
+            "kernel": kernel,
+            "product": product,
+            "times": len(found),
+            "median error": median(map(abs, found)),
+            "mean": sum(found) / len(found),
+            "lowest": min(found),
+            "highest": max(found),
+        }
+        for (kernel, product), found in sorted(errors().items())
+    ]
+
+
+if __name__ == "__main__":
+    results.run("prediction-errors", "h200", rows, __doc__)
