@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
@@ -23,9 +24,9 @@ from benchmarks.cost import TENSOR_FLOPS, costs_of
 from benchmarks.offline import TARGETS, Resources, compiling_for, resources
 from benchmarks.results import Row
 from benchmarks.sass import Loop, main_loop
-from m2pt_kernels import gemm
+from m2pt_kernels import gemm, plans
 from m2pt_kernels.combined import CombinedWeight
-from m2pt_kernels.plans import Plan, candidates
+from m2pt_kernels.plans import Plan
 from m2pt_kernels.products import CombinedMatmul, GradParameters, Product
 
 TOKENS, IN_FEATURES, OUT_FEATURES = 12608, 768, 3072
@@ -34,8 +35,8 @@ REGISTERS, SHARED_PER_SM = 65536, {80: 164, 86: 100, 90: 228, 100: 228, 120: 100
 CONSUMER_WARPS = 8
 """Warps of a specialised kernel that compute; the others copy."""
 
-COLUMNS_BY_HAND, UNROLLED = 128, 4
-"""Of a tile, and steps in a turn of the loop, of the kernel that is scheduled by hand."""
+UNROLLED = 4
+"""Steps in a turn of the loop of the kernel that is scheduled by hand."""
 PIPES = ("tensor", "shared", "float", "integer")
 ACTIVATIONS = torch.bfloat16
 WEIGHTS = {
@@ -153,27 +154,26 @@ def kernel(architecture: str, weights: str, position: int, plan: Plan) -> Kernel
         gemm.compute(plan, product)
     weight_dtype, aux_dtype, models = WEIGHTS[weights]
     combined_bytes = weight_dtype.itemsize + models * aux_dtype.itemsize
-    tile = plan.tile._asdict()
-    more = tile.get("MORE_M", 0)
+    rows, columns, depth = plan.tile.shape
     return Kernel(
         arch=target.arch,
         product=product.name,
         by=plan.by,
-        rows=tile["BLOCK_M"] + more,
-        columns=tile.get("BLOCK_N", COLUMNS_BY_HAND),
-        depth=tile["BLOCK_K"],
+        rows=rows,
+        columns=columns,
+        depth=depth,
         column_bytes=ACTIVATIONS.itemsize if product.name == "grad_parameters" else combined_bytes,
-        products=2 if more else 1,
+        products=2 if rows > plan.tile.BLOCK_M else 1,
         compiled=compiled[0],
         loop=main_loop(compiled[0]),
         resources=resources(compiled[0]),
     )
 
 
-def chosen(architecture: str, product: Product) -> Plan:
-    """Return the plan that computes a product without tuning."""
-    with compiling_for(TARGETS[architecture]):
-        return candidates(product)[0]
+def chosen(architecture: str, product: Product, multiprocessors: int = 132) -> Plan:
+    """Return the plan that computes a product without tuning, on a GPU of so many SMs."""
+    with compiling_for(TARGETS[architecture]), patch.object(plans, "multiprocessors", lambda device: multiprocessors):
+        return plans.candidates(product)[0]
 
 
 def report(architecture: str) -> Iterator[Row]:

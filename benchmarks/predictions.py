@@ -60,7 +60,7 @@ def predict(gpu: Gpu, layer: Layer, weights: str, position: int, plan: Plan) -> 
     weight_dtype, aux_dtype, _ = WEIGHTS[weights]
     weight_bytes = layer.in_features * layer.out_features * (weight_dtype.itemsize + aux_dtype.itemsize)
     steps = ceil_div(depth, made.depth)
-    splits = 1
+    splits = plan.splits
     launch = Launch(
         tiles=ceil_div(rows, made.rows) * ceil_div(columns, made.columns),
         steps=ceil_div(steps, made.unrolled) * made.unrolled,
@@ -89,7 +89,7 @@ def report(gpu: Gpu) -> Iterator[Row]:
 
 def row(gpu: Gpu, layer: Layer, weights: str, position: int, product: Product, ratios: dict) -> Row:
     """Predict `products(...)[position]` by the plan that is chosen, beside what was measured of that plan, if any."""
-    plan = chosen(f"sm_{gpu.arch}", product)
+    plan = chosen(f"sm_{gpu.arch}", product, gpu.multiprocessors)
     found, efficiency = predict(gpu, layer, weights, position, plan)
     modelled = plain(*sizes(layer, product.name), gpu)
     known = ratios.get((layer.name, layer.tokens, weights, product.name), {})
