@@ -1,13 +1,15 @@
 """Simulated peak memory of one training step at 224 pixels: float32 weights, bfloat16 autocast, AdamW.
 
 Run as `python -m benchmarks.memory`. Nothing is computed: fake tensors are allocated and freed as by the operators of
-the step. Simulated as on a GPU, where this package's operators need no scratch memory and AdamW is fused; the
-allocator's rounding and fragmentation, the CUDA context and cuBLAS workspaces are left out. The levers are those of
-`python -m benchmarks.memory_levers`; without activation checkpointing, nothing goes to the host.
+the step. Simulated as on an H100, where AdamW is fused and gradients of few tiles are split, which takes float32 sums
+of 64 MiB at most while a layer's are computed; the allocator's rounding and fragmentation, the CUDA context and cuBLAS
+workspaces are left out. The levers are those of `python -m benchmarks.memory_levers`; without activation checkpointing,
+nothing goes to the host.
 """
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 import torch
@@ -17,9 +19,11 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from benchmarks import results
+from benchmarks.cost import H100
 from benchmarks.results import Row
 from benchmarks.variants import (
     FUSED_ADAMW,
@@ -37,6 +41,8 @@ from benchmarks.variants import (
     training_step,
     vision_transformer,
 )
+from m2pt_kernels.estimates import FLOPS, Work, best_splits, clocks
+from m2pt_kernels.plans import POINTER_GRAD_TILES, TMA_GRAD_TILES, Plan
 
 MEMORY_VARIANTS = (*VARIANTS, FUSED_INT8, FUSED_INT4)
 BATCHES = (4, 16, 64)
@@ -68,6 +74,30 @@ class PeakTracker(MemTracker):
         return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
 
 
+class SplitSums(TorchDispatchMode):
+    """Holds what an H100's kernels do of the splits of a layer's gradients, while these are computed."""
+
+    def __torch_dispatch__(self, operator, types, arguments=(), named=None):
+        if operator is not torch.ops.m2pt_kernels.grad_parameters.default:
+            return operator(*arguments, **(named or {}))
+        grad_output, x = (operand.flatten(0, -2) for operand in arguments[:2])
+        size = grad_output.shape[1], x.shape[1]
+        splits = splits_of(*size, len(x))
+        sums = x.new_empty(splits if splits > 1 else 0, *size, dtype=torch.float32)
+        gradients = operator(*arguments, **(named or {}))
+        del sums
+        return gradients
+
+
+@cache
+def splits_of(rows: int, columns: int, tokens: int) -> int:
+    """Return among how many blocks of an H100 the reduction of gradients in half precision is split."""
+    work = Work(rows, columns, tokens, 0, 0, FLOPS["hopper"], H100.multiprocessors)
+    tiles = {"tma": TMA_GRAD_TILES["hopper"], "pointers": POINTER_GRAD_TILES["hopper"]["half"]}
+    plans = [Plan(by, tile, best_splits(by, tile, work)) for by, found in tiles.items() for tile in found]
+    return min(plans, key=lambda plan: clocks(plan.by, plan.tile, work, plan.splits)).splits
+
+
 @dataclass(frozen=True)
 class Step:
     model: str
@@ -88,7 +118,7 @@ def peak_gib(step: Step, variant: str, levers: Levers = NO_LEVERS) -> float:
         images, labels = torch.empty(step.batch, 3, 224, 224), torch.zeros(step.batch, dtype=torch.long)
         tracker = PeakTracker()
         tracker.track_external(model, optimizer, images, labels)
-        with tracker, saved_tensors_hooks(to_host, from_host) if levers.on_host else nullcontext():
+        with tracker, SplitSums(), saved_tensors_hooks(to_host, from_host) if levers.on_host else nullcontext():
             training_step(model, optimizer, images, labels, autocast=True)
         return tracker.peak / GIB
 

@@ -10,7 +10,18 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from m2pt import FusedCrossModalLinear
-from m2pt_kernels import check, cross_modal_linear, gemm, implementation, records, reference, tuning, warmup
+from m2pt_kernels import (
+    check,
+    cross_modal_linear,
+    estimates,
+    gemm,
+    implementation,
+    plans,
+    records,
+    reference,
+    tuning,
+    warmup,
+)
 from m2pt_kernels.cases import KINDS, Shape
 from m2pt_kernels.combined import CombinedWeight
 from m2pt_kernels.plans import KERNELS, TUNED
@@ -139,6 +150,19 @@ def test_the_combined_weight_is_never_in_memory():
     gradients, backward = peak_above(lambda: torch.autograd.grad(y, trained, torch.ones_like(y)))
     kept = y.nbytes + sum(gradient.nbytes for gradient in gradients)
     assert backward < kept + 4 * MIB
+
+
+def test_gradients_of_few_tiles_are_split_within_the_bound():
+    x, grad_output, aux_weight = draw(12608, 768), draw(12608, 768), draw(768, 768)
+    product = GradParameters(grad_output, x, aux_weight, None, torch.float32, None)
+    assert plans.candidates(product)[0].splits > 1
+    runs, peaks = zip(*(peak_above(lambda: gemm.grad_parameters(product)) for _ in range(3)), strict=True)
+    kept = runs[0][0].nbytes + MIB
+    assert kept < max(peaks) <= kept + estimates.MOST_SPLIT_BYTES
+    assert all(torch.equal(run[0], runs[0][0]) and torch.equal(run[2], runs[0][2]) for run in runs)
+    expected = reference.grad_parameters(product)
+    assert_close(runs[0][0], expected[0])
+    assert_close(runs[0][2], expected[2])
 
 
 def test_steps_leave_no_memory_behind(size):

@@ -1,10 +1,10 @@
 """Choose the kernel and the tiles of a product by the GPU, the operands, and what was timed or found faulty.
 
-Kernels and tiles by architecture are here; devices.py and quantization.py say which dtypes a device reads. To add one,
-name it in `architecture` and give it a row in POINTER_TILES and POINTER_GRAD_TILES and, if the TMA kernels compile for
-it, in the TMA tables and MULTIPROCESSORS. With its target and memory in `benchmarks/offline.py`,
-`tests/test_compilation.py` says whether the tiles fit without spills; with its rates in `benchmarks/cost.py`,
-`benchmarks/compile_report.py` says what they compile to.
+Kernels and tiles by architecture are here; devices.py and quantization.py say which dtypes a device reads, estimates.py
+which of the tiles are tried first. To add an architecture, name it in `architecture` and give it a row in POINTER_TILES
+and POINTER_GRAD_TILES, in the TMA tables if these kernels compile for it, and in `estimates.FLOPS`. With its target and
+memory in `benchmarks/offline.py`, `tests/test_compilation.py` says whether the tiles fit without spills; with its rates
+in `benchmarks/cost.py`, `benchmarks/compile_report.py` says what they compile to.
 """
 
 import warnings
