@@ -14,7 +14,7 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import JITFunction
 
 from benchmarks.sass import assembler
-from m2pt_kernels import implementation, plans
+from m2pt_kernels import implementation, launches, plans
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -79,6 +79,7 @@ def compiling_for(target: GPUTarget, *others: JITFunction) -> Iterator[list[Comp
     finally:
         for kernel in (*plans.KERNELS, *others):
             kernel.device_caches.pop(str(target), None)
+        launches.HELD.clear()
         triton.runtime.driver.set_active(None)
 
 

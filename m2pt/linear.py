@@ -1,6 +1,7 @@
 """The layer: an `nn.Linear` that multiplies with `weight + cross_modal_scale * aux_weight`."""
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, TypeGuard
 
 import torch
@@ -13,6 +14,8 @@ from m2pt_kernels.quantization import DTYPES
 
 from .checks import check_kind, check_sizes
 from .hooks import check_no_hooks, check_no_tensor_hooks
+
+_OPERANDS = itemgetter("weight", "aux_weight", "cross_modal_scale", "bias", "aux_weight_scale")
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -123,11 +126,18 @@ class FusedCrossModalLinear(nn.Linear):
         self.cross_modal_scale = nn.Parameter(self.weight.new_zeros(len(aux_weights)))
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():  # where compiled checkpoints forbid such a note
-            self.__dict__["is_called"] = True  # nn.Module's __setattr__ takes thirty times as long
-        return cross_modal_linear(
-            input, self.weight, self.aux_weight, self.cross_modal_scale, self.bias, self.aux_weight_scale
-        )
+        if torch.compiler.is_compiling():
+            return cross_modal_linear(input, *self._operands())
+        # nn.Module's __setattr__ takes thirty times as long, and its __getattr__ ten times.
+        self.__dict__["is_called"] = True
+        try:
+            operands = _OPERANDS({**self._buffers, **self._parameters})
+        except KeyError:  # of a weight that is computed, as by a parametrization
+            operands = self._operands()
+        return cross_modal_linear(input, *operands)
+
+    def _operands(self) -> tuple[Any, ...]:
+        return self.weight, self.aux_weight, self.cross_modal_scale, self.bias, self.aux_weight_scale
 
     def quantize_aux(self, dtype: str) -> None:
         """Store a frozen `aux_weight` in fewer bytes; the tensor it shared with the auxiliary model is left alone.

@@ -208,3 +208,31 @@ def test_the_output_may_be_changed_in_place(change, shape):
         gradients.append((y, x.grad, each.weight.grad))
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_weight_that_is_computed_counts():
+    layer, origin, _ = fused()
+    expected = F.linear(inputs(), 2 * origin.weight, origin.bias)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    torch.testing.assert_close(layer(inputs()), expected)
+
+
+def test_a_weight_that_is_a_mere_attribute_counts():
+    layer, origin, _ = fused()
+    expected = F.linear(inputs(), 2 * origin.weight, origin.bias)
+    del layer.weight
+    layer.weight = 2 * origin.weight
+    torch.testing.assert_close(layer(inputs()), expected)
+
+
+def test_a_weight_that_is_replaced_counts():
+    layer, origin, _ = fused()
+    layer(inputs())
+    expected = F.linear(inputs(), 2 * origin.weight, origin.bias)
+    layer.weight = nn.Parameter(2 * origin.weight)
+    torch.testing.assert_close(layer(inputs()), expected)

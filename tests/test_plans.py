@@ -335,7 +335,7 @@ def test_a_tuned_plan_is_for_a_gpu_and_a_float32_precision(monkeypatch):
         torch.set_float32_matmul_precision(precision)
         try:
             with compiling_for(target):
-                keys.append(problem(forward()))
+                keys.append(problem(changed(forward(), left=matrix(1024, 128, dtype=FLOAT))))
         finally:
             torch.set_float32_matmul_precision(before)
     assert len(set(keys)) == len(keys)

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
 
 from .quantization import cuda_capability
 from .versions import check_interpreter
@@ -51,7 +52,16 @@ def active_target() -> GPUTarget | None:
     Raises:
         RuntimeError: Triton has no active driver.
     """
-    return None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+    if INTERPRETED:
+        return None
+    driver = triton.runtime.driver.active
+    return _target_of(driver, driver.get_current_device())
+
+
+@cache
+def _target_of(driver: DriverBase, device: int) -> GPUTarget:
+    """Ask a driver about the current device only once, as that takes microseconds."""
+    return driver.get_current_target()
 
 
 def capability_of(target: GPUTarget | None) -> int | None:

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .combined import CombinedWeight
 from .devices import multiprocessors
 from .gemm_tma import provide_descriptor_memory
+from .launches import launch
 from .tiles import GROUP, count_tiles
 from .versions import TMA_OPTIONS
 
@@ -341,11 +342,12 @@ def combined_matmul(
     """Write a `CombinedMatmul` to output, contiguous. A quantised W_aux has a scale for each row in memory."""
     (rows, depth), columns, (depth_first, outer) = left.shape, output.shape[1], combined.layout
     provide_descriptor_memory()
-    combined_matmul_hopper_kernel[(min(count_tiles(tile, rows, columns), multiprocessors(left.device)),)](
-        *(left, *combined[:4], bias, output),
-        *(rows, columns, depth),
-        *(left.stride(0), combined.weight.stride(outer), combined.aux_weight.stride(outer)),
-        **tile._asdict(),
+    launch(
+        combined_matmul_hopper_kernel,
+        (min(count_tiles(tile, rows, columns), multiprocessors(left.device)), 1),
+        (left, *combined[:4], bias, output),
+        (rows, columns, depth, left.stride(0), combined.weight.stride(outer), combined.aux_weight.stride(outer)),
+        tile,
         GROUP=GROUP,
         DEPTH_FIRST=depth_first,
         num_warps=4,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .combined import CombinedWeight, model_stride
 from .devices import active_target, input_precision
+from .launches import launch
 from .products import GradParameters
 from .quantization import GROUP_SIZE
 from .tiles import GROUP, GradTile, count_tiles, offset_of, share_of, tile_of_program
@@ -262,10 +263,12 @@ def combined_matmul(
     scale_strides = (
         (0, 0) if aux_weight_scale is None else (aux_weight_scale.stride(-2), model_stride(aux_weight_scale))
     )
-    combined_matmul_kernel[(count_tiles(tile, rows, columns),)](
-        *(left, *combined[:4], bias, output),
-        *(rows, columns, depth, *strides, *scale_strides),
-        **tile._asdict(),
+    launch(
+        combined_matmul_kernel,
+        (count_tiles(tile, rows, columns), 1),
+        (left, *combined[:4], bias, output),
+        (rows, columns, depth, *strides, *scale_strides),
+        tile,
         GROUP=GROUP,
         EVEN_K=depth % tile.BLOCK_K == 0,
         INPUT_PRECISION=input_precision(left.dtype, active_target()),
@@ -287,11 +290,12 @@ def grad_parameters(
     tiles = count_tiles(tile, rows, columns)
     partial = None if aux_weight is None else x.new_empty(models, tiles * tile.BLOCK_M, dtype=torch.float32)
     aux_strides = (0, 0, 0) if aux_weight is None else (*aux_weight.stride()[-2:], model_stride(aux_weight))
-    grad_parameters_kernel[(tiles, splits)](
-        *(grad_output, x, aux_weight, cross_modal_scale, aux_weight_scale, grad_weight, grad_aux, partial),
-        *(rows, columns, depth, share_of(depth, splits, tile.BLOCK_K)),
-        *(*grad_output.stride(), *x.stride(), *aux_strides),
-        **tile._asdict(),
+    launch(
+        grad_parameters_kernel,
+        (tiles, splits),
+        (grad_output, x, aux_weight, cross_modal_scale, aux_weight_scale, grad_weight, grad_aux, partial),
+        (rows, columns, depth, share_of(depth, splits, tile.BLOCK_K), *grad_output.stride(), *x.stride(), *aux_strides),
+        tile,
         GROUP=GROUP,
         EVEN_K=depth % tile.BLOCK_K == 0,
         INPUT_PRECISION=input_precision(x.dtype, active_target()),

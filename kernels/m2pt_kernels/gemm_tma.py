@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .combined import CombinedWeight, model_stride
+from .launches import launch
 from .products import GradParameters
 from .tiles import GROUP, GradTile, ceil_div, count_tiles, offset_of, share_of, tile_of_program
 from .versions import TMA_OPTIONS
@@ -295,12 +296,14 @@ def combined_matmul(
     """Write a `CombinedMatmul` to output, contiguous. A quantised W_aux has a scale for each row in memory."""
     (rows, depth), columns = left.shape, output.shape[1]
     (weight, aux_weight, *_), (depth_first, outer) = combined, combined.layout
+    strides = weight.stride(outer), aux_weight.stride(outer), model_stride(aux_weight)
     provide_descriptor_memory()
-    combined_matmul_tma_kernel[(count_tiles(tile, rows, columns),)](
-        *(left, *combined[:4], bias, output),
-        *(rows, columns, depth),
-        *(left.stride(0), weight.stride(outer), aux_weight.stride(outer), model_stride(aux_weight)),
-        **tile._asdict(),
+    launch(
+        combined_matmul_tma_kernel,
+        (count_tiles(tile, rows, columns), 1),
+        (left, *combined[:4], bias, output),
+        (rows, columns, depth, left.stride(0), *strides),
+        tile,
         GROUP=GROUP,
         DEPTH_FIRST=depth_first,
         MODELS=combined.models,
@@ -322,12 +325,14 @@ def grad_parameters(
     column_tiles = ceil_div(columns, tile.BLOCK_N)
     partial = None if aux_weight is None else x.new_empty(models, column_tiles * rows, dtype=torch.float32)
     aux_strides = (0, 0) if aux_weight is None else (aux_weight.stride(-2), model_stride(aux_weight))
+    share = share_of(depth, splits, tile.BLOCK_K)
     provide_descriptor_memory()
-    grad_parameters_tma_kernel[(count_tiles(tile, rows, columns), splits)](
-        *(grad_output, x, aux_weight, cross_modal_scale, aux_weight_scale, grad_weight, grad_aux, partial),
-        *(rows, columns, depth, share_of(depth, splits, tile.BLOCK_K)),
-        *(grad_output.stride(0), x.stride(0), *aux_strides),
-        **tile._asdict(),
+    launch(
+        grad_parameters_tma_kernel,
+        (count_tiles(tile, rows, columns), splits),
+        (grad_output, x, aux_weight, cross_modal_scale, aux_weight_scale, grad_weight, grad_aux, partial),
+        (rows, columns, depth, share, grad_output.stride(0), x.stride(0), *aux_strides),
+        tile,
         GROUP=GROUP,
         MODELS=models,
         **TMA_OPTIONS,

@@ -1,10 +1,12 @@
 """Make torch operators of the kernels: dispatch, autocast, autograd, shapes for tracing, FLOP counts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from operator import attrgetter
 from types import ModuleType, NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,11 +79,43 @@ def cross_modal_linear(
         ValueError: a sparse or nested tensor, a shape or a device that does not fit the others, or a quantised
             aux_weight that is to be trained.
     """
-    check_weights(weight, aux_weight, scale, aux_weight_scale)
-    dtype = _checked_dtype(x, weight, bias)
-    if not _is_unobserved(x, weight, aux_weight, scale, bias, aux_weight_scale):
-        return _cross_modal_linear(x, weight, aux_weight, scale, bias, aux_weight_scale)
+    operands = x, weight, aux_weight, scale, bias, aux_weight_scale
+    key = dtype = None
+    if _is_unobserved():
+        try:
+            dtype = _PASSED.get(key := _checked_metadata(*operands))
+        except (AttributeError, RuntimeError, TypeError):  # of no tensor, a nested one, or sizes that are symbols
+            key = None
+    if dtype is None:
+        check_weights(weight, aux_weight, scale, aux_weight_scale)
+        dtype = _checked_dtype(x, weight, bias)
+        if key is None or not _are_ordinary(operands):
+            return _cross_modal_linear(*operands)
+        if len(_PASSED) >= MOST_PASSED:  # of sizes that keep changing
+            _PASSED.clear()
+        _PASSED[key] = dtype
     return _CrossModalLinear.apply(reference.cast(x, dtype), weight, aux_weight, scale, bias, aux_weight_scale, _matmul)
+
+
+_PASSED: dict[tuple[Any, ...], torch.dtype] = {}
+"""Of ordinary tensors that passed the checks, all that these look at, and the dtype to multiply in."""
+MOST_PASSED = 2**10
+
+_metadata = attrgetter("__class__", "dtype", "shape", "device", "layout")
+
+
+def _checked_metadata(x, weight, aux_weight, scale, bias, aux_weight_scale):
+    """Return all that the checks look at."""
+    return (
+        torch._C._is_any_autocast_enabled() and _gemm_dtype(x),
+        _metadata(x),
+        _metadata(weight),
+        _metadata(aux_weight),
+        _metadata(scale),
+        bias is None or _metadata(bias),
+        aux_weight_scale is None
+        or (_metadata(aux_weight_scale), aux_weight.requires_grad, aux_weight_scale.requires_grad),
+    )
 
 
 def _checked_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -184,15 +218,19 @@ def path_of(x: Tensor, *others: Tensor | None) -> ModuleType:
 _ORDINARY = frozenset((Tensor, Parameter, NoneType))
 
 
-def _is_unobserved(*tensors: Tensor | None) -> bool:
-    """Return whether no tracer, mode or tensor subclass waits to see an operator: dispatching it would be time lost."""
+def _is_unobserved() -> bool:
+    """Return whether no tracer or mode waits to see an operator: dispatching it would be time lost."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
-        and _ORDINARY.issuperset(map(type, tensors))
     )
+
+
+def _are_ordinary(tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether none is of a subclass, which would see an operator."""
+    return _ORDINARY.issuperset(map(type, tensors))
 
 
 _shaped = torch.ops.aten._unsafe_view.default
@@ -209,17 +247,21 @@ def _matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | None = None) 
     if _autocast_enabled(left):
         with torch.autocast(left.device.type, enabled=False):
             return _matmul(left, combined, bias)
-    path = path_of(left, *combined[:3], bias)
+    path = path_of(left, combined.weight, combined.aux_weight, combined.cross_modal_scale, bias)
+    if left.dim() == 2:
+        return path.combined_matmul(left, combined, bias)
     output = path.combined_matmul(_flat(left), combined, bias)
-    return output if left.dim() == 2 else _shaped(output, (*left.shape[:-1], output.shape[1]))
+    return _shaped(output, (*left.shape[:-1], output.shape[1]))
 
 
-def _gradients(grad_output, x, *others):
+def _gradients(product: GradParameters) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x = product.x
     if _autocast_enabled(x):
         with torch.autocast(x.device.type, enabled=False):
-            return _gradients(grad_output, x, *others)
-    product = _grad_product(_flat(grad_output), _flat(x), *others)
-    return path_of(grad_output, x, product.aux_weight, product.cross_modal_scale).grad_parameters(product)
+            return _gradients(product)
+    if x.dim() != 2:
+        product = product._replace(grad_output=_flat(product.grad_output), x=_flat(x))
+    return path_of(x, product.aux_weight, product.cross_modal_scale).grad_parameters(product)
 
 
 def _grad_product(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale=None):
@@ -236,6 +278,10 @@ def _dispatched_matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | No
     return _grad_input(left, weight, aux_weight, scale, aux_weight_scale)
 
 
+def _dispatched_gradients(product: GradParameters) -> tuple[Tensor, Tensor, Tensor]:
+    return _grad_parameters(*product)
+
+
 @torch.library.impl("m2pt_kernels::cross_modal_linear", "default", lib=_library)
 def _(x, weight, aux_weight, scale, bias=None, aux_weight_scale=None):
     return _matmul(x, CombinedWeight(weight, aux_weight, scale, aux_weight_scale, transposed=True), bias)
@@ -248,7 +294,7 @@ def _(grad_output, *combined):
 
 @torch.library.impl("m2pt_kernels::grad_parameters", "default", lib=_library)
 def _(grad_output, *others):
-    gradients = _gradients(grad_output, *others)
+    gradients = _gradients(_grad_product(grad_output, *others))
     return tuple(grad_output.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
@@ -299,15 +345,15 @@ class _CrossModalLinear(torch.autograd.Function):
         x, weight, aux_weight, scale, aux_weight_scale = saved = ctx.saved_tensors
         weight_dtype, aux_dtype, scale_dtype, bias_dtype = ctx.dtypes
         need_x, need_weight, need_aux, need_scale, need_bias, *_ = ctx.needs_input_grad
-        if _is_unobserved(grad_output, *saved):
+        if _is_unobserved() and _are_ordinary((grad_output, *saved)):
             matmul, gradients = _matmul, _gradients
         else:
-            matmul, gradients = _dispatched_matmul, _grad_parameters
+            matmul, gradients = _dispatched_matmul, _dispatched_gradients
         grad_x = grad_weight = grad_aux = grad_scale = grad_bias = None
         if need_x:
             grad_x = matmul(grad_output, CombinedWeight(weight, aux_weight, scale, aux_weight_scale))
         if need_weight or need_aux or need_scale:
-            grad_weight, grad_aux, grad_scale = gradients(
+            product = GradParameters(
                 grad_output,
                 x,
                 aux_weight if need_scale else None,
@@ -316,6 +362,7 @@ class _CrossModalLinear(torch.autograd.Function):
                 aux_dtype if need_aux else None,
                 aux_weight_scale if need_scale else None,
             )
+            grad_weight, grad_aux, grad_scale = gradients(product)
         if need_bias:
             # Before torch 2.12 a DTensor does not flatten a batch dimension that is sharded.
             batch = tuple(range(grad_output.dim() - 1))

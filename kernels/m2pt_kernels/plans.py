@@ -479,20 +479,21 @@ class Problem(NamedTuple):
     product: str
     device: str
     target: GPUTarget | None
-    fp32_precision: str
+    input_precision: str
     operands: tuple[Any, ...]
 
 
 def problem(product: Product) -> Problem:
     """Describe a product on the current device, which is its tensors'."""
     operands = [
-        (operand.shape, operand.stride(), _is_whole(operand.data_ptr()), operand.dtype)
+        (operand.shape, operand.stride(), operand.data_ptr() % 16 == 0, operand.dtype)
         if isinstance(operand, Tensor)
         else operand
         for operand in product.operands
     ]
-    device, precision = product[0].device, torch.backends.cuda.matmul.fp32_precision
-    return Problem(product.name, device_name(device), active_target(), precision, tuple(operands))
+    first, target = product[0], active_target()
+    precision = input_precision(first.dtype, target)
+    return Problem(product.name, device_name(first.device), target, precision, tuple(operands))
 
 
 def variant(plan: Plan, key: Problem) -> str:

@@ -81,9 +81,11 @@ def grad_parameters(product: GradParameters) -> tuple[Tensor | None, Tensor | No
 def grad_weight(grad_output: Tensor, x: Tensor) -> Tensor:
     """Return `G = dY^T x`, (N, K): the unrounded accumulator, in float32 at least."""
     wide = wide_dtype(x.dtype)
-    if x.is_cuda and x.dtype != wide:
+    if x.dtype == wide:
+        return torch.mm(grad_output.t(), x)
+    if x.is_cuda:
         return torch.mm(grad_output.t(), x, out_dtype=wide)
-    return torch.mm(cast(grad_output, wide).t(), cast(x, wide))
+    return torch.mm(grad_output.to(wide).t(), x.to(wide))
 
 
 def grad_aux(accumulator: Tensor, cross_modal_scale: Tensor) -> Tensor:

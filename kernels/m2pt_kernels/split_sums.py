@@ -1,11 +1,14 @@
 """Finish gradients whose reduction over the tokens was split: add the splits in order, in float32, without atomics."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .combined import model_stride
 from .gemm_pointers import packed_index, unpack
+from .launches import launch
 from .products import GradParameters
 from .quantization import GROUP_SIZE
 from .tiles import ceil_div, offset_of
@@ -13,8 +16,17 @@ from .versions import OPTIONS
 
 GROUP_SIZE = tl.constexpr(GROUP_SIZE)
 
-_LARGEST_BLOCK = 1024
-"""So many columns at a time; eight a thread are two loads of 16 bytes for each split."""
+
+class SumsTile(NamedTuple):
+    """A row's columns are added BLOCK at a time."""
+
+    BLOCK: int
+    num_warps: int
+
+
+_NUM_WARPS = 4
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 32 * _NUM_WARPS, 1024
+"""Columns: one a thread, as warps that repeat others' would store the same sum; eight are two loads of 16 bytes."""
 
 
 @triton.jit
@@ -79,17 +91,18 @@ def grad_parameters(
     """
     _, _, aux_weight, cross_modal_scale, *_, aux_weight_scale = product
     (rows, columns), models = product.shape, product.models
-    block = min(triton.next_power_of_2(columns), _LARGEST_BLOCK)
+    block = min(max(triton.next_power_of_2(columns), _SMALLEST_BLOCK), _LARGEST_BLOCK)
     blocks = ceil_div(columns, block)
     partial = None if aux_weight is None else splits.new_empty(models, rows * blocks)
     aux_strides = (0, 0, 0) if aux_weight is None else (*aux_weight.stride()[-2:], model_stride(aux_weight))
-    split_sums_kernel[(rows, blocks)](
-        *(splits, aux_weight, cross_modal_scale, aux_weight_scale, grad_weight, grad_aux, partial),
-        *(rows, columns, *aux_strides),
-        BLOCK=block,
+    launch(
+        split_sums_kernel,
+        (rows, blocks),
+        (splits, aux_weight, cross_modal_scale, aux_weight_scale, grad_weight, grad_aux, partial),
+        (rows, columns, *aux_strides),
+        SumsTile(block, _NUM_WARPS),
         SPLITS=len(splits),
         MODELS=models,
-        num_warps=4,
         **OPTIONS,
     )
     return partial

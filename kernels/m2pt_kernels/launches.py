@@ -1,0 +1,51 @@
+"""Launch kernels, and hold what they compiled: for the same arguments Triton takes longer to find it than to launch."""
+
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction
+
+from .devices import active_target
+
+HELD: dict[tuple[Any, ...], tuple[CompiledKernel, list[Any]]] = {}
+"""What was compiled, and the constants it is launched with, by all that Triton compiles anew for, or more."""
+MOST_HELD = 2**12
+
+
+def launch(
+    kernel: JITFunction,
+    grid: tuple[int, int],
+    tensors: tuple[Tensor | None, ...],
+    sizes: tuple[int | None, ...],
+    tile: Any,
+    **constants: Any,
+) -> None:
+    """Launch a grid of a kernel's programs on the current device and its current stream.
+
+    Args:
+        tensors: the first arguments, on the current device.
+        sizes: the arguments after them.
+        tile: constants by name, as `constants`, which are the rest of the arguments and options.
+    """
+    target = active_target()
+    if target is None or target.backend != "cuda":  # elsewhere code also depends on how large a tensor's storage is
+        kernel[grid](*tensors, *sizes, **tile._asdict(), **constants)
+        return
+    driver = triton.runtime.driver.active
+    device = driver.get_current_device()
+    pointers = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
+    settings = knobs.runtime.debug, getattr(knobs.compilation, "instrumentation_mode", "")
+    key = (kernel.fn, device, settings, *pointers, sizes, tile, *constants.values())
+    if held := HELD.get(key):
+        compiled, values = held
+        compiled[(*grid, 1)](*tensors, *sizes, *values, stream=driver.get_current_stream(device))
+        return
+    constants |= tile._asdict()
+    compiled = kernel[grid](*tensors, *sizes, **constants)
+    if isinstance(compiled, CompiledKernel):
+        if len(HELD) >= MOST_HELD:  # of sizes that keep changing
+            HELD.clear()
+        HELD[key] = compiled, [constants[name] for name in kernel.arg_names[len(tensors) + len(sizes) :]]
