@@ -163,7 +163,7 @@ def test_nothing_is_held_where_code_depends_on_the_storage(monkeypatch):
     for _ in range(2):
         launch(**PLAIN)
     assert len(asked) == 2 and not HELD
-    assert asked[0] == {"grid": (4,), "warmup": False, **TILE._asdict(), "TWICE": False, "enable_fp_fusion": True}
+    assert asked[0] == {"grid": (4, 1), "warmup": False, **TILE._asdict(), "TWICE": False, "enable_fp_fusion": True}
 
 
 @needs_compiler("sm_90")

@@ -24,9 +24,8 @@ class SumsTile(NamedTuple):
     num_warps: int
 
 
-_NUM_WARPS = 4
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 32 * _NUM_WARPS, 1024
-"""Columns: one a thread, as warps that repeat others' would store the same sum; eight are two loads of 16 bytes."""
+_LARGEST = SumsTile(BLOCK=1024, num_warps=4)
+"""Eight columns a thread are two loads of 16 bytes."""
 
 
 @triton.jit
@@ -69,7 +68,8 @@ def split_sums_kernel(
                 aux = unpack(aux, column)
                 groups = of_model * (columns // GROUP_SIZE) + column // GROUP_SIZE
                 aux *= tl.load(aux_weight_scale_ptr + groups, mask, other=0.0)
-            sums = tl.sum(total * aux.to(tl.float32))
+            # Without `where` the product would be fused with the first step of the sum, and lanes differ by a rounding.
+            sums = tl.sum(tl.where(mask, total * aux.to(tl.float32), 0.0))
             if aux_weight_scale_ptr is not None and not PACKED:
                 sums *= tl.load(aux_weight_scale_ptr + of_model)
             tl.store(partial_ptr + of_model * tl.num_programs(1) + tl.program_id(1), sums)
@@ -91,8 +91,8 @@ def grad_parameters(
     """
     _, _, aux_weight, cross_modal_scale, *_, aux_weight_scale = product
     (rows, columns), models = product.shape, product.models
-    block = min(max(triton.next_power_of_2(columns), _SMALLEST_BLOCK), _LARGEST_BLOCK)
-    blocks = ceil_div(columns, block)
+    tile = _LARGEST._replace(BLOCK=min(triton.next_power_of_2(columns), _LARGEST.BLOCK))
+    blocks = ceil_div(columns, tile.BLOCK)
     partial = None if aux_weight is None else splits.new_empty(models, rows * blocks)
     aux_strides = (0, 0, 0) if aux_weight is None else (*aux_weight.stride()[-2:], model_stride(aux_weight))
     launch(
@@ -100,7 +100,7 @@ def grad_parameters(
         (rows, blocks),
         (splits, aux_weight, cross_modal_scale, aux_weight_scale, grad_weight, grad_aux, partial),
         (rows, columns, *aux_strides),
-        SumsTile(block, _NUM_WARPS),
+        tile,
         SPLITS=len(splits),
         MODELS=models,
         **OPTIONS,
