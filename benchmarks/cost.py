@@ -8,6 +8,10 @@ assumed of every other GPU.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from triton.backends.compiler import GPUTarget
+
+from m2pt_kernels.estimates import DESCRIPTORS, FLOPS, TILE
+from m2pt_kernels.plans import architecture
 from m2pt_kernels.tiles import ceil_div
 
 
@@ -26,7 +30,7 @@ H100 = Gpu("H100", 90, 132, 1755, 3350)
 H200 = H100._replace(name="H200", hbm=4800)
 B200 = Gpu("B200", 100, 148, 1850, 8000)
 
-TENSOR_FLOPS = {80: 2048, 86: 1024, 90: 4096, 100: 8192, 120: 1024}
+TENSOR_FLOPS = {arch: FLOPS[architecture(GPUTarget("cuda", arch, 32))] for arch in (80, 86, 90, 100, 120)}
 """Dense half-precision FLOP a clock and SM (float32 accumulation), by the data sheets."""
 
 LAUNCH = 5.0
@@ -50,20 +54,18 @@ class Costs(NamedTuple):
     persistent: bool = False
 
 
-EPILOGUE, DESCRIPTORS = 2300, 13_500
-"""Fitted. The second is the prologue of a kernel that makes descriptors of its operands for TMA on the device."""
 COSTS = {
-    "hopper": Costs(175, EPILOGUE, DESCRIPTORS, "yes", persistent=True),
+    "hopper": Costs(175, TILE, DESCRIPTORS, "yes", persistent=True),
     # Each of a step's products is waited for.
-    "tma, sm_90": Costs(145, EPILOGUE, DESCRIPTORS, "no"),
+    "tma, sm_90": Costs(145, TILE, DESCRIPTORS, "no"),
     # The warps that combine wait for the one buffer of tensor memory that MMA reads. Assumed.
-    "tma, sm_100": Costs(175, EPILOGUE, DESCRIPTORS, "partly"),
+    "tma, sm_100": Costs(175, TILE, DESCRIPTORS, "partly"),
     # The combined tile goes through shared memory.
-    "pointers, sm_90": Costs(790, EPILOGUE, 0, "no"),
+    "pointers, sm_90": Costs(790, TILE, 0, "no"),
     # The same warps combine and multiply, and others fill the gaps. Assumed.
-    "pointers": Costs(205, EPILOGUE, 0, "partly"),
-    "tma, gradients": Costs(65, EPILOGUE, DESCRIPTORS),
-    "pointers, gradients": Costs(205, EPILOGUE),
+    "pointers": Costs(205, TILE, 0, "partly"),
+    "tma, gradients": Costs(65, TILE, DESCRIPTORS),
+    "pointers, gradients": Costs(205, TILE),
 }
 """By the kernels of a plan, where it matters by architecture; fitted unless it says assumed."""
 

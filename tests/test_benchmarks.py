@@ -416,7 +416,7 @@ def test_measured_stands_beside_predicted_where_that_plan_was_measured(monkeypat
     key = ("ViT-B attn.qkv", 12608, "fp32", "forward")
     measured = predictions.measured()
     assert measured == {key: {"plain": 70.0, "hopper 1x2": 1.5, "tma 3x4": 1.95, "pointers 5x6xFalse": 2.83}}
-    monkeypatch.setattr(predictions, "chosen", lambda architecture, product: Plan("hopper", tile))
+    monkeypatch.setattr(predictions, "chosen", lambda *arguments: Plan("hopper", tile))
     monkeypatch.setattr(predictions, "predict", lambda *arguments: (cost.Estimate(5, {"tensor": 60.0}, 143.0), 0.9))
     layer = predictions.SHOWN[0]
     product, *_ = predictions.products(*layer[1:], "fp32")

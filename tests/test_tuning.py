@@ -44,7 +44,7 @@ def model():
 
 @pytest.fixture
 def sample():
-    return torch.randn(1024, 512, dtype=torch.bfloat16, requires_grad=False)
+    return torch.randn(2048, 512, dtype=torch.bfloat16, requires_grad=False)
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ class Speed(NamedTuple):
 
     Attributes:
         wait: of a step, in which a block waits. Blocks that share an SM do so together.
-        tile: before its first step and after its last.
-        launch: of a block that computes several tiles, before the first.
+        tile: of a tile, besides its steps.
+        launch: of a block that computes several tiles, besides these.
         overlaps: whether the tensor cores multiply while the next step's operand is combined.
     """
 
@@ -26,11 +26,15 @@ class Speed(NamedTuple):
     overlaps: bool = False
 
 
+TILE = 2300
+"""Clocks of a tile before its first step and after its last."""
+DESCRIPTORS = 13500
+"""Clocks in which a block makes descriptors of its operands, which a kernel that reads by TMA begins with."""
 SPEEDS = {
-    "pointers": Speed(wait=356, tile=3000),
-    "tma": Speed(wait=80, tile=15800),  # most of which makes descriptors
-    "tma, gradients": Speed(wait=65, tile=12000),  # assumed: there are fewer
-    "hopper": Speed(wait=175, tile=2300, launch=13500, overlaps=True),
+    "pointers": Speed(wait=356, tile=TILE),
+    "tma": Speed(wait=80, tile=TILE + DESCRIPTORS),
+    "tma, gradients": Speed(wait=65, tile=TILE + DESCRIPTORS),
+    "hopper": Speed(wait=175, tile=TILE, launch=DESCRIPTORS, overlaps=True),
 }
 FLOPS = {
     "ampere": 2048,
@@ -60,9 +64,14 @@ MOST_SPLIT_BYTES = 2**26
 
 
 class Work(NamedTuple):
-    """Describes a product: rows, columns and depth, the bytes of W and W_aux an entry, and what is multiplied how.
+    """Describes a product and the GPU.
 
-    models is 0 where nothing is combined.
+    Attributes:
+        rows, columns, depth: of the result, and of what is summed up for an entry of it.
+        models: auxiliary models whose weights are combined with W; 0 in gradients.
+        weight_bytes: of an entry of W and of each W_aux together.
+        flops: a clock and SM, of operands of this dtype.
+        multiprocessors: SMs of the GPU.
     """
 
     rows: int

@@ -267,7 +267,7 @@ TMA_GRAD_TILES: dict[str, Sequence[GradTile]] = {
 _LARGEST_SIZE_BY_TMA = 2**31 - 2**10
 """Coordinates have 32 bits, and a tile may reach past the matrix."""
 
-_WORTH_TRYING = 2
+_WORTH_TRYING = 1.5
 """Plans that are estimated to take over so many times as long as the best are left out."""
 
 
