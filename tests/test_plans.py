@@ -257,6 +257,24 @@ def kernels(monkeypatch, product, target=HOPPER, **changes):
     return {plan.by for plan in plans.candidates(changed(product, **changes))}
 
 
+def test_a_fault_of_gradients_that_are_split_is_one_whatever_the_splits():
+    tile = plans.POINTER_GRAD_TILES["hopper"]["half"][0]
+    with compiling_for(HOPPER):
+        key = problem(grad_parameters())
+        whole, *split = (plans.variant(Plan("pointers", tile, splits), key) for splits in (1, 2, 7))
+    assert split[0] == split[1] != whole
+    assert str(Plan("pointers", tile, 7)) == f"{Plan('pointers', tile)} in 7 splits"
+
+
+@by_hopper
+def test_what_takes_too_long_is_not_timed_but_of_every_kernel_the_best_is(monkeypatch):
+    monkeypatch.setattr(plans, "active_target", lambda: HOPPER)
+    product = changed(hopper(), left=matrix(12608, 128))
+    every, some = plans.candidates(product), plans.candidates(product, within=1.5)
+    assert some == [plan for plan in every if plan in some] and some[0] == every[0] and len(some) < len(every)
+    assert {plan.by for plan in some} == {plan.by for plan in every} == {"hopper", "tma", "pointers"}
+
+
 def test_a_triton_without_tma_loops_has_pointers_alone(monkeypatch):
     monkeypatch.setattr(plans, "HAS_TMA_LOOPS", False)
     monkeypatch.setattr(plans, "gemm_hopper", None)
@@ -269,11 +287,11 @@ def test_pointer_tiles_suit_the_operands(monkeypatch):
     several, tiles = changed(forward(), left=matrix(12608, 128)), plans.POINTER_TILES
     one = changed(several, aux_weight=matrix(256, 128))
     for product, expected in (
-        (one, tiles["ampere"]["half"]),
-        (several, [tile for tile in tiles["ampere"]["mixed"] if not tile.COMBINE_IN_WARPS]),
+        (one, tiles["ampere"]["half"] + tiles["small"]["half"]),
+        (several, [tile for tile in tiles["ampere"]["mixed"] + tiles["small"]["mixed"] if not tile.COMBINE_IN_WARPS]),
         (changed(one, left=misaligned(matrix(12608, 128))), tiles["portable"]["half"]),
     ):
-        assert {plan.tile for plan in plans.candidates(product)} <= set(expected)
+        assert {plan.tile for plan in plans.candidates(product)} == set(expected)
 
 
 @by_tma

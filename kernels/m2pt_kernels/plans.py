@@ -7,6 +7,7 @@ memory in `benchmarks/offline.py`, `tests/test_compilation.py` says whether the 
 in `benchmarks/cost.py`, `benchmarks/compile_report.py` says what they compile to.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -267,14 +268,11 @@ TMA_GRAD_TILES: dict[str, Sequence[GradTile]] = {
 _LARGEST_SIZE_BY_TMA = 2**31 - 2**10
 """Coordinates have 32 bits, and a tile may reach past the matrix."""
 
-_WORTH_TRYING = 1.5
-"""Plans that are estimated to take over so many times as long as the best are left out."""
 
-
-def candidates(product: Product) -> list[Plan]:
+def candidates(product: Product, within: float = math.inf) -> list[Plan]:
     """Return the ways to compute a product on the current device, the untuned choice first, by `estimates.clocks`.
 
-    Of every kernel that can compute it the best is among them, in case others are faulty.
+    Left out is what takes over `within` times as long as the first, but for the best of every kernel.
 
     Raises:
         ValueError: the device cannot read a float8 W_aux.
@@ -302,7 +300,7 @@ def candidates(product: Product) -> list[Plan]:
                 clocks[Plan(by, tile, splits)] = estimates.clocks(by, tile, work, splits)
     plans = sorted(clocks, key=clocks.__getitem__)
     best = {by: next((plan for plan in plans if plan.by == by), None) for by in tiles}.values()
-    return [plan for plan in plans if plan in best or clocks[plan] <= _WORTH_TRYING * clocks[plans[0]]]
+    return [plan for plan in plans if plan in best or clocks[plan] <= within * clocks[plans[0]]]
 
 
 def _work(product: Product, target: GPUTarget | None) -> estimates.Work:
@@ -544,12 +542,12 @@ def choose(product: Product) -> Plan:
     return plan
 
 
-def usable(product: Product) -> Iterator[Plan]:
+def usable(product: Product, within: float = math.inf) -> Iterator[Plan]:
     """Yield `candidates`, then plain torch; leave out, with a warning, what was found faulty on such a GPU."""
     key = problem(product)
     faults = records.faults(key.device, KERNELS)
     left_out = []
-    for plan in (*candidates(product), EAGER):
+    for plan in (*candidates(product, within), EAGER):
         name = variant(plan, key)
         if name in faults:
             left_out.append(f"{name} was found faulty on this GPU ({faults[name]}) and is not used")
