@@ -46,6 +46,14 @@ def device(request):
         yield device
 
 
+@pytest.fixture
+def matmul_precision():
+    """A function that sets torch's precision of float32 products until the test ends."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -51,13 +51,6 @@ CASES = [
 
 
 @pytest.fixture
-def matmul_precision():
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
-
-
-@pytest.fixture
 def first_tiles(monkeypatch):
     """The first tile of the first kernel that can compute a product is used, and nothing is split."""
     kernels = ["hopper", "tma", "pointers"]

@@ -15,14 +15,14 @@ from triton.runtime import _allocation
 from benchmarks.offline import TARGETS, compiling_for
 from benchmarks.predictions import measured
 from benchmarks.products import LAYERS, WEIGHTS
-from m2pt_kernels import estimates, gemm, plans, reference
+from m2pt_kernels import estimates, gemm, gemm_pointers, plans, reference
 from m2pt_kernels.cases import PRODUCTS
 from m2pt_kernels.combined import CombinedWeight
-from m2pt_kernels.devices import device_of, supports
+from m2pt_kernels.devices import device_of, multiprocessors, supports
 from m2pt_kernels.ops import path_of
 from m2pt_kernels.plans import TUNED, UNTUNED, Plan, problem
 from m2pt_kernels.products import CombinedMatmul, GradParameters
-from m2pt_kernels.tiles import count_tiles, share_of
+from m2pt_kernels.tiles import GradTile, count_tiles, share_of
 from m2pt_kernels.versions import HAS_HOPPER_LOOPS
 
 HALF, FLOAT = torch.bfloat16, torch.float32
@@ -228,13 +228,54 @@ def test_gradients_are_not_split_without_need(monkeypatch, sizes):
     assert chosen(monkeypatch, 132, *sizes)[-1].splits == 1
 
 
-def test_splits_have_whole_steps_of_their_own():
+def test_splits_have_steps_of_their_own_and_bounded_memory():
     tile = plans.POINTER_GRAD_TILES["hopper"]["half"][0]
     for depth in range(1, 3000, 7):
-        work = estimates.Work(256, 256, depth, 0, 0, 4096, 132)
-        splits = estimates.best_splits("pointers", tile, work)
+        splits = estimates.best_splits("pointers", tile, estimates.Work(256, 256, depth, 0, 0, 4096, 1000))
         share = share_of(depth, splits, tile.BLOCK_K) or depth
         assert (splits - 1) * share < depth <= splits * share
+    for columns, most in ((1024, 16), (2048, 8), (3072, 5), (16384, 1)):
+        work = estimates.Work(1024, columns, 2**20, 0, 0, 4096, 10**6)
+        assert estimates.best_splits("pointers", tile, work) == most
+
+
+def test_the_estimate_adds_up():
+    """Waves of tiles, each of steps and what is fixed; blocks that share an SM wait together; splits are added."""
+    work = estimates.Work(1024, 512, 2048, 1, 4, 4096, 16)  # 128 x 128 x 64: 32 tiles in 2 waves of 32 steps
+    step = 2 * 128 * 128 * 64 / 4096 + 0.115 * 128 * 64
+    wide = gemm_pointers.CombinedTile(128, 128, 64, num_warps=8, num_stages=3)
+    assert estimates.clocks("pointers", wide, work) == pytest.approx(2 * (32 * step + 2300) + 2 * 32 * 356)
+    narrow = wide._replace(num_warps=4)  # two blocks an SM
+    assert estimates.clocks("pointers", narrow, work) == pytest.approx(2 * (32 * step + 2300) + 32 * 356)
+    gradients, tile = work._replace(models=0), GradTile(128, 128, 64, num_warps=4, num_stages=5)
+    assert estimates.clocks("tma", tile, gradients) == 2 * (32 * (512 + 65) + 15800)
+    split = 6 * (11 * (512 + 65) + 15800) + 5000 + 8 * 3 * 1024 * 512 / (16 * 16)
+    assert estimates.clocks("tma", tile, gradients, 3) == pytest.approx(split)
+
+
+@by_hopper
+def test_the_estimate_of_overlapping_work_is_the_busiest_pipes():
+    tile = plans.gemm_hopper.CombinedTile(BLOCK_M=256, MORE_M=128, BLOCK_K=32, STAGES=4)  # 768 x 256: 4 tiles, a wave
+    for weight_bytes, busy in ((4, 832), (8, 1088)):  # bytes through shared memory; the tensor cores take 768
+        work = estimates.Work(768, 256, 2048, 1, weight_bytes, 4096, 16)
+        assert estimates.clocks("hopper", tile, work) == 13500 + 64 * (busy + 175) + 2300
+
+
+@pytest.mark.parametrize("precision, slower", [("highest", 16), ("high", 2)])
+def test_the_estimate_knows_how_float32_is_multiplied(monkeypatch, matmul_precision, precision, slower):
+    matmul_precision(precision)
+    wide = changed(forward(), left=matrix(1024, 128, dtype=FLOAT), weight=matrix(256, 128, dtype=FLOAT))
+    monkeypatch.setattr(plans, "multiprocessors", lambda device: 7)
+    of_half, of_float = (plans._work(product, HOPPER) for product in (forward(), wide))
+    assert of_half == estimates.Work(1024, 256, 128, 2, 6, 4096, 7)
+    assert of_float == estimates.Work(1024, 256, 128, 2, 8, 4096 / slower, 7)
+
+
+def test_a_gpu_tells_how_many_multiprocessors_it_has(monkeypatch):
+    properties = SimpleNamespace(multi_processor_count=114)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert multiprocessors(torch.device("cuda", 5)) == 114
+    multiprocessors.cache_clear()
 
 
 @by_tma

@@ -114,5 +114,4 @@ def best_splits(by: str, tile: Any, work: Work) -> int:
     """Return among how many blocks the reduction of gradients is split best, each with steps of its own."""
     steps = ceil_div(work.depth, tile.BLOCK_K)
     most = min(MOST_SPLITS, MOST_SPLIT_BYTES // max(4 * work.rows * work.columns, 1), steps)
-    found = [splits for splits in range(1, most + 1) if ceil_div(steps, ceil_div(steps, splits)) == splits]
-    return min(found, key=lambda splits: clocks(by, tile, work, splits), default=1)
+    return min(range(1, most + 1), key=lambda splits: clocks(by, tile, work, splits), default=1)
