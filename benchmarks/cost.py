@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from triton.backends.compiler import GPUTarget
 
-from m2pt_kernels.estimates import DESCRIPTORS, FLOPS, TILE
+from m2pt_kernels.estimates import DESCRIPTORS, FLOPS, SPEEDS, TILE
 from m2pt_kernels.plans import architecture
 from m2pt_kernels.tiles import ceil_div
 
@@ -55,7 +55,7 @@ class Costs(NamedTuple):
 
 
 COSTS = {
-    "hopper": Costs(175, TILE, DESCRIPTORS, "yes", persistent=True),
+    "hopper": Costs(SPEEDS["hopper"].wait, TILE, DESCRIPTORS, "yes", persistent=True),
     # Each of a step's products is waited for.
     "tma, sm_90": Costs(145, TILE, DESCRIPTORS, "no"),
     # The warps that combine wait for the one buffer of tensor memory that MMA reads. Assumed.
@@ -64,7 +64,7 @@ COSTS = {
     "pointers, sm_90": Costs(790, TILE, 0, "no"),
     # The same warps combine and multiply, and others fill the gaps. Assumed.
     "pointers": Costs(205, TILE, 0, "partly"),
-    "tma, gradients": Costs(65, TILE, DESCRIPTORS),
+    "tma, gradients": Costs(SPEEDS["tma, gradients"].wait, TILE, DESCRIPTORS),
     "pointers, gradients": Costs(205, TILE),
 }
 """By the kernels of a plan, where it matters by architecture; fitted unless it says assumed."""

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from tqdm import tqdm
 
 from benchmarks import results
+from benchmarks.compile_report import chosen
 from benchmarks.cost import H100
 from benchmarks.results import Row
 from benchmarks.variants import (
@@ -41,8 +42,7 @@ from benchmarks.variants import (
     training_step,
     vision_transformer,
 )
-from m2pt_kernels.estimates import FLOPS, Work, best_splits, clocks
-from m2pt_kernels.plans import POINTER_GRAD_TILES, TMA_GRAD_TILES, Plan
+from m2pt_kernels.products import GradParameters
 
 MEMORY_VARIANTS = (*VARIANTS, FUSED_INT8, FUSED_INT4)
 BATCHES = (4, 16, 64)
@@ -92,10 +92,10 @@ class SplitSums(TorchDispatchMode):
 @cache
 def splits_of(rows: int, columns: int, tokens: int) -> int:
     """Return among how many blocks of an H100 the reduction of gradients in half precision is split."""
-    work = Work(rows, columns, tokens, 0, 0, FLOPS["hopper"], H100.multiprocessors)
-    tiles = {"tma": TMA_GRAD_TILES["hopper"], "pointers": POINTER_GRAD_TILES["hopper"]["half"]}
-    plans = [Plan(by, tile, best_splits(by, tile, work)) for by, found in tiles.items() for tile in found]
-    return min(plans, key=lambda plan: clocks(plan.by, plan.tile, work, plan.splits)).splits
+    with _disable_current_modes():
+        grad_output, x = (torch.empty(tokens, size, dtype=torch.bfloat16, device="meta") for size in (rows, columns))
+        product = GradParameters(grad_output, x, None, None, torch.float32, None)
+        return chosen("sm_90", product, H100.multiprocessors).splits
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 The constants in `cost.py` are fitted to these very times. What waited for the host is left out.
 """
 
+import re
 from collections import defaultdict
 from statistics import median
 
@@ -36,11 +37,12 @@ def errors() -> dict[tuple[str, str], list[float]]:
 
 
 def plan_of(name: str, product: str) -> Plan:
-    """Return the plan of a name, such as "tma 128x256x64x4x3"."""
-    by, _, sizes = name.partition(" ")
+    """Return the plan of a name, such as "tma 128x256x64x4x3 in 2 splits"."""
+    by, sizes, splits = re.fullmatch(r"(\w+) (\w+)(?: in (\d+) splits)?", name).groups(default="1")
     modules = {"hopper": gemm_hopper, "tma": gemm_tma, "pointers": gemm_pointers}
     kind = GradTile if product == "grad_parameters" else modules[by].CombinedTile
-    return Plan(by, kind(*(size == "True" if size in ("True", "False") else int(size) for size in sizes.split("x"))))
+    values = (size == "True" if size in ("True", "False") else int(size) for size in sizes.split("x"))
+    return Plan(by, kind(*values), int(splits))
 
 
 def rows() -> list[Row]:

@@ -23,7 +23,7 @@ from benchmarks.products import WEIGHTS as MEASURED_WEIGHTS
 from benchmarks.results import Row
 from m2pt_kernels.plans import Plan
 from m2pt_kernels.products import Product
-from m2pt_kernels.tiles import ceil_div
+from m2pt_kernels.tiles import ceil_div, count_tiles
 
 IMAGES = (64, 4)
 SHOWN = [layer for layer in LAYERS if "ViT-B" in layer.name or layer.name in ("ViT-L mlp.fc1", "ViT-g mlp.fc2")]
@@ -60,19 +60,18 @@ def predict(gpu: Gpu, layer: Layer, weights: str, position: int, plan: Plan) -> 
     weight_dtype, aux_dtype, _ = WEIGHTS[weights]
     weight_bytes = layer.in_features * layer.out_features * (weight_dtype.itemsize + aux_dtype.itemsize)
     steps = ceil_div(depth, made.depth)
-    splits = plan.splits
     launch = Launch(
-        tiles=ceil_div(rows, made.rows) * ceil_div(columns, made.columns),
+        tiles=count_tiles(plan.tile, rows, columns),
         steps=ceil_div(steps, made.unrolled) * made.unrolled,
         terms=made.terms._asdict(),
         hbm_bytes=weight_bytes + layer.tokens * (layer.in_features + layer.out_features) * ACTIVATIONS.itemsize,
         products=made.products,
-        splits=splits,
-        partial_bytes=partial_bytes(rows, columns, splits),
+        splits=plan.splits,
+        partial_bytes=partial_bytes(rows, columns, plan.splits),
         resident=made.resident,
     )
     found = estimate(launch, costs_of(plan.by, made.product, gpu.arch), gpu)
-    multiplied = made.rows * made.columns * made.depth * ceil_div(launch.steps, splits)
+    multiplied = made.rows * made.columns * made.depth * ceil_div(launch.steps, plan.splits)
     return found, rows * columns * depth / (found.waves * gpu.multiprocessors * multiplied)
 
 

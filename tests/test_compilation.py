@@ -54,8 +54,7 @@ CASES = [
 def first_tiles(monkeypatch):
     """The first tile of the first kernel that can compute a product is used, and nothing is split."""
     kernels = ["hopper", "tma", "pointers"]
-    monkeypatch.setattr(estimates, "clocks", lambda by, tile, work, splits=1: kernels.index(by))
-    monkeypatch.setattr(estimates, "best_splits", lambda by, tile, work: 1)
+    monkeypatch.setattr(estimates, "clocks", lambda by, tile, work: {1: kernels.index(by)})
 
 
 @pytest.fixture

@@ -56,8 +56,8 @@ def products(request, device, monkeypatch):
         monkeypatch.setattr(plans, "tma_tiles", lambda target, combined: tiles[combined.weight.itemsize])
         monkeypatch.setattr(plans, "tma_grad_tiles", lambda *_: [small_grad])
     kernels = ["hopper", "tma", "pointers"]
-    monkeypatch.setattr(estimates, "clocks", lambda by, tile, work, splits=1: kernels.index(by) + 1 - splits / 99)
-    monkeypatch.setattr(estimates, "best_splits", lambda *_: 2 if "split" in request.param else 1)
+    splits = 2 if "split" in request.param else 1
+    monkeypatch.setattr(estimates, "clocks", lambda by, tile, work: {1 if work.models else splits: kernels.index(by)})
     return made
 
 

@@ -52,7 +52,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("M2PT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning, "verify", lambda *_: Finding(None, 1.0))  # the driver computes nothing
     monkeypatch.setattr(plans, "multiprocessors", lambda device: 8)  # for which the model has tiles enough
-    monkeypatch.setattr(tuning, "WORTH_TIMING", 9)
+    monkeypatch.setattr(plans.worth_timing, "__defaults__", (9,))
     TUNED.clear()
     yield tmp_path / "cache"
     TUNED.clear()

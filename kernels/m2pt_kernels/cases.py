@@ -73,9 +73,10 @@ GPU_SHAPES = (
     Shape(2048, 512, 1024),
     Shape(3001, 656, 1296),
     Shape(1001, 203, 137),
+    Shape(12608, 768, 768),
     Shape(12608, 768, 3072),
 )
-"""These are small; aligned; ragged, in rows that TMA can read; ragged, in rows that it cannot; large."""
+"""These are small; aligned; ragged, in rows that TMA can read; ragged, in rows that it cannot; few tiles; large."""
 SMALL_SHAPES = (Shape(64, 64, 64), Shape(45, 48, 80), Shape(37, 23, 29))
 
 

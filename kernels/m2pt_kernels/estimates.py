@@ -47,20 +47,20 @@ FLOPS = {
     "portable": 1024,
 }
 """Dense half-precision FLOP a clock and SM, by the makers' data sheets; of portable kernels, assumed."""
-SLOWER = {"half": 1, "tf32": 2, "ieee": 16}
+SLOWDOWN = {"half": 1, "tf32": 2, "ieee": 16}
 """By so much are float32 operands multiplied slower."""
 COMBINE = 0.115
 """Clocks for an entry of an auxiliary model that is added to W."""
-SHARED_BYTES = 128
+SHARED_RATE = 128
 """Bytes a clock through shared memory."""
-SPLIT_BYTES = 16
+SPLIT_RATE = 16
 """Bytes a clock and SM of the splits, which are written and read: between the rates of L2 and HBM, assumed."""
 LAUNCH = 5000
 """Clocks of the launch that adds splits, assumed."""
 
 MOST_SPLITS = 16
 MOST_SPLIT_BYTES = 2**26
-"""Partial sums take no more memory than this while gradients are computed."""
+"""Splits that are chosen take no more memory than this while gradients are computed."""
 
 
 class Work(NamedTuple):
@@ -83,35 +83,30 @@ class Work(NamedTuple):
     multiprocessors: int
 
 
-def clocks(by: str, tile: Any, work: Work, splits: int = 1) -> float:
-    """Return about how long a kernel takes in such tiles."""
+def clocks(by: str, tile: Any, work: Work) -> dict[int, float]:
+    """Return about how long a kernel takes in such tiles: whole, and in as many splits as are the fastest.
+
+    Only the reduction of gradients is split.
+    """
     height, width, depth = tile.shape
     speed = SPEEDS["tma, gradients" if by == "tma" and not work.models else by]
     multiply = 2 * height * width * depth / work.flops
     combine = COMBINE * work.models * width * depth
     if speed.overlaps:
         # wgmma reads the rows once for each half of the columns; what is copied in is written and read once.
-        shared = (3 * height * 2 + 2 * width * work.weight_bytes) * depth / SHARED_BYTES
+        shared = (3 * height * 2 + 2 * width * work.weight_bytes) * depth / SHARED_RATE
         busy = max(multiply, combine, shared)
     else:
         busy = multiply + combine
-    waves = ceil_div(count_tiles(tile, work.rows, work.columns) * splits, work.multiprocessors)
-    steps = ceil_div(ceil_div(work.depth, depth), splits)
-    total = speed.launch + waves * (steps * busy + speed.tile) + ceil_div(waves, _blocks(by, tile)) * steps * speed.wait
-    if splits > 1:
-        # Each is written and read, in float32.
-        total += LAUNCH + 8 * splits * work.rows * work.columns / (SPLIT_BYTES * work.multiprocessors)
-    return total
-
-
-def _blocks(by: str, tile: Any) -> int:
-    """Return how many blocks share an SM: one by TMA, or else about what registers hold."""
-    height, width, _ = tile.shape
-    return 1 if by != "pointers" else min(4, max(1, 2**17 // (height * width * tile.num_warps)))
-
-
-def best_splits(by: str, tile: Any, work: Work) -> int:
-    """Return among how many blocks the reduction of gradients is split best, each with steps of its own."""
-    steps = ceil_div(work.depth, tile.BLOCK_K)
-    most = min(MOST_SPLITS, MOST_SPLIT_BYTES // max(4 * work.rows * work.columns, 1), steps)
-    return min(range(1, most + 1), key=lambda splits: clocks(by, tile, work, splits), default=1)
+    # About as many blocks share an SM as registers hold; one of those that read by TMA.
+    resident = 1 if by != "pointers" else min(4, max(1, 2**17 // (height * width * tile.num_warps)))
+    tiles, all_steps = count_tiles(tile, work.rows, work.columns), ceil_div(work.depth, depth)
+    entry_bytes = 4 * work.rows * work.columns
+    most = 1 if work.models else min(MOST_SPLITS, MOST_SPLIT_BYTES // max(entry_bytes, 1), all_steps)
+    found = {}
+    for splits in range(1, max(most, 1) + 1):
+        waves, steps = ceil_div(tiles * splits, work.multiprocessors), ceil_div(all_steps, splits)
+        adding = LAUNCH + 2 * splits * entry_bytes / (SPLIT_RATE * work.multiprocessors) if splits > 1 else 0
+        waiting = ceil_div(waves, resident) * steps * speed.wait
+        found[splits] = speed.launch + waves * (steps * busy + speed.tile) + waiting + adding
+    return {splits: found[splits] for splits in {1, min(found, key=found.__getitem__)}}

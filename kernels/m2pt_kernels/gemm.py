@@ -35,7 +35,7 @@ def grad_parameters(
 
     The scale's is reduced in two stages of fixed order, a sum per row of a tile and the sum of those, without atomics:
     repeated runs give the same bits. So they do where the tokens are split, which takes float32 memory of N x K for
-    each split, `estimates.MOST_SPLIT_BYTES` at most, until this returns.
+    each split until this returns, `estimates.MOST_SPLIT_BYTES` at most unless `plan` says otherwise.
     """
     with device_of(product.x):
         product = product.prepared()

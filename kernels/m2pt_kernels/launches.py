@@ -11,7 +11,10 @@ from triton.runtime import JITFunction
 from .devices import active_target
 
 HELD: dict[tuple[Any, ...], tuple[CompiledKernel, list[Any]]] = {}
-"""What was compiled, and the constants it is launched with, by all that Triton compiles anew for, or more."""
+"""What was compiled, and its constants, by the arguments and settings that Triton compiles anew for.
+
+Hooks that change what Triton compiles are asked where nothing is held.
+"""
 MOST_HELD = 2**12
 
 

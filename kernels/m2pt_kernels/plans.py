@@ -7,7 +7,6 @@ memory in `benchmarks/offline.py`, `tests/test_compilation.py` says whether the 
 in `benchmarks/cost.py`, `benchmarks/compile_report.py` says what they compile to.
 """
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -269,14 +268,27 @@ _LARGEST_SIZE_BY_TMA = 2**31 - 2**10
 """Coordinates have 32 bits, and a tile may reach past the matrix."""
 
 
-def candidates(product: Product, within: float = math.inf) -> list[Plan]:
+def candidates(product: Product) -> list[Plan]:
     """Return the ways to compute a product on the current device, the untuned choice first, by `estimates.clocks`.
-
-    Left out is what takes over `within` times as long as the first, but for the best of every kernel.
 
     Raises:
         ValueError: the device cannot read a float8 W_aux.
     """
+    clocks = _clocks(product)
+    return sorted(clocks, key=clocks.__getitem__)
+
+
+def worth_timing(product: Product, within: float = 1.5) -> list[Plan]:
+    """Return, of what is `usable`, what is estimated to take up to `within` times as long as the first of it.
+
+    The first of every kernel is among them, and plain torch.
+    """
+    clocks, plans = _clocks(product), list(usable(product))
+    first = {by: next(plan for plan in plans if plan.by == by) for by in {plan.by for plan in plans}}.values()
+    return [plan for plan in plans if plan in first or clocks[plan] <= within * clocks[plans[0]]]
+
+
+def _clocks(product: Product) -> dict[Plan, float]:
     target = active_target()
     if isinstance(product, GradParameters):
         _check_readable(product.aux_weight, target)
@@ -293,14 +305,13 @@ def candidates(product: Product, within: float = math.inf) -> list[Plan]:
             "tma": tma_tiles(target, combined) if by_tma else (),
             "pointers": _pointer_tiles(target, left, combined),
         }
-    work, clocks = _work(product, target), {}
-    for by, found in tiles.items():
-        for tile in found:
-            for splits in {1, 1 if work.models else estimates.best_splits(by, tile, work)}:
-                clocks[Plan(by, tile, splits)] = estimates.clocks(by, tile, work, splits)
-    plans = sorted(clocks, key=clocks.__getitem__)
-    best = {by: next((plan for plan in plans if plan.by == by), None) for by in tiles}.values()
-    return [plan for plan in plans if plan in best or clocks[plan] <= within * clocks[plans[0]]]
+    work = _work(product, target)
+    return {
+        Plan(by, tile, splits): clocks
+        for by, found in tiles.items()
+        for tile in found
+        for splits, clocks in estimates.clocks(by, tile, work).items()
+    }
 
 
 def _work(product: Product, target: GPUTarget | None) -> estimates.Work:
@@ -314,7 +325,7 @@ def _work(product: Product, target: GPUTarget | None) -> estimates.Work:
     activations = product[0]
     flops = estimates.FLOPS[architecture(target)]
     if activations.dtype == torch.float32:
-        flops /= estimates.SLOWER[input_precision(activations.dtype, target)]
+        flops /= estimates.SLOWDOWN[input_precision(activations.dtype, target)]
     return estimates.Work(*size, models, weight_bytes, flops, multiprocessors(activations.device))
 
 
@@ -484,7 +495,7 @@ class Problem(NamedTuple):
 def problem(product: Product) -> Problem:
     """Describe a product on the current device, which is its tensors'."""
     operands = [
-        (operand.shape, operand.stride(), operand.data_ptr() % 16 == 0, operand.dtype)
+        (operand.shape, operand.stride(), operand.data_ptr() % 16 == 0, operand.dtype)  # `_is_whole`, at each launch
         if isinstance(operand, Tensor)
         else operand
         for operand in product.operands
@@ -502,7 +513,7 @@ def variant(plan: Plan, key: Problem) -> str:
         shape, *_, dtype = aux_weight
         dtypes += [dtype] * (shape[0] if len(shape) == 3 else 1)
     names = [QUANTIZED.get(dtype) or str(dtype).removeprefix("torch.") for dtype in dtypes]
-    if input_precision(first[-1], key.target) == "tf32":
+    if key.input_precision == "tf32":
         names.append("as tf32")
     kernel = f"{plan.kernel} in splits" if plan.splits > 1 else plan.kernel
     return f"{key.product} by {kernel} of {' '.join(names)}"
@@ -542,12 +553,12 @@ def choose(product: Product) -> Plan:
     return plan
 
 
-def usable(product: Product, within: float = math.inf) -> Iterator[Plan]:
+def usable(product: Product) -> Iterator[Plan]:
     """Yield `candidates`, then plain torch; leave out, with a warning, what was found faulty on such a GPU."""
     key = problem(product)
     faults = records.faults(key.device, KERNELS)
     left_out = []
-    for plan in (*candidates(product, within), EAGER):
+    for plan in (*candidates(product), EAGER):
         name = variant(plan, key)
         if name in faults:
             left_out.append(f"{name} was found faulty on this GPU ({faults[name]}) and is not used")

@@ -24,7 +24,7 @@ class SumsTile(NamedTuple):
     num_warps: int
 
 
-_LARGEST = SumsTile(BLOCK=1024, num_warps=4)
+_LARGEST_BLOCK = 1024
 """Eight columns a thread are two loads of 16 bytes."""
 
 
@@ -91,7 +91,7 @@ def grad_parameters(
     """
     _, _, aux_weight, cross_modal_scale, *_, aux_weight_scale = product
     (rows, columns), models = product.shape, product.models
-    tile = _LARGEST._replace(BLOCK=min(triton.next_power_of_2(columns), _LARGEST.BLOCK))
+    tile = SumsTile(min(triton.next_power_of_2(columns), _LARGEST_BLOCK), num_warps=4)
     blocks = ceil_div(columns, tile.BLOCK)
     partial = None if aux_weight is None else splits.new_empty(models, rows * blocks)
     aux_strides = (0, 0, 0) if aux_weight is None else (*aux_weight.stride()[-2:], model_stride(aux_weight))

@@ -25,9 +25,6 @@ from .plans import EAGER, TUNED, Plan, Problem
 from .products import Product
 from .verification import verify
 
-WORTH_TIMING = 1.5
-"""Plans that are estimated to take over so many times as long as the best are not timed."""
-
 
 @dataclass(frozen=True)
 class Tuned:
@@ -77,7 +74,7 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
     for key, product in tqdm(products.items(), desc="tuning", unit="product"):
         cache = caches[key.device]
         with device_of(product[0]):
-            named = {str(plan): plan for plan in plans.usable(product, WORTH_TIMING)}
+            named = {str(plan): plan for plan in plans.worth_timing(product)}
             if not cache.get(str(key), {}).keys() >= named.keys():
                 cache[str(key)] = _time(key, product, named)
         timed[key] = named, cache[str(key)]
