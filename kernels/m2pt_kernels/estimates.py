@@ -101,12 +101,12 @@ def clocks(by: str, tile: Any, work: Work) -> dict[int, float]:
     # About as many blocks share an SM as registers hold; one of those that read by TMA.
     resident = 1 if by != "pointers" else min(4, max(1, 2**17 // (height * width * tile.num_warps)))
     tiles, all_steps = count_tiles(tile, work.rows, work.columns), ceil_div(work.depth, depth)
-    entry_bytes = 4 * work.rows * work.columns
-    most = 1 if work.models else min(MOST_SPLITS, MOST_SPLIT_BYTES // max(entry_bytes, 1), all_steps)
+    split_bytes = 4 * work.rows * work.columns
+    most = 1 if work.models else min(MOST_SPLITS, MOST_SPLIT_BYTES // max(split_bytes, 1), all_steps)
     found = {}
     for splits in range(1, max(most, 1) + 1):
         waves, steps = ceil_div(tiles * splits, work.multiprocessors), ceil_div(all_steps, splits)
-        adding = LAUNCH + 2 * splits * entry_bytes / (SPLIT_RATE * work.multiprocessors) if splits > 1 else 0
+        adding = LAUNCH + 2 * splits * split_bytes / (SPLIT_RATE * work.multiprocessors) if splits > 1 else 0
         waiting = ceil_div(waves, resident) * steps * speed.wait
         found[splits] = speed.launch + waves * (steps * busy + speed.tile) + waiting + adding
     return {splits: found[splits] for splits in {1, min(found, key=found.__getitem__)}}
