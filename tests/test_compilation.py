@@ -327,6 +327,24 @@ def test_hopper_dequantises_three_models_in_registers(first_tiles):
 
 
 @by_tma
+@pytest.mark.parametrize("models, weight_dtype", [(2, HALF), (3, FLOAT)], ids=str)
+def test_hopper_combines_several_models_in_registers(models, weight_dtype):
+    """In all tiles."""
+    aux_weight = torch.empty(models, 272, 224, dtype=HALF)
+    combined = CombinedWeight(torch.empty(272, 224, dtype=weight_dtype), aux_weight, torch.empty(models))
+    tiles = plans.tma_tiles(TARGETS["sm_90"], combined)
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        for tile in tiles:
+            product = CombinedMatmul(torch.empty(1000, 224, dtype=HALF), combined._replace(transposed=True))
+            gemm.compute(plans.Plan("tma", tile), product)
+            gemm.compute(plans.Plan("tma", tile), CombinedMatmul(torch.empty(1000, 272, dtype=HALF), combined))
+    assert [tile.MORE_M for tile in tiles] == [128, 64, 32] and len(compiled) == 6
+    for kernel in compiled:
+        assert resources(kernel).spilled == 0 and serialised_wgmma(kernel) == []
+        assert main_loop(kernel).stores_to_shared == 0
+
+
+@by_tma
 def test_columns_that_are_not_a_multiple_of_16_bytes_are_not_read_in_pairs(first_tiles, without_gluon):
     tensors, _ = operands(600, 272, 200, HALF, HALF, needs_grad=("x",))
     tensors["aux_weight"] = torch.empty(272, 208, dtype=torch.int8)[:, :200]

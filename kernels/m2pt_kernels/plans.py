@@ -240,8 +240,8 @@ TMA_TILES: dict[str, dict[int, tuple[gemm_tma.CombinedTile, ...]]] = {
 # The same for two or three auxiliary models, by the bytes that W and all W_aux take; what is left out would spill.
 SEVERAL_TMA_TILES: dict[str, dict[int, tuple[gemm_tma.CombinedTile, ...]]] = {
     "hopper": {
-        **dict.fromkeys((4, 5, 6), (_hopper(MORE_M=128, num_stages=4),)),
-        **dict.fromkeys((8, 10, 12), (_hopper(MORE_M=128, num_stages=2),)),
+        **dict.fromkeys((4, 5, 6), _OVER_256_ROWS),
+        **dict.fromkeys((8, 10, 12), tuple(tile._replace(num_stages=2) for tile in _OVER_256_ROWS)),
     },
     "blackwell": {
         **dict.fromkeys((4, 5, 6), (_blackwell(BLOCK_K=64, num_stages=2),)),
