@@ -103,6 +103,26 @@ def test_several_models_without_spills_and_within_shared_memory(target):
         assert resources(kernel).spilled == 0, (kernel.metadata.name, kernel.src.constants, resources(kernel))
 
 
+@each_target
+def test_every_tile_by_pointers_of_quantized_weights_without_spills(target):
+    """Of one int8 and of two int4 models."""
+    for storage, models in (("int8", 1), ("int4", 2)):
+        tensors, grad_output = operands(1024, 1024, 1024, HALF, HALF, models=models, needs_grad=())
+        x, weight, aux_weight, scale, bias, aux_weight_scale = quantized(tensors, storage).values()
+        combined = CombinedWeight(weight, aux_weight, scale, aux_weight_scale, transposed=True)
+        with compiling_for(TARGETS[target]) as compiled:
+            for product in (
+                CombinedMatmul(x, combined, bias),
+                GradParameters(grad_output, x, aux_weight, None, HALF, None, aux_weight_scale),
+            ):
+                for plan in plans.candidates(product):
+                    if plan.by == "pointers":
+                        gemm.compute(plan, product)
+        assert len(compiled) >= 2
+        for kernel in compiled:
+            assert resources(kernel).spilled == 0, (kernel.metadata.name, kernel.src.constants, resources(kernel))
+
+
 @pytest.mark.parametrize("storage", [None, "int8", "int4"])
 @each_target
 def test_split_gradients_without_spills_and_within_shared_memory(target, storage):

@@ -344,6 +344,19 @@ def test_pointer_tiles_suit_the_operands(monkeypatch):
         assert {plan.tile for plan in plans.candidates(product)} == set(expected)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("models", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [HALF, FLOAT, torch.int8, torch.uint8], ids=str)
+def test_pointers_compute_all_there_is(monkeypatch, target, models, dtype):
+    monkeypatch.setattr(plans, "active_target", lambda: TARGETS[target])
+    lead = () if models == 1 else (models,)
+    scales = matrix(*lead, 256, 1, dtype=FLOAT) if dtype in (torch.int8, torch.uint8) else None
+    for tokens in (1, 12608):
+        for left in (matrix(tokens, 128), misaligned(matrix(tokens, 128)), matrix(tokens, 128, dtype=FLOAT)):
+            operands = {"left": left, "aux_weight": matrix(*lead, 256, 128, dtype=dtype), "aux_weight_scale": scales}
+            assert any(plan.by == "pointers" for plan in plans.candidates(changed(forward(), **operands)))
+
+
 @by_tma
 def test_several_quantised_models_are_read_in_pairs_along_the_depth_alone():
     aux_weight, aux_weight_scale = matrix(2, 256, 128, dtype=torch.int8), matrix(2, 256, 1, dtype=FLOAT)

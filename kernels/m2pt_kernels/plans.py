@@ -435,9 +435,13 @@ def _pointer_tiles(target: GPUTarget | None, left: Tensor, combined: CombinedWei
     aligned &= weight.itemsize + models * aux_weight.itemsize <= 8
     is_mixed = packed or models > 1 or max(weight.itemsize, aux_weight.itemsize) > 2
     tiles = _tiles_of(POINTER_TILES, target, left, aligned, is_mixed)
-    if models == 1 and combined.aux_weight_scale is None:
-        return list(tiles)
-    return [tile for tile in tiles if not (tile.BLOCK_N > 32 if packed else tile.COMBINE_IN_WARPS)]  # they would spill
+    if packed:
+        return [tile for tile in tiles if tile.BLOCK_N <= 32]  # others would spill, as below
+    if models > 1 or combined.aux_weight_scale is not None:
+        tiles = [tile for tile in tiles if not tile.COMBINE_IN_WARPS]
+    if combined.aux_weight_scale is not None and architecture(target) == "ampere_small":
+        tiles = [tile for tile in tiles if tile != POINTER_TILES["small"]["half"][0]]
+    return tiles
 
 
 def _pointer_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequence[GradTile]:
@@ -445,8 +449,9 @@ def _pointer_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Se
     aligned = _is_aligned(product.shape, product.grad_output, x)
     if CROWDED_TILES and aligned and row != "portable" and x.itemsize == 2 and _is_crowded(product):
         return CROWDED_TILES
-    if row in ("blackwell", "thor") and aux_weight is not None:
-        aligned &= product.models * aux_weight.itemsize <= 8
+    if aux_weight is not None:  # others would spill
+        aligned &= row not in ("blackwell", "thor") or product.models * aux_weight.itemsize <= 8
+        aligned &= row != "ampere_small" or product.models == 1 or aux_weight.dtype != torch.uint8
     return _tiles_of(POINTER_GRAD_TILES, target, x, aligned)
 
 
