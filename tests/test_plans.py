@@ -310,6 +310,18 @@ def test_a_fault_of_gradients_that_are_split_is_one_whatever_the_splits():
     assert str(Plan("pointers", tile, 7)) == f"{Plan('pointers', tile)} in 7 splits"
 
 
+def test_a_fault_is_of_the_precision_it_was_found_with(matmul_precision):
+    wide = changed(forward(), left=matrix(1024, 128, dtype=FLOAT), weight=matrix(256, 128, dtype=FLOAT))
+    names = []
+    with compiling_for(HOPPER):
+        for precision in ("high", "highest"):
+            matmul_precision(precision)
+            key = problem(wide)
+            matmul_precision("highest")
+            names.append(plans.variant(Plan("pointers"), key))
+    assert names[0] == f"{names[1]} as tf32"
+
+
 @by_hopper
 def test_what_takes_too_long_is_not_timed_but_of_every_kernel_the_first_is(monkeypatch):
     monkeypatch.setattr(plans, "active_target", lambda: HOPPER)
