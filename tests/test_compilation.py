@@ -148,6 +148,17 @@ def test_split_gradients_without_spills_and_within_shared_memory(target, storage
         assert resources(kernel).spilled == 0, (kernel.metadata.name, kernel.src.constants, resources(kernel))
 
 
+@pytest.mark.parametrize("target", [for_target(target) for target in TARGETS if target.startswith("sm_")])
+def test_every_lane_sums_splits_alike(target):
+    """With an entry a lane, a product fused with the first step of their sum would be rounded otherwise in each."""
+    grad_output, x, aux_weight = (torch.empty(*size, dtype=HALF) for size in ((600, 80), (600, 64), (80, 64)))
+    plan = plans.Plan("pointers", plans.POINTER_GRAD_TILES["small"]["half"][0], splits=3)
+    with compiling_for(TARGETS[target]) as compiled:
+        gemm.grad_parameters(GradParameters(grad_output, x, aux_weight, None, None, None), plan)
+    (sums,) = (kernel for kernel in compiled if kernel.metadata.name == "split_sums_kernel")
+    assert "shfl.sync.bfly" in sums.asm["ptx"] and "fma.rn.f32" not in sums.asm["ptx"]
+
+
 @pytest.mark.parametrize("weight_dtype, stores", [(HALF, 0), (FLOAT, 4)], ids=str)
 def test_ampere_combines_in_registers_or_once_a_block(first_tiles, weight_dtype, stores):
     x, weight = torch.empty(1024, 1024, dtype=HALF), torch.empty(1024, 1024, dtype=weight_dtype)
