@@ -20,8 +20,8 @@ triton.__version__ = sys.argv[1]
 import torch
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt_kernels import cross_modal_linear
-x, weight = torch.empty(1024, 1024, dtype=torch.bfloat16), torch.empty(1024, 1024, dtype=torch.bfloat16)
-aux_weight, scale = torch.empty(2, 1024, 1024, dtype=torch.bfloat16), torch.empty(2, requires_grad=True)
+x, weight = torch.empty(16384, 2048, dtype=torch.bfloat16), torch.empty(2048, 2048, dtype=torch.bfloat16)
+aux_weight, scale = torch.empty(2, 2048, 2048, dtype=torch.bfloat16), torch.empty(2, requires_grad=True)
 for target in ("sm_80", "sm_90"):
     with compiling_for(TARGETS[target]) as compiled:
         cross_modal_linear(x, weight, aux_weight, scale).backward(x)
