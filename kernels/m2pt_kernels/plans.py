@@ -209,6 +209,7 @@ CROWDED_TILES: Sequence[GradTile] = ()
 if RELEASE < (3, 8):  # whose compiler spills the tiles above, or does not take float32 steps of depth 8
     POINTER_TILES["ampere"]["ieee"] = POINTER_TILES["ampere_small"]["ieee"] = (_64x64(BLOCK_K=16, num_stages=3),)
     POINTER_TILES["portable"]["half"] = (_64x64(BLOCK_K=16, num_stages=2),)
+    POINTER_TILES["cdna"]["half"] = tuple(tile for tile in POINTER_TILES["cdna"]["half"] if tile.BLOCK_N < 256)
     POINTER_GRAD_TILES["small"]["half"] = (_grad_64x64(BLOCK_K=32, num_stages=4, num_warps=8),)
     POINTER_GRAD_TILES["small"]["tf32"] = (_grad_64x64(BLOCK_K=32, num_stages=3, num_warps=8),)
     POINTER_GRAD_TILES["portable"]["ieee"] = (_grad_32x32(BLOCK_K=32, num_stages=2),)
