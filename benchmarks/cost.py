@@ -2,7 +2,7 @@
 
 A launch takes as long as its busiest SM or as HBM: so many waves of tiles, of so many k-steps, of so many clocks. What
 is called fitted below was fitted to the times of an H200 in results/products-h200.json, at a nominal 1755 MHz, and is
-assumed of every other GPU.
+assumed of every other GPU. `m2pt_kernels.estimates`, which chooses plans, has fewer terms, as it compiles nothing.
 """
 
 from collections.abc import Mapping

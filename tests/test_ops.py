@@ -4,7 +4,7 @@ import ctypes
 import itertools
 import math
 import mmap
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from m2pt_kernels import cross_modal_linear, dequantize, implementation, quantize
+from m2pt_kernels import cross_modal_linear, dequantize, gemm, implementation, quantize
 from m2pt_kernels.devices import INTERPRETED
+from m2pt_kernels.ops import path_of
 from m2pt_kernels.verification import Bound
 
 HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
@@ -523,6 +524,16 @@ def test_scale_gradient_is_exact_and_reproducible(device, dtype, seed):
     runs = [outputs(cross_modal_linear, tensors, grad_output)["scale"] for _ in range(3)]
     assert (runs[0].double() - want).abs() <= scale_gradient_bound(want, 1e-5, tensors, grad_output)
     assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+def test_every_operand_of_an_operator_is_of_a_dtype_that_the_kernels_read(device):
+    tensors, grad_output = operands(17, 12, 9, device=device, needs_grad=())
+    arguments = [grad_output, tensors["x"], tensors["aux_weight"], tensors["scale"], torch.float32, torch.float32]
+    kernels = path_of(tensors["x"]) is gemm
+    for position in range(4):
+        wide = [*arguments[:position], arguments[position].double(), *arguments[position + 1 :]]
+        with pytest.raises(TypeError, match="expected dtypes among") if kernels else nullcontext():
+            torch.ops.m2pt_kernels.grad_parameters(*wide)
 
 
 @pytest.mark.parametrize("has_scale", [True, False])

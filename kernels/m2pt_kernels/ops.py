@@ -261,7 +261,8 @@ def _gradients(product: GradParameters) -> tuple[Tensor | None, Tensor | None, T
             return _gradients(product)
     if x.dim() != 2:
         product = product._replace(grad_output=_flat(product.grad_output), x=_flat(x))
-    return path_of(x, product.aux_weight, product.cross_modal_scale).grad_parameters(product)
+    path = path_of(product.grad_output, x, product.aux_weight, product.cross_modal_scale)
+    return path.grad_parameters(product)
 
 
 def _grad_product(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale=None):

@@ -81,9 +81,9 @@ def grad_parameters(product: GradParameters) -> tuple[Tensor | None, Tensor | No
 def grad_weight(grad_output: Tensor, x: Tensor) -> Tensor:
     """Return `G = dY^T x`, (N, K): the unrounded accumulator, in float32 at least."""
     wide = wide_dtype(x.dtype)
-    if x.dtype == wide:
+    if grad_output.dtype == x.dtype == wide:
         return torch.mm(grad_output.t(), x)
-    if x.is_cuda:
+    if x.is_cuda and x.dtype != wide:
         return torch.mm(grad_output.t(), x, out_dtype=wide)
     return torch.mm(grad_output.to(wide).t(), x.to(wide))
 
