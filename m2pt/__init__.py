@@ -4,21 +4,24 @@ from .linear import FusedCrossModalLinear
 from .optimizer_in_backward import step_in_backward
 from .pathway import (
     cross_modal_scales,
+    describe_pathways,
     freeze_for_linear_probe,
     merge_pathways,
     quantization_errors,
     quantize_aux,
-    reparameterize_aux_into_target_model,
     scale_table,
 )
+from .surgery import remove_auxiliary, reparameterize_aux_into_target_model
 
 __all__ = [
     "FusedCrossModalLinear",
     "cross_modal_scales",
+    "describe_pathways",
     "freeze_for_linear_probe",
     "merge_pathways",
     "quantization_errors",
     "quantize_aux",
+    "remove_auxiliary",
     "reparameterize_aux_into_target_model",
     "scale_table",
     "step_in_backward",

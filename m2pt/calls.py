@@ -31,6 +31,8 @@ def is_known_to_read(parent: nn.Module, layer_name: str) -> bool:
     """Whether a module is known to read the weight of its layer without calling it."""
     if layer_name == "qkv" and getattr(parent, "q_bias", None) is not None:  # timm's BEiT, EVA and Swin v2
         return not getattr(parent, "qkv_bias_separate", False)
+    if layer_name == "base_layer" and len(getattr(parent, "lora_magnitude_vector", ())):  # peft's DoRA
+        return True
     names = (f"{base.__module__}.{base.__qualname__}" for base in type(parent).__mro__)
     return any(layer_name in WEIGHT_READERS.get(name, ()) for name in names)
 

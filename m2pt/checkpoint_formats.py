@@ -19,7 +19,7 @@ from m2pt_kernels.divided import check_undivided
 
 from .checkpoints import load_state_dict
 from .checks import check_module, check_state_dict
-from .pathway import LAYER_NAMES
+from .families import LAYER_NAMES
 
 PARTS = ("query", "key", "value")
 

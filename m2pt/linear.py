@@ -1,8 +1,8 @@
 """The layer: an `nn.Linear` that multiplies with `weight + cross_modal_scale * aux_weight`."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import itemgetter
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,27 @@ def _aux_weights(aux_weight: Tensor | Sequence[Tensor] | None, shape: tuple[int,
     return weights
 
 
+class Auxiliary(NamedTuple):
+    """What an auxiliary weight was read from.
+
+    Attributes:
+        model: the name of the auxiliary model.
+        layers: the dotted names of its layers, joined by " + ", with `[rows]` behind one that was divided.
+    """
+
+    model: str
+    layers: str
+
+
+class _Part(NamedTuple):
+    """What a layer has of one auxiliary model."""
+
+    data: Tensor
+    aux_weight_scale: Tensor | None
+    scale: Tensor
+    auxiliary: Auxiliary
+
+
 class FusedCrossModalLinear(nn.Linear):
     """`y = x (weight + cross_modal_scale * aux_weight)^T + bias` (cross-modal re-parameterization, M2PT eq. 2).
 
@@ -88,6 +109,9 @@ class FusedCrossModalLinear(nn.Linear):
 
     is_called = False
     """Whether it has been called, other than in compiled code."""
+
+    auxiliaries: tuple[Auxiliary, ...]
+    """What each auxiliary weight was read from, as surgery notes it; a state dict does not hold that."""
 
     aux_weight: Tensor
     aux_weight_scale: Tensor | None
@@ -123,6 +147,7 @@ class FusedCrossModalLinear(nn.Linear):
         stored = aux_weights[0] if len(aux_weights) == 1 else torch.stack(aux_weights)
         self.aux_weight = nn.Parameter(stored, requires_grad=is_aux_trainable)
         self.register_buffer("aux_weight_scale", None)
+        self.auxiliaries = tuple(Auxiliary(f"aux_weight[{i}]", "") for i in range(len(aux_weights)))
         self.cross_modal_scale = nn.Parameter(self.weight.new_zeros(len(aux_weights)))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -139,6 +164,18 @@ class FusedCrossModalLinear(nn.Linear):
     def _operands(self) -> tuple[Any, ...]:
         return self.weight, self.aux_weight, self.cross_modal_scale, self.bias, self.aux_weight_scale
 
+    def extra_repr(self) -> str:
+        """Sizes, what the auxiliary weights were read from and how they are stored, and what is trained."""
+        models = ", ".join(dict.fromkeys(auxiliary.model for auxiliary in self.auxiliaries))
+        kept = "trained" if self.aux_weight.requires_grad else "frozen"
+        scale = "trained" if self.cross_modal_scale.requires_grad else "frozen"
+        return f"{super().extra_repr()}, aux_weight=[{models}] {self.storage} {kept}, cross_modal_scale={scale}"
+
+    @property
+    def storage(self) -> str:
+        """How the auxiliary weights are stored: "int8", "int4" or "float8_e4m3fn" if quantised, or their dtype."""
+        return DTYPES.get(self.aux_weight.dtype, str(self.aux_weight.dtype).removeprefix("torch."))
+
     def quantize_aux(self, dtype: str) -> None:
         """Store a frozen `aux_weight` in fewer bytes; the tensor it shared with the auxiliary model is left alone.
 
@@ -153,13 +190,15 @@ class FusedCrossModalLinear(nn.Linear):
             ValueError: another dtype, an `aux_weight` that is trainable, quantised already, divided among processes or
                 not finite in bfloat16, or one that `m2pt_kernels.quantize` refuses.
         """
-        data, scale = self.quantized_aux(dtype)
-        if scale is None:
-            self.aux_weight = nn.Parameter(data, requires_grad=False)
+        self._store(*self.quantized_aux(dtype))
+
+    def _store(self, data: Tensor, aux_weight_scale: Tensor | None, is_trained: bool = False) -> None:
+        if aux_weight_scale is None:
+            self.aux_weight = nn.Parameter(data, requires_grad=is_trained)
             return
         del self.aux_weight
         self.register_buffer("aux_weight", data)
-        self.aux_weight_scale = scale
+        self.aux_weight_scale = aux_weight_scale
 
     @torch.no_grad()
     def quantized_aux(self, dtype: str) -> tuple[Tensor, Tensor | None]:
@@ -168,7 +207,7 @@ class FusedCrossModalLinear(nn.Linear):
         if self.aux_weight.requires_grad:
             raise ValueError("aux_weight: expected a frozen one to quantise, this one is trainable")
         if self.aux_weight_scale is not None:
-            raise ValueError(f"aux_weight: it is stored as {DTYPES[self.aux_weight.dtype]} already")
+            raise ValueError(f"aux_weight: it is stored as {self.storage} already")
         if dtype == "bfloat16":
             rounded = self.aux_weight.bfloat16()
             if not rounded.is_meta and not rounded.isfinite().all():
@@ -201,6 +240,61 @@ class FusedCrossModalLinear(nn.Linear):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    def plain(self, weight: nn.Parameter | None = None) -> nn.Linear:
+        """An `nn.Linear` that shares the bias and the weight of this layer, or has another weight."""
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        plain.weight, plain.bias = self.weight if weight is None else weight, self.bias
+        return plain.train(self.training)
+
+    @torch.no_grad()
+    def joined(self, other: "FusedCrossModalLinear") -> "FusedCrossModalLinear":
+        """This layer with copies of the auxiliary weights and scales of both.
+
+        Raises:
+            ValueError: `other` has an auxiliary weight that is here already, trains its weights where this one does
+                not, or stores them in another way.
+        """
+        is_trained, stored = self.aux_weight.requires_grad, DTYPES.get(self.aux_weight.dtype)
+        if other.aux_weight.requires_grad != is_trained:
+            raise ValueError(f"is_aux_trainable: expected {is_trained}, as of the auxiliary weights that are there")
+        if DTYPES.get(other.aux_weight.dtype) != stored:
+            raise ValueError(f"aux_dtype: expected {stored!r}, as of the auxiliary weights that are there")
+        own, others = self._parts(), other._parts()
+        pairs = ((old.data, new.data) for old in own for new in others)
+        if not self.weight.is_meta and any(torch.equal(old, new) for old, new in pairs):
+            raise ValueError("it is connected to this auxiliary weight already")
+        return self._with([*own, *others])
+
+    @torch.no_grad()
+    def without(self, indices: Collection[int]) -> nn.Linear:
+        """This layer without some of its auxiliary weights; a plain `nn.Linear` if none is left."""
+        kept = [part for i, part in enumerate(self._parts()) if i not in indices]
+        return self._with(kept) if kept else self.plain()
+
+    def _parts(self) -> list[_Part]:
+        n = len(self.auxiliaries)
+        stored = (
+            [(self.aux_weight, self.aux_weight_scale)]
+            if n == 1
+            else [
+                (self.aux_weight[i], None if self.aux_weight_scale is None else self.aux_weight_scale[i])
+                for i in range(n)
+            ]
+        )
+        rest = zip(stored, self.cross_modal_scale, self.auxiliaries, strict=True)
+        return [_Part(*matrix, scale, auxiliary) for matrix, scale, auxiliary in rest]
+
+    def _with(self, parts: Sequence[_Part]) -> "FusedCrossModalLinear":
+        layer = FusedCrossModalLinear(
+            self.in_features, self.out_features, origin_layer=self.plain(), aux_weight=self.weight
+        )
+        weights, weight_scales, scales, layer.auxiliaries = zip(*parts, strict=True)
+        together = (lambda tensors: tensors[0]) if len(parts) == 1 else torch.stack
+        is_trained = self.aux_weight.requires_grad
+        layer._store(together(weights), None if weight_scales[0] is None else together(weight_scales), is_trained)
+        layer.cross_modal_scale = nn.Parameter(torch.stack(scales), self.cross_modal_scale.requires_grad)
+        return layer
+
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """A plain `nn.Linear` with the merged weight; the bias parameter is shared with this layer.
@@ -209,10 +303,7 @@ class FusedCrossModalLinear(nn.Linear):
             ValueError: the merged weight is not finite, has no data or is divided among processes; or the layer or its
                 weight has hooks, which would be lost (those of `step_in_backward` may be).
         """
-        merged = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         weight = merged_weight(self.weight, self.aux_weight, self.cross_modal_scale, self.aux_weight_scale)
         check_no_hooks("the layer", self)
         check_no_tensor_hooks("weight", self.weight)
-        merged.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
-        merged.bias = self.bias
-        return merged.train(self.training)
+        return self.plain(nn.Parameter(weight, requires_grad=self.weight.requires_grad))

@@ -14,10 +14,12 @@ import m2pt_kernels
 from m2pt import (
     FusedCrossModalLinear,
     cross_modal_scales,
+    describe_pathways,
     freeze_for_linear_probe,
     merge_pathways,
     quantization_errors,
     quantize_aux,
+    remove_auxiliary,
     reparameterize_aux_into_target_model,
     scale_table,
     step_in_backward,
@@ -43,7 +45,8 @@ def connected(**settings):
     return reparameterize_aux_into_target_model(vit(), vit(), **settings)
 
 
-PLAIN, AUX, CONNECTED, QUANTIZED = vit(), vit(), connected(), connected(aux_dtype="int8")
+PLAIN, AUX, QUANTIZED, CONNECTED_TO = vit(), vit(), connected(aux_dtype="int8"), vit()
+CONNECTED = reparameterize_aux_into_target_model(vit(), CONNECTED_TO)
 LAYER = CONNECTED.blocks[0].attn.proj
 MODELS = (PLAIN, AUX, CONNECTED, QUANTIZED)
 META = connected().to("meta")
@@ -319,10 +322,57 @@ PATHWAY = {
     "reparameterize_aux_into_target_model": {
         "target_model: a name": (connect(target_model="vit"), TypeError, "target_model: expected .*Module, got str"),
         "target_model: missing": (connect(target_model=None), TypeError, "target_model: expected .*Module, got None"),
-        "target_model: connected": (
-            connect(target_model=CONNECTED),
+        "target_model: connected to the same": (
+            connect(target_model=CONNECTED, aux_model=CONNECTED_TO),
             ValueError,
-            "target_model: blocks.0.attn.qkv is con",
+            "aux_model: blocks.0.attn.qkv: it is connected to this auxiliary weight already",
+        ),
+        "target_model: connected to quantised ones": (
+            connect(target_model=QUANTIZED),
+            ValueError,
+            "aux_model: blocks.0.attn.qkv: aux_dtype: expected 'int8'",
+        ),
+        "target_model: connected to frozen ones": (
+            connect(target_model=CONNECTED, is_aux_trainable=True),
+            ValueError,
+            "aux_model: blocks.0.attn.qkv: is_aux_trainable: expected False",
+        ),
+        "target_model: several bodies": (
+            connect(target_model=nn.ModuleDict({"a": vit(), "b": vit()})),
+            ValueError,
+            r"target_model: ModuleDict has several .* 'a.blocks' \(1 blocks\), 'b.blocks' \(1 blocks\)",
+        ),
+        "target_model: no body": (
+            connect(target_model=nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))),
+            ValueError,
+            "target_model: Sequential has no sequence of equal blocks",
+        ),
+        "aux_model: connected": (
+            connect(target_model=PLAIN, aux_model=CONNECTED),
+            ValueError,
+            "aux_model: blocks.0.attn.qkv is connected to an auxiliary model already",
+        ),
+        "aux_model: a number as name": (connect(aux_model={1: AUX}), TypeError, "aux_model: expected .*, got {1: "),
+        "aux_model: nothing by name": (connect(aux_model={}), ValueError, "aux_model: expected .*, got {}"),
+        "aux_model: a name that is taken": (
+            connect(target_model=CONNECTED, aux_model={"VisionTransformer": AUX}),
+            ValueError,
+            "aux_model: target_model is connected to a model 'VisionTransformer' already",
+        ),
+        "aux_model: another depth": (
+            connect(aux_model=vit(depth=2)),
+            ValueError,
+            "aux_model: expected 1 blocks in 'blocks' .* got 2: choose with blocks=",
+        ),
+        "aux_model: wider": (
+            connect(aux_model=vit(embed_dim=128)),
+            ValueError,
+            r"aux_model: blocks.0.attn.qkv has .*\(384, 128\), expected \(192, 64\) .*; no layer of this block fits",
+        ),
+        "aux_model: wider inside": (
+            connect(aux_model=vit(mlp_ratio=2)),
+            ValueError,
+            r"aux_model: blocks.0.mlp.fc1 has .*; what fits in this block: attn.qkv, attn.proj",
         ),
         "aux_model: missing": (connect(aux_model=None), TypeError, "aux_model: expected .*, got None"),
         "aux_model: a number": (connect(aux_model=3), TypeError, "aux_model: expected .*, got 3"),
@@ -337,7 +387,42 @@ PATHWAY = {
         "layer_names: numbers": (connect(layer_names=[1]), ValueError, r"layer_names: expected .* got \[1\]"),
         "layer_names: lists": (connect(layer_names=[["mlp.fc1"]]), ValueError, "layer_names: expected .* got "),
         "layer_names: unknown": (connect(layer_names=["mlp.fc3"]), ValueError, "target_model: there is no layer .*fc3"),
-        "main_body_name: missing": (connect(main_body_name=None), TypeError, "main_body_name: expected .* got None"),
+        "layer_names: no partner": (connect(layer_names={"mlp.fc1": ()}), ValueError, "layer_names: expected .* got "),
+        "layer_names: a number as partner": (connect(layer_names={"mlp.fc1": 1}), ValueError, "layer_names: .* got "),
+        "layer_names: twice": (
+            connect(layer_names={"mlp.fc1": "mlp.fc1", ("mlp.fc1",): "mlp.fc1"}),
+            ValueError,
+            "layer_names: expected .* different names",
+        ),
+        "layer_names: an unknown partner": (
+            connect(layer_names={"mlp.fc1": "mlp.fc3"}),
+            ValueError,
+            "aux_model: there is no layer blocks.0.mlp.fc3",
+        ),
+        "layer_names: other rows": (
+            connect(layer_names={"attn.proj": ("attn.proj", "attn.proj")}),
+            ValueError,
+            r"aux_model: blocks.0.attn.proj \+ blocks.0.attn.proj has weight shape \(128, 64\), expected \(64, 64\)",
+        ),
+        "main_body_name: a number": (connect(main_body_name=5), TypeError, "main_body_name: expected .* got 5"),
+        "main_body_name: three": (connect(main_body_name=("a",) * 3), TypeError, "main_body_name: expected .* got "),
+        "main_body_name: a pair of numbers": (connect(main_body_name=(1, 2)), TypeError, "main_body_name: .* got "),
+        "main_body_name: unknown": (connect(main_body_name="body"), ValueError, "target_model: .* no module 'body'"),
+        "main_body_name: one unknown": (
+            connect(main_body_name=("blocks", "body")),
+            ValueError,
+            "aux_model: VisionTransformer has no module 'body'",
+        ),
+        "blocks: a number": (connect(blocks=1), TypeError, "blocks: expected .* got 1"),
+        "blocks: unknown": (connect(blocks="odd"), ValueError, "blocks: expected one of even, first, last; got 'odd'"),
+        "blocks: none": (connect(blocks=[]), TypeError, r"blocks: expected .* got \[\]"),
+        "blocks: bools": (connect(blocks=[True]), TypeError, "blocks: expected .* got "),
+        "blocks: floats": (connect(blocks=[(0, 0.0)]), TypeError, "blocks: expected .* got "),
+        "blocks: three together": (connect(blocks=[(0, 0, 0)]), TypeError, "blocks: expected .* got "),
+        "blocks: twice": (connect(blocks=[(0, 0), (0, 0)]), ValueError, "blocks: expected .* once; got "),
+        "blocks: beyond the target": (connect(blocks=[1]), ValueError, r"blocks: expected .* below 1 .* got \(1, 1\)"),
+        "blocks: beyond the other": (connect(blocks=[(0, 1)]), ValueError, r"blocks: expected .* got \(0, 1\)"),
+        "blocks: negative": (connect(blocks=[-1]), ValueError, r"blocks: expected .* got \(-1, -1\)"),
         "is_aux_trainable: text": (
             connect(is_aux_trainable="no"),
             TypeError,
@@ -347,6 +432,17 @@ PATHWAY = {
         "sample: of another shape": (connect(sample=X), ValueError, "sample: VisionTransformer raised "),
         "aux_dtype: a number": (connect(aux_dtype=8), ValueError, "aux_model: blocks.0.attn.qkv: dtype: .* got 8"),
     },
+    "remove_auxiliary": no_layers(lambda model: remove_auxiliary(model, "VisionTransformer"))
+    | {
+        "name: a number": (lambda: remove_auxiliary(CONNECTED, 0), TypeError, "name: expected .* got 0"),
+        "name: unknown": (
+            lambda: remove_auxiliary(CONNECTED, "audio"),
+            ValueError,
+            "name: expected one of VisionTransformer; got 'audio'",
+        ),
+    },
+    "describe_pathways": no_layers(describe_pathways)
+    | {"model: no data": (lambda: describe_pathways(META), ValueError, "model: .*meta")},
     "merge_pathways": no_layers(merge_pathways)
     | {"model: no data": (lambda: merge_pathways(META), ValueError, "blocks.0.attn.qkv: .* meta device")},
     "quantize_aux": no_layers(quantize_aux)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from m2pt import reparameterize_aux_into_target_model
 from m2pt.checkpoint_formats import convert_state_dict, load_auxiliary, load_pretrained, read_checkpoint
 from m2pt.checkpoints import save_state_dict
+from m2pt.families import LAYER_NAMES
 from m2pt.models import create_model
-from m2pt.pathway import LAYER_NAMES
 
 WIDTH, HIDDEN, HEADS, DEPTH, CLASSES = 12, 24, 2, 2, 5
 SIZE = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": 2}

@@ -1,0 +1,289 @@
+"""Which linear layers of a target and of an auxiliary model belong together: bodies, blocks, layers of a block.
+
+Names decide where both models are of a known family, shapes where one is not. What is not clear is an error that lists
+the candidates.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .checks import one_of
+from .families import layers_of_block
+
+Names = tuple[str, ...]
+LayerNames = Sequence[str] | Mapping[str | Names, str | Sequence[str]]
+Blocks = str | Sequence[int] | Sequence[tuple[int, int]]
+
+CONV1D = "transformers.pytorch_utils.Conv1D"
+"""GPT-2's linear layer, named so that nothing has to be imported. Its weight is (in_features, out_features)."""
+
+SPACINGS = ("first", "last", "even")
+
+
+class Group(NamedTuple):
+    """Layers of a block that belong together: the target's rows, one layer after the other, are the auxiliary's.
+
+    Attributes:
+        target_names, aux_names: dotted names inside the block.
+        chosen: those of `target_names` that are to be connected.
+    """
+
+    target_names: Names
+    aux_names: Names
+    chosen: Names
+
+
+class Pair(NamedTuple):
+    """Blocks that belong together, by their dotted names."""
+
+    target_block: str
+    aux_block: str
+    groups: list[Group]
+
+
+def pair_blocks(
+    target: nn.Module,
+    aux: nn.Module,
+    argument: str,
+    layer_names: LayerNames | None,
+    main_body_name: str | tuple[str, str] | None,
+    blocks: Blocks | None,
+) -> list[Pair]:
+    """The blocks and layers that belong together, by the arguments of `reparameterize_aux_into_target_model`.
+
+    Args:
+        argument: what error messages call `aux`.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
+    _check_names(layer_names)
+    target_body, aux_body = _body_names(target, aux, argument, main_body_name)
+    target_blocks = _block_names(target, "target_model", target_body)
+    aux_blocks = _block_names(aux, argument, aux_body)
+    if blocks is None and len(target_blocks) != len(aux_blocks):
+        raise ValueError(
+            f"{argument}: expected {len(target_blocks)} blocks in {aux_body!r} as in target_model, got"
+            f" {len(aux_blocks)}: choose with blocks='first', 'last', 'even', indices or pairs of indices"
+        )
+    indices = _block_indices(blocks, len(target_blocks), len(aux_blocks))
+    first_blocks = target.get_submodule(target_blocks[0]), aux.get_submodule(aux_blocks[0])
+    groups = _groups(*first_blocks, argument, layer_names)
+    return [Pair(target_blocks[i], aux_blocks[j], groups) for i, j in indices]
+
+
+def qualified_name(module: nn.Module) -> str:
+    """Its class with the module that defines it."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def unwrapped(module: nn.Module, place: str) -> tuple[nn.Module, str]:
+    """The layer inside wrappers that call it as their `base_layer`, as peft's LoRA does, and its dotted name."""
+    while not isinstance(module, nn.Linear) and isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module, place = inner, f"{place}.base_layer"
+    return module, place
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it computes what GPT-2's linear layer does."""
+    own = [base for base in type(module).__mro__ if f"{base.__module__}.{base.__qualname__}" == CONV1D]
+    return bool(own) and type(module).forward is own[0].forward and "forward" not in vars(module)
+
+
+def in_projection(model: nn.Module, place: str) -> Tensor | None:
+    """The parameter of torch's MultiheadAttention that stands for a layer `in_proj`, if that is what `place` names."""
+    parent, _, name = place.rpartition(".")
+    try:
+        attention = model.get_submodule(parent)
+    except AttributeError:
+        return None
+    return attention.in_proj_weight if name == "in_proj" and isinstance(attention, nn.MultiheadAttention) else None
+
+
+def _check_names(layer_names: LayerNames | None) -> None:
+    if layer_names is None:
+        return
+    groups: list[tuple[Any, Any]] = []
+    if isinstance(layer_names, Mapping):
+        groups = [(_names(target), _names(aux)) for target, aux in layer_names.items()]
+    elif isinstance(layer_names, Collection) and not isinstance(layer_names, str):
+        groups = [((name,), (name,)) for name in layer_names]
+    targets = [name for names, _ in groups for name in names]
+    names = targets + [name for _, names in groups for name in names]
+    is_complete = bool(groups) and all(target and aux for target, aux in groups)
+    if not is_complete or not all(isinstance(name, str) for name in names) or len(set(targets)) != len(targets):
+        expected = "a sequence of different names, or a mapping from the target's to the auxiliary model's"
+        raise ValueError(f"layer_names: expected {expected}, got {layer_names!r}")
+
+
+def _names(names: Any) -> tuple[Any, ...]:
+    return tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else (names,)
+
+
+def _body_names(target: nn.Module, aux: nn.Module, argument: str, main_body_name: Any) -> tuple[str, str]:
+    if main_body_name is None:
+        return _find_body(target, "target_model"), _find_body(aux, argument)
+    if isinstance(main_body_name, str):
+        return main_body_name, main_body_name
+    names = main_body_name if isinstance(main_body_name, (tuple, list)) else ()
+    if len(names) != 2 or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"main_body_name: expected a dotted name, or the target's and the other, got {main_body_name!r}"
+        )
+    return names[0], names[1]
+
+
+def _find_body(model: nn.Module, argument: str) -> str:
+    """The dotted name of the one sequence of blocks: `blocks`, or of a known family, or of equal blocks."""
+    if isinstance(getattr(model, "blocks", None), nn.Module):
+        return "blocks"
+    bodies = {name: list(module) for name, module in model.named_modules() if _is_sequence(module)}
+    found = [name for name, blocks in bodies.items() if layers_of_block(partial(_has_layer, blocks[0]))]
+    found = found or [name for name, blocks in bodies.items() if len(blocks) > 1 and _are_equal(blocks)]
+    found = [name for name in found if not any(other != name and _is_inside(name, other) for other in found)]
+    found = [name for name in found if "decoder" not in name] or found
+    if not found:
+        raise ValueError(
+            f"{argument}: {type(model).__name__} has no sequence of equal blocks with linear layers;"
+            " name the blocks with main_body_name"
+        )
+    if len(found) > 1:
+        candidates = ", ".join(f"{name!r} ({len(bodies[name])} blocks)" for name in found)
+        raise ValueError(
+            f"{argument}: {type(model).__name__} has several sequences of blocks, name one with main_body_name:"
+            f" {candidates}"
+        )
+    return found[0]
+
+
+def _is_sequence(module: Any) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module) > 0
+
+
+def _is_inside(name: str, other: str) -> bool:
+    return name.startswith(f"{other}." if other else "")
+
+
+def _are_equal(blocks: Sequence[nn.Module]) -> bool:
+    shapes = [_linear_shapes(block) for block in blocks]
+    return bool(shapes[0]) and all(own == shapes[0] for own in shapes)
+
+
+def _block_names(model: nn.Module, argument: str, body: str) -> list[str]:
+    try:
+        blocks = model.get_submodule(body)
+    except AttributeError:
+        raise ValueError(f"{argument}: {type(model).__name__} has no module {body!r}") from None
+    if not _is_sequence(blocks):
+        got = type(blocks).__name__
+        raise ValueError(f"{argument}: expected {body!r} to be a non-empty sequence of blocks, got {got}")
+    return [f"{body}.{name}".removeprefix(".") for name in blocks._modules]
+
+
+def _block_indices(blocks: Blocks | None, target_depth: int, aux_depth: int) -> list[tuple[int, int]]:
+    if blocks is None or isinstance(blocks, str):
+        spacing = "first" if blocks is None else one_of("blocks", blocks, SPACINGS)
+        count = min(target_depth, aux_depth)
+        places = (_spread(spacing, depth, count) for depth in (target_depth, aux_depth))
+        return list(zip(*places, strict=True))
+    expected = "blocks: expected 'first', 'last', 'even', indices or pairs of indices, each block of the target once"
+    chosen = list(blocks) if isinstance(blocks, Iterable) else []
+    pairs = [(block, block) if isinstance(block, int) else _names(block) for block in chosen]
+    if not pairs or not all(len(pair) == 2 and all(type(index) is int for index in pair) for pair in pairs):
+        raise TypeError(f"{expected}; got {blocks!r}")
+    if len({i for i, _ in pairs}) != len(pairs):
+        raise ValueError(f"{expected}; got {blocks!r}")
+    for i, j in pairs:
+        if not (0 <= i < target_depth and 0 <= j < aux_depth):
+            bounds = f"{target_depth} in the target and {aux_depth} in the auxiliary model"
+            raise ValueError(f"blocks: expected indices of 0 or more, below {bounds}; got {i, j}")
+    return pairs
+
+
+def _spread(spacing: str, depth: int, count: int) -> list[int]:
+    """`count` of `depth` blocks; "even" begins with the first and ends with the last."""
+    if spacing == "even" and count > 1:
+        return [round(i * (depth - 1) / (count - 1)) for i in range(count)]
+    start = depth - count if spacing == "last" else 0
+    return list(range(start, start + count))
+
+
+def _groups(target: nn.Module, aux: nn.Module, argument: str, layer_names: LayerNames | None) -> list[Group]:
+    """The layers of two blocks that belong together."""
+    if isinstance(layer_names, Mapping):
+        return [Group(_names(names), _names(aux_names), _names(names)) for names, aux_names in layer_names.items()]
+    known = _known_groups(target, aux)
+    if layer_names is None:
+        return known or _groups_by_shape(target, aux, argument)
+    same = [Group((name,), (name,), (name,)) for name in layer_names]
+    known_names = {name for group in known for name in group.target_names}
+    if all(_has_layer(aux, name) for name in layer_names) or not known_names.issuperset(layer_names):
+        return same
+    chosen = [group._replace(chosen=tuple(n for n in group.target_names if n in layer_names)) for group in known]
+    return [group for group in chosen if group.chosen]
+
+
+def _known_groups(target: nn.Module, aux: nn.Module) -> list[Group]:
+    """Of two known families. Attention that reads its weights without calling a layer cannot be connected."""
+    layers, aux_layers = (layers_of_block(partial(_has_layer, block)) for block in (target, aux))
+    groups = []
+    for layer in layers if aux_layers else ():
+        names, aux_names = layers[layer], aux_layers[layer]
+        if isinstance(target.get_submodule(names[0].rpartition(".")[0]), nn.MultiheadAttention):
+            continue
+        if len(names) == len(aux_names):
+            groups += [Group((name,), (aux_name,), (name,)) for name, aux_name in zip(names, aux_names, strict=True)]
+        else:
+            groups.append(Group(names, aux_names, names))
+    return groups
+
+
+def _groups_by_shape(target: nn.Module, aux: nn.Module, argument: str) -> list[Group]:
+    """Layers of the same names; or, where names differ, of shapes that only one layer of either block has."""
+    shapes, aux_shapes = _linear_shapes(target), _linear_shapes(aux)
+    if shapes and shapes.keys() == aux_shapes.keys():
+        return [Group((name,), (name,), (name,)) for name in shapes]
+    alike = {
+        shape: [[name for name in own if own[name] == shape] for own in (shapes, aux_shapes)]
+        for shape in dict.fromkeys(shapes.values())
+    }
+    clear = {names[0]: aux_names[0] for names, aux_names in alike.values() if len(names) == len(aux_names) == 1}
+    if len(clear) < len(shapes) or not shapes:
+        unclear = "; ".join(
+            f"{shape}: {', '.join(names)} and {', '.join(aux_names) or 'none'}"
+            for shape, (names, aux_names) in alike.items()
+            if names[0] not in clear
+        )
+        raise ValueError(
+            f"{argument}: which of its layers belong to the target's is not clear, say it with layer_names; clear are"
+            f" {clear}, and the others by shape, target first: {unclear or 'none'}"
+        )
+    return [Group((name,), (aux_name,), (name,)) for name, aux_name in clear.items()]
+
+
+def _has_layer(block: nn.Module, name: str) -> bool:
+    if in_projection(block, name) is not None:
+        return True
+    try:
+        layer, _ = unwrapped(block.get_submodule(name), name)
+    except AttributeError:
+        return False
+    return isinstance(layer, nn.Linear) or is_conv1d(layer)
+
+
+def _linear_shapes(block: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of the linear layers inside a block, by their dotted names."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in block.named_modules():
+        layer, _ = unwrapped(module, name)
+        if not name or any(_is_inside(name, found) for found in shapes):
+            continue
+        if isinstance(layer, nn.Linear):
+            shapes[name] = layer.out_features, layer.in_features
+        elif is_conv1d(layer):
+            rows, columns = layer.weight.shape
+            shapes[name] = columns, rows
+    return shapes

@@ -1,0 +1,313 @@
+"""Surgery: connect auxiliary models to a target model, and take them out again."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from m2pt_kernels.divided import is_divided
+
+from .calls import Sample, check_calls, check_sample, is_known_to_read, stop_watching, watch_calls
+from .checks import check_kind, check_module
+from .hooks import check_no_hooks, has_forward_hooks
+from .linear import Auxiliary, FusedCrossModalLinear, is_plain_linear
+from .pairing import (
+    Blocks,
+    LayerNames,
+    Pair,
+    in_projection,
+    is_conv1d,
+    pair_blocks,
+    qualified_name,
+    unwrapped,
+)
+from .pathway import GATHER, places, require_whole
+
+AuxModels = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
+
+
+def reparameterize_aux_into_target_model(
+    target_model: nn.Module,
+    aux_model: AuxModels,
+    layer_names: LayerNames | None = None,
+    main_body_name: str | tuple[str, str] | None = None,
+    is_aux_trainable: bool = False,
+    aux_dtype: str | None = None,
+    sample: Sample | None = None,
+    blocks: Blocks | None = None,
+) -> nn.Module:
+    """Replace linear layers of the target's blocks by `FusedCrossModalLinear`, in place (M2PT, section 3.2).
+
+    Bodies and layers are found for the families in `m2pt.families`, and for other models with one sequence of equal
+    blocks, where the linear layers have the same names or pair up by shape in one way only. Query, key and value may be
+    one layer on one side and three on the other. GPT-2's Conv1D is read transposed, and of a LoRA wrapper the layer
+    inside is used. `describe_pathways` shows what was connected to what.
+
+    A target that is connected already gets the further auxiliary models beside those it has. Its scales are then new
+    parameters of the same values, so make the optimizer afterwards.
+
+    A layer whose weight its parent reads without calling the layer would not be connected: some such modules are known
+    and refused, and a `sample` shows any other. Without a sample, the first forward pass of the target in training mode
+    warns of layers that have not been called; that of a compiled target does not.
+
+    Args:
+        target_model: the model to improve.
+        aux_model: a model of another modality, whose layers have the same shapes. It is left as it is, and the storage
+            of its weights is shared, but for rows that are joined, Conv1D, and where there are several such models: a
+            sequence, or a mapping that names them for `describe_pathways`, connects them all, each with scales of its
+            own, and copies their weights.
+        layer_names: the linear layers of a block, as dotted names that hold in both models; or a mapping from the
+            target's names to the auxiliary model's. A tuple on either side stands for the layers' rows, one layer after
+            the other: `{"attn.qkv": ("attention.q", "attention.k", "attention.v")}`.
+        main_body_name: the dotted name of the sequence of blocks, in both models; or a pair, the target's and the
+            other. None finds `blocks`, or the one that is of a known family, or of equal blocks.
+        is_aux_trainable: whether the auxiliary weights are trained too.
+        aux_dtype: how frozen auxiliary weights are stored, as `quantize_aux` takes it; None shares them as they are.
+        sample: the input of a forward pass of `target_model`: a tensor, a tuple of arguments, or a mapping of keyword
+            arguments. The target runs once with it, in evaluation mode, and has to call every connected layer.
+        blocks: which blocks are connected. None connects all, of models of one depth. "first" and "last" connect as
+            many as the shallower model has; "even" spreads its blocks over the deeper one's, from the first to the
+            last. Indices connect the blocks of these numbers; pairs the target's with the auxiliary model's.
+
+    Returns:
+        `target_model`.
+
+    Raises:
+        TypeError: an argument of another type, or an auxiliary weight that is not floating.
+        ValueError: the models do not fit: no body or several, a missing layer, another depth or shape, layers that pair
+            up in several ways, a layer that is not linear, connected to this weight already, used twice, not called by
+            its parent, divided among processes, or with hooks, which would be lost; or `aux_dtype` does not fit a
+            weight, or the target raised an error with `sample`. The message names the block and layer, and both models
+            are as they were.
+    """
+    check_module("target_model", target_model)
+    check_sample(sample)
+    weights: dict[str, list[tuple[Auxiliary, Tensor]]] = {}
+    layers: dict[str, nn.Linear] = {}
+    for argument, (name, model) in _named_models(aux_model, target_model).items():
+        for pair in pair_blocks(target_model, model, argument, layer_names, main_body_name, blocks):
+            for place, layer, auxiliary, weight in _connections(target_model, model, argument, name, pair):
+                layers[place] = layer
+                weights.setdefault(place, []).append((auxiliary, weight))
+    _require_used_once(layers)
+    fused = {}
+    for place, layer in layers.items():
+        auxiliaries, aux_weights = zip(*weights[place], strict=True)
+        try:
+            fused[place] = _connected(layer, aux_weights, auxiliaries, is_aux_trainable, aux_dtype)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"aux_model: {place}: {error}") from None
+    _replace(target_model, fused, sample)
+    return target_model
+
+
+def remove_auxiliary(model: nn.Module, name: str) -> nn.Module:
+    """Take an auxiliary model out of a connected one, in place; a layer that has no other becomes a plain `nn.Linear`.
+
+    Nothing is folded into the weights. Where others stay, their scales are new parameters of the same values, so make
+    the optimizer afterwards.
+
+    Args:
+        model: a connected model.
+        name: of the auxiliary model, as `describe_pathways` shows it.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is no module, or `name` no string.
+        ValueError: no fused layer below `model`, none with such an auxiliary model, one that is divided among processes
+            or has hooks, which would be lost. The model is as it was.
+    """
+    check_kind(str, "the name of an auxiliary model", name=name)
+    require_whole(model, "remove auxiliary models before dividing the model")
+    replacements: dict[str, nn.Module] = {}
+    for layer, own_places in places(model).items():
+        if indices := [i for i, auxiliary in enumerate(layer.auxiliaries) if auxiliary.model == name]:
+            check_no_hooks(own_places[0], layer)
+            replacements |= dict.fromkeys(own_places, layer.without(indices))
+    if not replacements:
+        raise ValueError(f"name: expected one of {', '.join(_auxiliary_names(model))}; got {name!r}")
+    for place, layer in replacements.items():
+        model.set_submodule(place, layer)
+    if not _auxiliary_names(model):
+        for module in model.modules():
+            stop_watching(module)
+    return model
+
+
+def _auxiliary_names(model: nn.Module) -> list[str]:
+    layers = [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]
+    return list(dict.fromkeys(auxiliary.model for layer in layers for auxiliary in layer.auxiliaries))
+
+
+def _named_models(aux_model: AuxModels, target_model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """The auxiliary models with names that are not taken, by what error messages call them."""
+    taken = _auxiliary_names(target_model)
+    is_mapping = isinstance(aux_model, Mapping)
+    if is_mapping:
+        models = {f"aux_model[{name!r}]": (name, model) for name, model in aux_model.items()}
+    elif isinstance(aux_model, nn.Module):
+        models = {"aux_model": (type(aux_model).__name__, aux_model)}
+    else:
+        several = list(aux_model) if isinstance(aux_model, Iterable) else [aux_model]
+        models = {f"aux_model[{i}]": (type(model).__name__, model) for i, model in enumerate(several)}
+    if not all(isinstance(name, str) and isinstance(model, nn.Module) for name, model in models.values()):
+        raise TypeError(f"aux_model: expected a module, a sequence of modules or modules by name, got {aux_model!r}")
+    if not models:
+        raise ValueError(f"aux_model: expected a module, a sequence of modules or modules by name, got {aux_model!r}")
+    for argument, (name, model) in models.items():
+        if is_mapping and name in taken:
+            raise ValueError(f"aux_model: target_model is connected to a model {name!r} already")
+        own, number = name, 1
+        while own in taken:
+            number += 1
+            own = f"{name} {number}"
+        taken.append(own)
+        models[argument] = own, model
+    return models
+
+
+Connection = tuple[str, nn.Linear, Auxiliary, Tensor]
+
+
+@torch.no_grad()
+def _connections(target: nn.Module, aux: nn.Module, argument: str, name: str, pair: Pair) -> Iterator[Connection]:
+    """Of every layer that is to be connected in a block: its place, itself, and what it gets of the auxiliary model."""
+    fitting: list[tuple[Group, list[tuple[str, nn.Linear]], list[tuple[str, Tensor]]]] = []
+    misfit = None
+    for group in pair.groups:
+        targets = [_target_layer(target, f"{pair.target_block}.{own}") for own in group.target_names]
+        places = [f"{pair.aux_block}.{own}" for own in group.aux_names]
+        weights = [_aux_weight(aux, argument, place) for place in places]
+        joined = " + ".join(places)
+        if any(weight is layer.weight for weight in weights for _, layer in targets):
+            raise ValueError(f"{argument}: {joined} is target_model's own weight")
+        expected, got = _shape(layer.weight for _, layer in targets), _shape(weights)
+        if expected == got:
+            fitting.append((group, targets, list(zip(places, weights, strict=True))))
+        elif misfit is None:
+            misfit = f"{argument}: {joined} has weight shape {got}, expected {expected} as in target_model"
+    if misfit is not None:
+        fit = ", ".join(own for group, *_ in fitting for own in group.target_names)
+        raise ValueError(f"{misfit}; {f'what fits in this block: {fit}' if fit else 'no layer of this block fits'}")
+    for group, targets, weights in fitting:
+        stops = accumulate(len(layer.weight) for _, layer in targets)
+        for own, (place, layer), stop in zip(group.target_names, targets, stops, strict=True):
+            if own in group.chosen:
+                layers, weight = _rows(weights, stop - len(layer.weight), stop)
+                yield place, layer, Auxiliary(name, layers), weight
+
+
+def _shape(weights: Iterable[Tensor]) -> tuple[int, int] | list[tuple[int, ...]]:
+    """Of their rows one after the other; of each weight where the numbers of columns differ."""
+    shapes = [tuple(weight.shape) for weight in weights]
+    columns = {shape[1] for shape in shapes}
+    return (sum(rows for rows, _ in shapes), *columns) if len(columns) == 1 else shapes
+
+
+def _rows(weights: Sequence[tuple[str, Tensor]], start: int, stop: int) -> tuple[str, Tensor]:
+    """Some rows of weights, one after the other, and what they are called; a view unless they are of several."""
+    names, parts, first = [], [], 0
+    for place, weight in weights:
+        own = slice(max(start - first, 0), min(stop - first, len(weight)))
+        first += len(weight)
+        if own == slice(0, len(weight)):
+            names.append(place)
+            parts.append(weight)
+        elif own.start < own.stop:
+            names.append(f"{place}[{own.start}:{own.stop}]")
+            parts.append(weight[own])
+    return " + ".join(names), parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _target_layer(model: nn.Module, place: str) -> tuple[str, nn.Linear]:
+    layer, place = _layer(model, "target_model", place)
+    if type(layer) is not FusedCrossModalLinear and not is_plain_linear(layer):
+        raise ValueError(_misfit("target_model", place, layer))
+    check_no_hooks(f"target_model: {place}", layer)
+    called = place
+    while called:
+        parent_name, _, layer_name = called.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        if is_known_to_read(parent, layer_name):
+            reader = type(parent).__name__
+            raise ValueError(f"target_model: {place} is not called by its {reader}, which reads its weight")
+        called = parent_name if layer_name == "base_layer" else ""
+    return place, layer
+
+
+def _aux_weight(model: nn.Module, argument: str, place: str) -> Tensor:
+    if (weight := in_projection(model, place)) is not None:
+        return weight
+    layer, place = _layer(model, argument, place)
+    if isinstance(layer, FusedCrossModalLinear):
+        raise ValueError(f"{argument}: {place} is connected to an auxiliary model already, merge its pathways first")
+    if not is_plain_linear(layer) and not is_conv1d(layer):
+        raise ValueError(_misfit(argument, place, layer))
+    if has_forward_hooks(layer):
+        raise ValueError(f"{argument}: {place} has forward hooks, which may change what it computes: remove them first")
+    return layer.weight.t().contiguous() if is_conv1d(layer) else layer.weight
+
+
+def _layer(model: nn.Module, argument: str, place: str) -> tuple[nn.Module, str]:
+    try:
+        layer, place = unwrapped(model.get_submodule(place), place)
+    except AttributeError:
+        raise ValueError(f"{argument}: there is no layer {place}") from None
+    if is_divided(model, place):
+        raise ValueError(
+            f"{argument}: {place} is divided among processes: connect whole models and divide the target afterwards,"
+            f" or {GATHER} for a whole one"
+        )
+    return layer, place
+
+
+def _misfit(argument: str, place: str, layer: nn.Module) -> str:
+    added = " with a forward, parameters, buffers or modules of its own" * (type(layer) is nn.Linear)
+    return f"{argument}: {place} is a {qualified_name(layer)}{added}, expected a plain nn.Linear"
+
+
+def _require_used_once(layers: Mapping[str, nn.Linear]) -> None:
+    seen: dict[nn.Linear, str] = {}
+    for place, layer in layers.items():
+        if layer in seen:
+            raise ValueError(f"target_model: {place} is {seen[layer]}, used twice")
+        seen[layer] = place
+
+
+def _connected(
+    layer: nn.Linear,
+    aux_weights: Sequence[Tensor],
+    auxiliaries: tuple[Auxiliary, ...],
+    is_aux_trainable: bool,
+    aux_dtype: str | None,
+) -> FusedCrossModalLinear:
+    connected = layer if isinstance(layer, FusedCrossModalLinear) else None
+    fused = FusedCrossModalLinear(
+        layer.in_features,
+        layer.out_features,
+        origin_layer=layer if connected is None else connected.plain(),
+        aux_weight=aux_weights,
+        is_aux_trainable=is_aux_trainable,
+    )
+    fused.auxiliaries = auxiliaries
+    if aux_dtype is not None:
+        fused.quantize_aux(aux_dtype)
+    return fused if connected is None else connected.joined(fused)
+
+
+def _replace(target_model: nn.Module, layers: Mapping[str, nn.Module], sample: Sample | None) -> None:
+    before = {place: target_model.get_submodule(place) for place in layers}
+    try:
+        for place, layer in layers.items():
+            target_model.set_submodule(place, layer)
+        if sample is not None:
+            check_calls(target_model, sample)
+    except BaseException:
+        for place, layer in before.items():
+            target_model.set_submodule(place, layer)
+        raise
+    if sample is None:
+        watch_calls(target_model)
