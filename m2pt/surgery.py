@@ -175,21 +175,21 @@ Connection = tuple[str, nn.Linear, Auxiliary, Tensor]
 @torch.no_grad()
 def _connections(target: nn.Module, aux: nn.Module, argument: str, name: str, pair: Pair) -> Iterator[Connection]:
     """Of every layer that is to be connected in a block: its place, itself, and what it gets of the auxiliary model."""
-    fitting: list[tuple[Group, list[tuple[str, nn.Linear]], list[tuple[str, Tensor]]]] = []
-    misfit = None
+    fitting = []
+    misfit = ""
     for group in pair.groups:
         targets = [_target_layer(target, f"{pair.target_block}.{own}") for own in group.target_names]
-        places = [f"{pair.aux_block}.{own}" for own in group.aux_names]
-        weights = [_aux_weight(aux, argument, place) for place in places]
-        joined = " + ".join(places)
+        aux_places = [f"{pair.aux_block}.{own}" for own in group.aux_names]
+        weights = [_aux_weight(aux, argument, place) for place in aux_places]
+        joined = " + ".join(aux_places)
         if any(weight is layer.weight for weight in weights for _, layer in targets):
             raise ValueError(f"{argument}: {joined} is target_model's own weight")
         expected, got = _shape(layer.weight for _, layer in targets), _shape(weights)
         if expected == got:
-            fitting.append((group, targets, list(zip(places, weights, strict=True))))
-        elif misfit is None:
+            fitting.append((group, targets, list(zip(aux_places, weights, strict=True))))
+        elif not misfit:
             misfit = f"{argument}: {joined} has weight shape {got}, expected {expected} as in target_model"
-    if misfit is not None:
+    if misfit:
         fit = ", ".join(own for group, *_ in fitting for own in group.target_names)
         raise ValueError(f"{misfit}; {f'what fits in this block: {fit}' if fit else 'no layer of this block fits'}")
     for group, targets, weights in fitting:
