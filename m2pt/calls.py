@@ -4,12 +4,13 @@ Then the scales get no gradient, and merging changes what the model computes.
 """
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .linear import FusedCrossModalLinear
 
@@ -45,7 +46,8 @@ def check_sample(sample: Sample | None) -> None:
 
 
 def check_calls(model: nn.Module, sample: Sample) -> None:
-    """Run `model` once, evaluating and without `torch.compile`, and see that it calls every fused layer.
+    """Run `model` once, evaluating and without `torch.compile`: it has to call every fused layer, and to read no weight
+    of one beside that, but for its dtype, device and sizes.
 
     Training flags, buffers and torch's random numbers are left as they were; lazy modules are built.
 
@@ -65,7 +67,12 @@ def check_calls(model: nn.Module, sample: Sample) -> None:
     try:
         for module in flags:
             module.training = False
-        with torch.no_grad(), torch.random.fork_rng(gpus), torch.compiler.set_stance("force_eager"):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(gpus),
+            torch.compiler.set_stance("force_eager"),
+            _reads(model) as read,
+        ):
             model(*arguments, **keywords)
     except Exception as error:
         raise ValueError(f"sample: {type(model).__name__} raised {error!r}") from error
@@ -77,6 +84,55 @@ def check_calls(model: nn.Module, sample: Sample) -> None:
                 module._buffers[name] = buffer if buffer is None else buffer.copy_(before)
     if names := [name for name, layer in model.named_modules() if _is_uncalled(layer)]:
         raise ValueError(f"target_model: {_description(model, names)}")
+    if names := [name for name, layer in model.named_modules() if layer in read]:
+        reader = f"{_parents(model, names)}, which calls it too: merging would change what that computes"
+        raise ValueError(f"target_model: {', '.join(names)}: weight is read by {reader}")
+
+
+class _Watched(FusedCrossModalLinear):
+    """Gives its weight away as a `_Watch`. Its own forward does not ask for it by name."""
+
+    @property
+    def weight(self):
+        watch = self._parameters["weight"].as_subclass(_Watch)
+        watch.layer = self
+        return watch
+
+
+class _Watch(Tensor):
+    """Notes in `_Watch.read` the layer of a weight whose entries are asked for."""
+
+    read: set[nn.Module]
+    layer: nn.Module
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func not in METADATA:
+            cls.read.update(leaf.layer for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _Watch))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_meta", "is_sparse", "is_quantized")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, torch.is_floating_point),
+}
+"""What may be asked of a weight: the merged one answers the same."""
+
+
+@contextmanager
+def _reads(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """The fused layers whose weight is read inside the block, other than by a call."""
+    layers = [layer for layer in model.modules() if type(layer) is FusedCrossModalLinear]
+    _Watch.read = set()
+    try:
+        for layer in layers:
+            layer.__class__ = _Watched
+        yield _Watch.read
+    finally:
+        for layer in layers:
+            layer.__class__ = FusedCrossModalLinear
 
 
 def watch_calls(model: nn.Module) -> None:
@@ -115,6 +171,9 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _description(model: nn.Module, names: Collection[str]) -> str:
-    parents = sorted({type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in names})
-    reader = f"{' or '.join(parents)}, which reads the weight itself or leaves the layer out"
+    reader = f"{_parents(model, names)}, which reads the weight itself or leaves the layer out"
     return f"{', '.join(names)}: not called by {reader}: the auxiliary weight has no effect"
+
+
+def _parents(model: nn.Module, names: Collection[str]) -> str:
+    return " or ".join(sorted({type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in names}))

@@ -218,10 +218,16 @@ def _groups(target: nn.Module, aux: nn.Module, argument: str, layer_names: Layer
     known = _known_groups(target, aux)
     if layer_names is None:
         return known or _groups_by_shape(target, aux, argument)
-    same = [Group((name,), (name,), (name,)) for name in layer_names]
-    known_names = {name for group in known for name in group.target_names}
-    if all(_has_layer(aux, name) for name in layer_names) or not known_names.issuperset(layer_names):
-        return same
+    named = [Group((name,), (name,), (name,)) for name in layer_names]
+    are_in_aux, are_in_target = (all(_has_layer(block, name) for name in layer_names) for block in (aux, target))
+    if are_in_aux or not are_in_target or not known:
+        return named
+    known_names = [name for group in known for name in group.target_names]
+    if unknown := [name for name in layer_names if name not in known_names]:
+        raise ValueError(
+            f"{argument}: which of its layers belong to {', '.join(unknown)} is not known, say it with a mapping as"
+            f" layer_names; known is that of {', '.join(known_names)}"
+        )
     chosen = [group._replace(chosen=tuple(n for n in group.target_names if n in layer_names)) for group in known]
     return [group for group in chosen if group.chosen]
 
