@@ -111,7 +111,9 @@ def _add_training(commands: Any) -> None:
     _add_recipe(train)
     _add_output(train)
     train.add_argument("--init", metavar="PATH", help="checkpoint to start from")
-    train.add_argument("--aux", metavar="PATH", help="checkpoint of the auxiliary model")
+    train.add_argument(
+        "--aux", metavar="PATH", action="append", help="checkpoint of the auxiliary model; once for each of several"
+    )
     train.add_argument("--aux-modality", metavar="NAME", help="what the auxiliary model was trained on, for the log")
     dtypes = ("float32", "float16", *AUX_DTYPES)
     train.add_argument("--aux-dtype", choices=dtypes, help="how the auxiliary weights are stored")
@@ -243,6 +245,8 @@ def _recipe(arguments: argparse.Namespace) -> "Recipe":
         "train_aux": "auxiliary.trainable",
     }
     given = {key: value for option, key in keys.items() if (value := getattr(arguments, option, None))}
+    if len(paths := given.get("auxiliary.path", [])) == 1:
+        given["auxiliary.path"] = paths[0]
     return load_recipe(arguments.recipe, given | dict(map(parse_assignment, arguments.replaced)))
 
 

@@ -117,11 +117,14 @@ def test_names_of_the_target_choose_layers_of_known_families():
     found = pairs(vit(), separate(), layer_names=("mlp.fc1", "attn.qkv"))
     together = " + ".join(f"encoder.layers.1.attention.{part}_proj" for part in ("q", "k", "v"))
     assert found == {"attn.qkv": together, "mlp.fc1": "encoder.layers.1.mlp.fc1"}
-    found = pairs(separate(), vit(), layer_names=("attention.q_proj", "attention.v_proj"))
-    named = {
-        f"1.attention.{part}_proj": f"blocks.1.attn.qkv{rows}" for part, rows in (("q", "[0:48]"), ("v", "[96:144]"))
+    target = separate()
+    reparameterize_aux_into_target_model(target, vit(), layer_names=("attention.q_proj", "attention.v_proj"))
+    rows = {"q": "[0:48]", "v": "[96:144]"}
+    assert {name: layer.auxiliaries[0].layers for name, layer in fused_layers(target).items()} == {
+        f"encoder.layers.{i}.attention.{part}_proj": f"blocks.{i}.attn.qkv{own}"
+        for i in range(DEPTH)
+        for part, own in rows.items()
     }
-    assert found == named
 
 
 def test_names_that_one_side_lacks_are_refused():

@@ -316,6 +316,26 @@ def test_auxiliary_weights_are_trained_on_demand_in_their_dtype(folder, tmp_path
     assert weights[1].dtype == torch.bfloat16 and not torch.equal(weights[1], auxiliary)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_several_auxiliary_models(folder, tmp_path, dtype):
+    """One after the other on the command line; the shallower one is connected to the last block."""
+    shallow = tmp_path / "shallow.safetensors"
+    entries = load_state_dict(folder / "point.safetensors")
+    blocks = {name: tensor for name, tensor in entries.items() if name.startswith("blocks.0.")}
+    save_state_dict(blocks, shallow)
+    more = ["--aux", str(shallow), "--aux-dtype", dtype, "auxiliary.blocks=last", "optimizer.base_lr=1.0"]
+    out = run("image", folder, tmp_path / "run", *more)
+    result = json.loads((out / "result.json").read_text())
+    assert result["trained"] == result["merged"]
+    trained = checkpoint(out)["model"]
+    first, last = (f"blocks.{block}.mlp.fc1" for block in range(2))
+    assert trained[f"{first}.cross_modal_scale"].shape == (1,) and trained[f"{last}.cross_modal_scale"].shape == (2,)
+    assert all(scale != 0 for scale in trained[f"{last}.cross_modal_scale"])
+    if dtype == "bfloat16":
+        expected = [entries["blocks.0.mlp.fc1.weight"], load_state_dict(folder / "audio.safetensors")[f"{last}.weight"]]
+        assert torch.equal(trained[f"{last}.aux_weight"], torch.stack(expected[::-1]).bfloat16())
+
+
 def test_auxiliary_weights_at_one_byte(folder, tmp_path, capsys):
     out = run("image", folder, tmp_path / "int8", "optimizer.base_lr=1.0", "--aux-dtype", "int8")
     model = checkpoint(out)["model"]
@@ -472,7 +492,7 @@ def test_recipes_are_for_one_command(folder, tmp_path, capsys):
         ),
         (["machine.offload_activations=true"], "machine.offload_activations: expected checkpoint_activations = true"),
         (["machine.step_in_backward=true", "optimizer.name=lamb"], "optimizer: expected one that updates every"),
-        (["model.overrides.depth=3"], "aux_model: expected 3 blocks"),
+        (["model.overrides.depth=3"], "']: expected 3 blocks"),
         (["data.settings.colour=1"], "setting of layout folder: expected one of"),
         (["data.test_split=none"], "split: expected one of"),
         (["model.init=none.pth"], "none.pth: no such file"),

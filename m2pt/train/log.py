@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +93,15 @@ def plot_curves(folder: Path) -> None:
         figure.savefig(temporary)
 
 
-def plot_scales(scales: Mapping[str, float], folder: Path) -> None:
-    """`scales.png`: the cross-modal scale of every layer by block, from names such as
+def plot_scales(scales: Mapping[str, Sequence[float]], folder: Path) -> None:
+    """`scales.png`: the cross-modal scales of every layer by block, from names such as
     `blocks.0.attn.qkv.cross_modal_scale`; nothing if there is none."""
     layers: dict[str, dict[int, float]] = {}
-    for name, scale in scales.items():
+    for name, several in scales.items():
         _, block, layer = name.removesuffix(".cross_modal_scale").split(".", 2)
-        layers.setdefault(layer, {})[int(block)] = scale
+        for i, scale in enumerate(several):
+            label = layer if len(several) == 1 else f"{layer}[{i}]"
+            layers.setdefault(label, {})[int(block)] = scale
     if not layers:
         return
     figure = figures.Figure(figsize=(7, 4), dpi=150, layout="constrained")

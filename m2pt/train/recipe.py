@@ -39,23 +39,33 @@ class Model:
 
 @dataclass(frozen=True)
 class Auxiliary:
-    """The transformer of another modality.
+    """The transformer of another modality, or several.
 
     Attributes:
-        path: its checkpoint; without one the target is trained alone.
+        path: its checkpoint, or a list of several models'; without one the target is trained alone.
         modality: its name in logs and reports.
         dtype: of its weights, one of torch's or of `m2pt.quantize_aux`'s; the checkpoint's own if empty.
         trainable: whether its weights are trained too, as in the published code.
+        blocks: which blocks are connected, of models whose depths differ: "first", "last" or "even", see
+            `m2pt.reparameterize_aux_into_target_model`.
     """
 
-    path: str = ""
+    path: str | list[str] = ""
     modality: str = ""
     dtype: Literal["", "float32", "bfloat16", "float16", "int8", "int4", "float8_e4m3fn"] = ""
     trainable: bool = False
+    blocks: Literal["", "first", "last", "even"] = ""
 
     def __post_init__(self) -> None:
-        if not self.path and (self.modality or self.dtype or self.trainable):
-            raise ValueError("path: missing, but modality, dtype or trainable is given")
+        if not self.path and (self.modality or self.dtype or self.trainable or self.blocks):
+            raise ValueError("path: missing, but modality, dtype, trainable or blocks is given")
+        if not all(isinstance(path, str) and path for path in self.paths) or len(set(self.paths)) < len(self.paths):
+            raise ValueError(f"path: expected a path or a list of different ones, got {self.path!r}")
+
+    @property
+    def paths(self) -> list[str]:
+        """`path` as a list."""
+        return self.path if isinstance(self.path, list) else [self.path] * bool(self.path)
 
 
 @dataclass(frozen=True)
@@ -359,7 +369,7 @@ def _build(kind: Any, table: dict[str, Any], place: str) -> Any:
 
 def _value(kind: Any, value: Any, place: str) -> Any:
     if isinstance(kind, UnionType):
-        kind = get_args(kind)[0]
+        kind = next((own for own in get_args(kind) if type(value) is (get_origin(own) or own)), get_args(kind)[0])
     if is_dataclass(kind):
         if not isinstance(value, dict):
             raise TypeError(f"{place}: expected a table, got {value!r}")

@@ -98,7 +98,7 @@ def train(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> dict[
             write_json(out / "merged.json", description(recipe, num_classes) | classes)
             write_json(out / "result.json", result)
             plot_curves(out)
-            plot_scales({name: value.item() for name, value in weights.items() if name.endswith(SCALE)}, out)
+            plot_scales({name: value.tolist() for name, value in weights.items() if name.endswith(SCALE)}, out)
     return result
 
 
@@ -180,16 +180,18 @@ def create_trained_model(recipe: Recipe, num_classes: int, multi_label: bool) ->
     random_seed(recipe.run.seed)
     module = _initialised(recipe, num_classes)
     if recipe.auxiliary.path:
-        aux_model = load_auxiliary(recipe.auxiliary.path)
+        aux_models = {path: load_auxiliary(path) for path in recipe.auxiliary.paths}
         dtype = recipe.auxiliary.dtype
         quantized = dtype in QUANTIZED.values()
         if dtype and not quantized:
-            aux_model.to(getattr(torch, dtype))
+            for aux_model in aux_models.values():
+                aux_model.to(getattr(torch, dtype))
         reparameterize_aux_into_target_model(
             module,
-            aux_model,
+            aux_models,
             is_aux_trainable=recipe.auxiliary.trainable,
             aux_dtype=dtype if quantized else None,
+            blocks=recipe.auxiliary.blocks or None,
         )
     if recipe.model.trainable == "head":
         module.head = probe_head(module.head)
