@@ -27,10 +27,13 @@ WEIGHT_READERS = {
 Named, so that nothing has to be imported. They are refused at once; `check_calls` and `watch_calls` find all others.
 """
 
+PROJECTIONS = ("qkv", "query", "key", "value")
+"""Read by attention whose queries have a bias of their own: timm's BEiT, EVA and Swin v2, transformers 4's VideoMAE."""
+
 
 def is_known_to_read(parent: nn.Module, layer_name: str) -> bool:
     """Whether a module is known to read the weight of its layer without calling it."""
-    if layer_name == "qkv" and getattr(parent, "q_bias", None) is not None:  # timm's BEiT, EVA and Swin v2
+    if layer_name in PROJECTIONS and getattr(parent, "q_bias", None) is not None:
         return not getattr(parent, "qkv_bias_separate", False)
     if layer_name == "base_layer" and len(getattr(parent, "lora_magnitude_vector", ())):  # peft's DoRA
         return True

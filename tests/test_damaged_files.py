@@ -493,7 +493,7 @@ WRITERS = {
     "gains.json": write_matrix,
     "gains.png": write_matrix,
     "curves.png": plot_curves,
-    "run/scales.png": lambda folder: plot_scales({"blocks.0.attn.qkv.cross_modal_scale": 0.1}, folder),
+    "run/scales.png": lambda folder: plot_scales({"blocks.0.attn.qkv.cross_modal_scale": [0.1]}, folder),
 }
 
 

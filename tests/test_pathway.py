@@ -359,6 +359,23 @@ def test_attention_with_a_bias_of_its_own_for_queries_reads_qkv_and_calls_proj(b
     reparameterize_aux_into_target_model(target, aux, ("attn.proj", "attn.qkv"), body, sample=images())
 
 
+class SelfAttention(nn.Module):
+    """As transformers 4 has VideoMAE's."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(8)) for _ in range(2))
+
+
+@pytest.mark.parametrize("layer", ["query", "key", "value"])
+def test_separate_projections_beside_a_bias_for_queries_are_read(layer):
+    target, aux = (nn.Sequential(nn.ModuleDict({"attention": SelfAttention()})) for _ in range(2))
+    message = rf"^target_model: 0.attention.{layer} is not called by its SelfAttention, which reads its weight"
+    with unchanged(target, aux), pytest.raises(ValueError, match=message):
+        reparameterize_aux_into_target_model(target, aux, (f"attention.{layer}",), "")
+
+
 class Readers(nn.Module):
     """Blocks of a layer that is called and, in WavLM's way, of four that are read, with a dropout and a batch norm."""
 
