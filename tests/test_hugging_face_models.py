@@ -14,6 +14,7 @@ from m2pt import (
 )
 
 transformers = pytest.importorskip("transformers")
+modeling_dinov2 = transformers.models.dinov2.modeling_dinov2
 
 WIDTH, HIDDEN, DEPTH = 32, 64, 2
 SIZE = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 2, "intermediate_size": HIDDEN}
@@ -72,6 +73,7 @@ def parts(pattern, *names):
 QKV = ("q", "k", "v")
 CLASSIC = (parts("attention.attention.{}", "query", "key", "value"), "attention.output.dense")
 CURRENT = (parts("attention.{}_proj", *QKV), "attention.o_proj")
+DINOV2 = CLASSIC if hasattr(modeling_dinov2, "Dinov2SelfAttention") else CURRENT  # renamed by some release after 5.17
 SELF = (parts("self_attn.{}_proj", *QKV), "self_attn.out_proj")
 MLP, DENSE = ("mlp.fc1", "mlp.fc2"), ("intermediate.dense", "output.dense")
 FORWARD = ("feed_forward.intermediate_dense", "feed_forward.output_dense")
@@ -96,9 +98,9 @@ FAMILIES = {
     "VideoMAE, pretraining": (
         hugging_face("VideoMAEForPreTraining", **SIZE, **PICTURE, num_frames=4, decoder_num_hidden_layers=1),
         "videomae.encoder.layer", *CLASSIC, *DENSE, None),
-    "DINOv2": (hugging_face("Dinov2Model", **DINO), "encoder.layer", *CURRENT, *MLP, IMAGES),
+    "DINOv2": (hugging_face("Dinov2Model", **DINO), "encoder.layer", *DINOV2, *MLP, IMAGES),
     "DINOv2, registers": (
-        hugging_face("Dinov2WithRegistersModel", **DINO), "encoder.layer", *CURRENT, *MLP, IMAGES),
+        hugging_face("Dinov2WithRegistersModel", **DINO), "encoder.layer", *DINOV2, *MLP, IMAGES),
     "DINOv3": (
         hugging_face("DINOv3ViTModel", **SIZE, **PICTURE), "model.layer", *CURRENT, "mlp.up_proj", "mlp.down_proj",
         IMAGES),
