@@ -7,7 +7,7 @@ lost, or a sign that the file is not what it seems.
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,113 +17,24 @@ from torch import Tensor, nn
 
 from m2pt_kernels.divided import check_undivided
 
-from .checkpoints import load_state_dict
+from .checkpoint_blocks import Body, find_body, linear_weights, require_matrices, require_shapes
+from .checkpoint_names import FORMATS, PARTS, Format, inside_block
+from .checkpoints import TAKEN, Weights, read_weights
 from .checks import check_module, check_state_dict
 from .families import LAYER_NAMES
 
-PARTS = ("query", "key", "value")
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a project names the parts of its transformer, as regular expressions for the beginnings of names.
-
-    Attributes:
-        name: what the report calls it.
-        marker: a name that only files of this format have.
-        prefix: taken off a name before anything else.
-        renames: pattern and replacement; the first that matches is used.
-        drops: pattern and the reason why such an entry is left out, tried before `renames`.
-        zero_key_bias: whether the projection of the keys has no bias where the others have one.
-    """
-
-    name: str
-    marker: str
-    prefix: str = ""
-    renames: tuple[tuple[str, str], ...] = ()
-    drops: tuple[tuple[str, str], ...] = ()
-    zero_key_bias: bool = False
-
-
-FORMATS = (
-    Format(
-        name="Hugging Face ViT",
-        marker=r"(vit\.)?encoder\.layer\.\d",
-        prefix=r"vit\.",
-        renames=(
-            (r"embeddings\.cls_token", "cls_token"),
-            (r"embeddings\.position_embeddings", "pos_embed"),
-            (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-            (r"encoder\.layer\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
-            (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.", r"blocks.\1.attn.\2."),
-            (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
-            (r"encoder\.layer\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
-            (r"encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
-            (r"encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
-            (r"layernorm\.", "norm."),
-            (r"classifier\.", "head."),
-        ),
-        drops=(
-            (r"decoder\.", "decoder"),
-            (r"embeddings\.mask_token", "mask token"),
-            (r"pooler\.", "pooler, which timm has none of"),
-        ),
-    ),
-    Format(
-        name="Point-MAE",
-        marker=r"(MAE_encoder\.)?blocks\.blocks\.\d",
-        prefix=r"MAE_encoder\.",
-        renames=(
-            (r"blocks\.blocks\.", "blocks."),
-            (r"encoder\.", "patch_embed."),
-            (r"cls_head_finetune\.", "head."),
-            (r"label_conv\.", "head.category."),
-            (r"propagation_0\.mlp_convs\.0\.", "head.propagation.0."),
-            (r"propagation_0\.mlp_bns\.0\.", "head.propagation.1."),
-            (r"propagation_0\.mlp_convs\.1\.", "head.propagation.3."),
-            (r"propagation_0\.mlp_bns\.1\.", "head.propagation.4."),
-            (r"convs1\.", "head.classifier.0."),
-            (r"bns1\.", "head.classifier.1."),
-            (r"convs2\.", "head.classifier.4."),
-            (r"bns2\.", "head.classifier.5."),
-            (r"convs3\.", "head.classifier.7."),
-        ),
-        drops=(
-            (r"MAE_decoder\.|decoder_pos_embed\.|increase_dim\.", "decoder"),
-            (r"mask_token", "mask token"),
-        ),
-    ),
-    Format(
-        name="VideoMAE",
-        marker=r"(encoder|backbone)\.blocks\.\d|blocks\.\d+\.attn\.[qv]_bias",
-        prefix=r"(encoder|backbone)\.",
-        renames=(
-            (r"blocks\.(\d+)\.attn\.q_bias", r"blocks.\1.attn.query.bias"),
-            (r"blocks\.(\d+)\.attn\.v_bias", r"blocks.\1.attn.value.bias"),
-        ),
-        drops=((r"decoder\.|encoder_to_decoder\.", "decoder"), (r"mask_token", "mask token")),
-        zero_key_bias=True,
-    ),
-    Format(
-        name="timm or MAE",
-        marker=r"blocks\.\d",
-        drops=((r"decoder_", "decoder"), (r"mask_token", "mask token")),
-    ),
-)
-
-WRAPPING = r"(?:(?:module|_orig_mod)\.)*"
-"""What torch's wrappers of whole models put before every name."""
-
+PART = re.compile(r"(blocks\.\d+\.)(?:attn|mlp)\.(query|key|value|gate|up)\.(weight|bias)")
 TIMM_NAME = re.compile(
     r"(cls|reg|dist)_token|cls_pos|pos_embed(\.\d\.(weight|bias))?"
     r"|(patch_embed|norm_pre|norm|fc_norm|attn_pool|head|head_dist)\..+"
     r"|blocks\.\d+\.((norm[12]|attn\.(qkv|q_norm|k_norm|norm|proj)|mlp\.(fc1|norm|fc2))\.(weight|bias)|ls[12]\.gamma)"
 )
-PROJECTION = re.compile(r"(blocks\.\d+\.attn)\.(query|key|value)\.(weight|bias)")
 HEAD = re.compile(r"(head|head_dist)\.")
 CATEGORIES = "head.category.0.weight"
 CLASS_TOKEN = ("cls_token", "cls_pos")
 AFTER_BLOCKS = re.compile(r"(norm|fc_norm|attn_pool|head|head_dist)\.")
+WRAPPING = re.compile(r"(?:(?:module|_orig_mod|model|backbone)\.)*")
+"""What torch's and Lightning's wrappers put before every name."""
 
 
 @dataclass
@@ -132,10 +43,12 @@ class Report:
 
     Attributes:
         format: the format that was recognised.
-        used: name in the file -> the timm name that it went to.
+        used: name in the file -> the timm name that it went to, the first of several.
         dropped: name in the file -> why it was left out.
         changed: timm name -> what was done to it beyond renaming.
         initialised: names of the model that the file has nothing for; they are as they were.
+        weights: "ema" if the file holds weights and their moving average and these are the average, "raw" if these are
+            the weights, None if the file holds one of them only.
     """
 
     format: Format
@@ -143,6 +56,7 @@ class Report:
     dropped: dict[str, str] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
     initialised: list[str] = field(default_factory=list)
+    weights: Weights | None = None
 
     def drop(self, name: str, reason: str) -> None:
         """Take back every entry of the file that went to the timm name `name`."""
@@ -158,6 +72,8 @@ class Report:
     def __str__(self) -> str:
         entries = len(self.used) + len(self.dropped)
         lines = [f"{self.format.name}: {entries} entries, {len(self.used)} used, {len(self.dropped)} dropped"]
+        if self.weights is not None:
+            lines[0] += f"; {TAKEN[self.weights]}"
         lines += _grouped("dropped", self.dropped)
         lines += _grouped("changed", self.changed)
         lines += _grouped("kept as initialised", dict.fromkeys(self.initialised, "not in the file"))
@@ -174,8 +90,11 @@ def _grouped(title: str, reasons: Mapping[str, str]) -> list[str]:
 def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
     """The entries of a timm VisionTransformer, from a state dict of any format in `FORMATS`.
 
-    Dtypes are kept. Query, key and value are joined into timm's `qkv`; VideoMAE's `q_bias` and `v_bias` into its bias,
-    with zeros between them. Decoder, mask token and what else has no place in a timm model are left out.
+    Dtypes are kept. Query, key and value are joined into timm's `qkv`, with zeros for the bias of the keys where only
+    the others have one; gate and up of a gated MLP into `fc1`. Blocks in chunks are put in order. Of a DINOv2 with
+    registers the class token takes its position in, as in timm. Decoder, mask token and what else has no place in a
+    timm model are left out. A file does not tell how its model computes: Wav2Vec2's blocks may normalise after the
+    layers, and CLIP's have another activation.
 
     Returns:
         The converted entries, and what became of every entry of `state_dict`.
@@ -193,12 +112,12 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tens
 
 
 def _converted(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
-    wrapping = min((re.findall(WRAPPING, source)[0] for source in state_dict), key=len, default="")
-    source_format = _recognise([source.removeprefix(wrapping) for source in state_dict])
+    body = find_body(state_dict)
+    source_format, root = _recognise(body)
     report = Report(source_format)
     tensors: dict[str, Tensor] = {}
     for source, tensor in state_dict.items():
-        name = re.sub(f"^(?:{source_format.prefix})", "", source.removeprefix(wrapping))
+        name = _normalised(source, body, root)
         reason = next((reason for pattern, reason in source_format.drops if re.match(pattern, name)), None)
         if reason is not None:
             report.dropped[source] = reason
@@ -208,21 +127,31 @@ def _converted(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Rep
             raise ValueError(f"{source}: a second entry for {name}, beside {report.sources(name)[0]}")
         tensors[name] = tensor
         report.used[source] = name
-    _join_projections(tensors, report)
-    if CATEGORIES in tensors and tensors[CATEGORIES].ndim == 3:
-        tensors[CATEGORIES] = tensors[CATEGORIES].squeeze(2).T
-        report.changed[CATEGORIES] = "convolution of one-hot categories as an embedding"
-    _require_timm_names(tensors, report)
-    _require_blocks(tensors)
+    _join_parts(tensors, report)
+    _reshape(tensors, report)
+    if unknown := [source for source, name in report.used.items() if not TIMM_NAME.fullmatch(name)]:
+        raise ValueError(f"unknown entries for the format {source_format.name}: {', '.join(unknown)}")
+    _require_blocks(tensors, body.depth())
     return tensors, report
 
 
-def _recognise(names: Sequence[str]) -> Format:
+def _recognise(body: Body) -> tuple[Format, str]:
+    """The format of the blocks, and what stands before every name of the transformer."""
+    place = f"{body.prefix}{body.layers['attn.qkv'][-1]} {body.layers['mlp.fc1'][0]}"
     for candidate in FORMATS:
-        if any(re.match(candidate.marker, name) for name in names):
-            return candidate
-    known = ", ".join(candidate.name for candidate in FORMATS)
-    raise ValueError(f"expected transformer blocks named as in one of {known}; got {', '.join(names[:3]) or 'nothing'}")
+        if match := re.fullmatch(rf"((?:.+\.)?){candidate.blocks}", place):
+            return candidate, match[1]
+    known = "; ".join(candidate.name for candidate in FORMATS)
+    raise ValueError(f"expected transformer blocks named as in one of {known}; got {body.prefix}0.{body.layers}")
+
+
+def _normalised(source: str, body: Body, root: str) -> str:
+    """A name without what stands before the format's own; in the blocks `blocks.i.` and the linear layers as timm's."""
+    if source in body.places:
+        number, inside = body.places[source]
+        return f"blocks.{number}.{inside_block(inside, body.layers)}"
+    wrapping = re.findall(WRAPPING, source)[0]
+    return source.removeprefix(root if source.startswith(root) else wrapping if root.startswith(wrapping) else "")
 
 
 def _renamed(name: str, source_format: Format) -> str:
@@ -232,93 +161,125 @@ def _renamed(name: str, source_format: Format) -> str:
     return name
 
 
-def _join_projections(tensors: dict[str, Tensor], report: Report) -> None:
-    zero_key_bias = report.format.zero_key_bias
+def _join_parts(tensors: dict[str, Tensor], report: Report) -> None:
+    has_key_bias = any(name.endswith(".attn.key.bias") for name in tensors)
     joined: dict[str, dict[str, Tensor]] = {}
     for name in list(tensors):
-        if match := PROJECTION.fullmatch(name):
-            joined.setdefault(f"{match[1]}.qkv.{match[3]}", {})[match[2]] = tensors.pop(name)
-            report.used[report.sources(name)[0]] = f"{match[1]}.qkv.{match[3]}"
+        if match := PART.fullmatch(name):
+            layer = next(layer for layer, names in PARTS.items() if match[2] in names)
+            target = f"{match[1]}{layer}.{match[3]}"
+            joined.setdefault(target, {})[match[2]] = tensors.pop(name)
+            report.used[report.sources(name)[0]] = target
     for name, parts in joined.items():
         sources = ", ".join(report.sources(name))
         if name in tensors:
-            raise ValueError(f"{name}: expected one whole or three parts, got both ({sources})")
-        if zero_key_bias and "query" in parts:
-            parts.setdefault("key", torch.zeros_like(parts["query"]))
-        if missing := [part for part in PARTS if part not in parts]:
+            raise ValueError(f"{name}: expected one whole or several parts, got both ({sources})")
+        names = next(names for layer, names in PARTS.items() if f".{layer}." in name)
+        report.changed[name] = f"{', '.join(names[:-1])} and {names[-1]} joined"
+        if name.endswith(".attn.qkv.bias") and not has_key_bias:
+            parts["key"] = torch.zeros_like(next(iter(parts.values())))
+            report.changed[name] = "zeros between the biases of query and value"
+        if missing := [part for part in names if part not in parts]:
             raise ValueError(f"{name}: no {' and no '.join(missing)} to join with {sources}")
         if len({part.shape for part in parts.values()}) > 1:
             raise ValueError(f"{name}: expected parts of one shape, got {[tuple(p.shape) for p in parts.values()]}")
-        tensors[name] = torch.cat([parts[part] for part in PARTS])
-        report.changed[name] = "zeros between q_bias and v_bias" if zero_key_bias else "query, key and value joined"
+        tensors[name] = torch.cat([parts[part] for part in names])
 
 
-def _require_timm_names(tensors: Mapping[str, Tensor], report: Report) -> None:
-    if any(name.endswith(".cross_modal_scale") for name in tensors):
-        raise ValueError("the model in it is connected to an auxiliary one: fold it first, with `m2pt merge`")
-    if unknown := [source for source, name in report.used.items() if not TIMM_NAME.fullmatch(name)]:
-        raise ValueError(f"unknown entries for the format {report.format.name}: {', '.join(unknown)}")
+def _reshape(tensors: dict[str, Tensor], report: Report) -> None:
+    """What a timm model has in another shape."""
+    for name, tensor in list(tensors.items()):
+        if name == CATEGORIES and tensor.ndim == 3:
+            new, what = {name: tensor.squeeze(2).T}, "convolution of one-hot categories as an embedding"
+        elif name == "class_embedding":
+            new, what = {"cls_token": tensor.view(1, 1, -1)}, "leading dimensions"
+        elif name == "position_embedding.weight":
+            new, what = {"pos_embed": tensor.unsqueeze(0)}, "leading dimension"
+        elif name == "register_tokens":
+            token, positions = tensors.get("cls_token"), tensors.get("pos_embed")
+            if token is None or positions is None or token.shape != positions[:, :1].shape:
+                raise ValueError(f"{report.sources(name)[0]}: expected a class token with a position beside it")
+            tensors["cls_token"], tensors["pos_embed"] = token + positions[:, :1], positions[:, 1:]
+            report.changed["cls_token"] = report.changed["pos_embed"] = "the class token has taken its position in"
+            new, what = {"reg_token": tensor}, ""
+        elif name.startswith("attn_pool.qkv.") and tensor.ndim:
+            query, key_value = tensor.tensor_split([len(tensor) // 3])
+            kind = name.rpartition(".")[2]
+            new = {f"attn_pool.q.{kind}": query, f"attn_pool.kv.{kind}": key_value}
+            what = "query apart from key and value"
+        else:
+            continue
+        if existing := [other for other in new if other != name and other in tensors]:
+            raise ValueError(f"{report.sources(name)[0]}: a second entry for {existing[0]}")
+        for source in report.sources(name):
+            report.used[source] = next(iter(new))
+        del tensors[name]
+        tensors.update(new)
+        report.changed.update({name: what for name in new if what})
 
 
-def _depth(tensors: Mapping[str, Tensor]) -> int:
-    return 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=-1)
-
-
-def _require_blocks(tensors: Mapping[str, Tensor]) -> None:
+def _require_blocks(tensors: Mapping[str, Tensor], depth: int) -> None:
     """Every block has its four weights, and their shapes fit together."""
-    for index in range(_depth(tensors)):
-        names = [f"blocks.{index}.{layer}" for layer in LAYER_NAMES]
-        for name in names:
-            weight = tensors.get(f"{name}.weight")
-            if weight is None:
-                raise ValueError(f"{name}.weight is missing")
-            if weight.ndim != 2 or not weight.is_floating_point():
-                got = f"{weight.dtype} of shape {tuple(weight.shape)}"
-                raise ValueError(f"{name}.weight: expected a floating matrix, got {got}")
-        qkv, proj, fc1, fc2 = (tensors[f"{name}.weight"] for name in names)
-        width, inner, hidden = qkv.shape[1], proj.shape[1], fc1.shape[0]
-        shapes = ((3 * inner, width), (width, inner), (hidden, width), (width, hidden))
-        for name, weight, shape in zip(names, (qkv, proj, fc1, fc2), shapes, strict=True):
-            bias = tensors.get(f"{name}.bias")
-            if weight.shape != shape:
-                raise ValueError(f"{name}.weight: expected shape {shape}, got {tuple(weight.shape)}")
-            if bias is not None and bias.shape != shape[:1]:
-                raise ValueError(f"{name}.bias: expected shape {shape[:1]}, got {tuple(bias.shape)}")
+    for index in range(depth):
+        names = {layer: f"blocks.{index}.{layer}" for layer in LAYER_NAMES}
+        if missing := [name for name in names.values() if f"{name}.weight" not in tensors]:
+            raise ValueError(f"{missing[0]}.weight is missing")
+        weights = {layer: {f"{name}.weight": tensors[f"{name}.weight"]} for layer, name in names.items()}
+        require_matrices(weights)
+        require_shapes(weights)
+        for name in names.values():
+            bias, rows = tensors.get(f"{name}.bias"), tensors[f"{name}.weight"].shape[:1]
+            if bias is not None and bias.shape != rows:
+                raise ValueError(f"{name}.bias: expected shape {tuple(rows)}, got {tuple(bias.shape)}")
 
 
-def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], Report]:
-    """`convert_state_dict` of a file.
+def read_checkpoint(path: str | os.PathLike, weights: Weights | None = None) -> tuple[dict[str, Tensor], Report]:
+    """`convert_state_dict` of a file, or of a folder of Hugging Face's `save_pretrained`.
+
+    Args:
+        path, weights: as of `m2pt.checkpoints.load_state_dict`: of weights and their moving average, "raw" or "ema".
 
     Raises:
         TypeError: `path` is no path.
         FileNotFoundError: no such file.
-        ValueError: not a readable checkpoint, or not one of a known format.
+        ValueError: not a readable checkpoint, not one of a known format, or without such `weights`.
     """
-    state_dict = load_state_dict(path)
+    state_dict, taken = read_weights(path, weights)
     try:
-        return _converted(state_dict)
+        tensors, report = _converted(state_dict)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
+    report.weights = taken
+    return tensors, report
 
 
-def load_auxiliary(path: str | os.PathLike) -> nn.Module:
+def load_auxiliary(path: str | os.PathLike, weights: Weights | None = None) -> nn.Module:
     """The linear layers of the transformer in a checkpoint, for `reparameterize_aux_into_target_model`.
 
     Only what surgery reads is built: `blocks.i.attn.qkv`, `attn.proj`, `mlp.fc1` and `mlp.fc2`, without biases, of the
-    file's own depth, widths and dtype, on the CPU. It cannot be called.
+    file's own depth, widths and dtype, on the CPU. It cannot be called. Everything else in the file is ignored, and
+    what stands before the blocks; they are named as in any family of `m2pt.families`. The rows of query, key and value
+    are joined, and those of a gated MLP: the gate's, then those of what passes it.
+
+    Args:
+        path, weights: as of `read_checkpoint`.
 
     Raises:
         TypeError: `path` is no path.
         FileNotFoundError: no such file.
-        ValueError: not a readable checkpoint, or not one of a known format (see `convert_state_dict`).
+        ValueError: not a readable checkpoint, without such `weights`, without transformer or with several, or a weight
+            is missing or does not fit the others.
     """
-    tensors, _ = read_checkpoint(path)
+    state_dict, _ = read_weights(path, weights)
+    try:
+        blocks = linear_weights(state_dict)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from None
     body = nn.Module()
     body.blocks = nn.ModuleList()
-    for index in range(_depth(tensors)):
+    for tensors in blocks:
         block = nn.ModuleDict({"attn": nn.ModuleDict(), "mlp": nn.ModuleDict()})
-        for layer in LAYER_NAMES:
-            weight = tensors[f"blocks.{index}.{layer}.weight"]
+        for layer, weight in tensors.items():
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
             block.set_submodule(layer, linear)
@@ -326,13 +287,18 @@ def load_auxiliary(path: str | os.PathLike) -> nn.Module:
     return body
 
 
-def load_pretrained(model: nn.Module, path: str | os.PathLike) -> Report:
+def load_pretrained(model: nn.Module, path: str | os.PathLike, weights: Weights | None = None) -> Report:
     """Load a checkpoint of any known format into a model of `m2pt.models` or a timm VisionTransformer, in place.
 
-    Everything has to fit, but for four things. Positions of another grid are resampled, or left out if the model
+    Everything has to fit, but for five things. Positions of another grid are resampled, or left out if the model
     computes its own. A head of other shapes is left out, and so are layers after the blocks that the model has none of.
     Head and other layers after the blocks may be missing in the file. A class token with a position of its own, a point
-    cloud's, may be missing on either side.
+    cloud's, may be missing on either side. Of a file without patch embedding, as those of speech, the blocks are loaded
+    and what follows them, and the model keeps its own embedding.
+
+    Args:
+        model: what to load into.
+        path, weights: as of `read_checkpoint`.
 
     Returns:
         What became of every entry of the file, and what the model keeps of its own.
@@ -347,7 +313,7 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike) -> Report:
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ValueError("model: expected one with data, this one is on the meta device")
     check_undivided(model, "load the file before dividing the model")
-    tensors, report = read_checkpoint(path)
+    tensors, report = read_checkpoint(path, weights)
     own = model.state_dict()
     try:
         for name, reason in _to_leave_out(tensors, own).items():
@@ -402,7 +368,12 @@ def _positions_for(model: nn.Module, positions: Tensor) -> tuple[Tensor, str]:
 def _require_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], report: Report) -> None:
     if unexpected := [source for source, name in report.used.items() if name not in own]:
         raise ValueError(f"there is no place for {', '.join(unexpected)}")
-    required = [name for name in report.initialised if not AFTER_BLOCKS.match(name)]
+    is_embedded = any(name.startswith("patch_embed.") for name in tensors)
+    required = [
+        name
+        for name in report.initialised
+        if not AFTER_BLOCKS.match(name) and (is_embedded or name.startswith("blocks."))
+    ]
     if missing := [name for name in required if not ("cls_pos" in own and name in CLASS_TOKEN)]:
         raise ValueError(f"missing in the file: {', '.join(missing)}")
     for name, tensor in tensors.items():

@@ -1,14 +1,15 @@
 """Checkpoints on disk: read safely, merged without building a model, written whole or not at all."""
 
 import argparse
+import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,10 +17,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .checks import check_state_dict, checked_path
+from .checks import check_state_dict, checked_path, one_of
 from .linear import merged_weight
 
 WRAPPERS = ("module", "state_dict", "model", "base_model", "model_state_dict")
+AVERAGES = ("state_dict_ema", "model_ema", "ema")
+"""Where timm, DeiT and M2PT keep the moving average of the weights, beside them."""
+NO_AVERAGE = f"there is no moving average of the weights in it, under one of {AVERAGES}"
+SAVED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What `save_pretrained` of Hugging Face writes to a folder: one of these."""
+WRAPPING = re.compile(r"(?:(?:module|_orig_mod)\.)*")
+"""What torch's wrappers of whole models put before every name."""
+
+Weights = Literal["ema", "raw"]
+"""Of weights and their moving average in one file: the average or the weights."""
+TAKEN: dict[Weights, str] = {
+    "ema": "the moving average was taken, not the raw weights",
+    "raw": "the raw weights were taken, not their moving average",
+}
 
 NUMPY_SCALAR: Any = np.float64().__reduce__()[0]
 
@@ -33,21 +48,76 @@ HARMLESS: list[Any] = [
 """What training scripts save beside the model: the arguments of M2PT's and MAE's, the accuracies of Point-MAE's."""
 
 
-def load_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict in a `.safetensors` file, or in a torch file, bare or under one of `WRAPPERS`.
+def load_state_dict(path: str | os.PathLike, weights: Weights | None = None) -> dict[str, Tensor]:
+    """The state dict in a `.safetensors` file, in a torch file, bare or under one of `WRAPPERS`, or in a folder that
+    Hugging Face's `save_pretrained` wrote, also in several files.
 
     Tensors are put on the CPU. A torch file is read as by `load_torch`.
 
+    Args:
+        path: a file, the index of several, or a folder with one of `SAVED`.
+        weights: "ema" for the moving average under one of `AVERAGES`, "raw" for the weights beside it. Default: the
+            average where there is one, as timm.
+
     Raises:
         TypeError: `path` is no path.
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged, of another format, or holds something else than named dense tensors with data.
+        FileNotFoundError: no such file, nothing in the folder, or a file of several is missing.
+        ValueError: the file is damaged, of another format, or holds something else than named dense tensors with data;
+            an index that does not fit its files; or there are no such `weights`.
     """
+    return read_weights(path, weights)[0]
+
+
+def read_weights(path: str | os.PathLike, weights: Weights | None = None) -> tuple[dict[str, Tensor], Weights | None]:
+    """`load_state_dict`, and which weights these are if the file holds both."""
     path = checked_path("path", path)
-    if path.suffix != ".safetensors":
-        return state_dict_in(load_torch(path), path)
+    check_weights(weights)
+    if path.is_dir():
+        path = _saved_in(path)
+    if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
+        return state_dict_in(load_torch(path), path, weights)
+    state_dict = _load_safetensors(path) if path.suffix == ".safetensors" else _load_shards(path)
+    if weights == "ema":
+        raise ValueError(f"{path}: {NO_AVERAGE}")
+    return state_dict, None
+
+
+def check_weights(weights: Weights | None) -> None:
+    """Raise a ValueError for what is none of `Weights`."""
+    if weights is not None:
+        one_of("weights", weights, ("ema", "raw"))
+
+
+def _saved_in(folder: Path) -> Path:
+    if found := next((folder / name for name in SAVED if (folder / name).is_file()), None):
+        return found
+    raise FileNotFoundError(f"{folder}: no such file: it is a folder, without any of {', '.join(SAVED)}")
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
     with _reading(path):
         return load_file(path)
+
+
+def _load_shards(index: Path) -> dict[str, Tensor]:
+    """The state dict in the files beside an index, each of which has the entries that the index says."""
+    with _reading(index):
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TypeError("expected names of files")
+    state_dict: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        shard = index.parent / name
+        if name != shard.name:
+            raise ValueError(f"{index}: expected the names of files beside it, got {name!r}")
+        if not shard.is_file():
+            raise FileNotFoundError(f"{index}: there is no {name} beside it")
+        is_torch = shard.suffix != ".safetensors"
+        tensors = state_dict_in(load_torch(shard), shard)[0] if is_torch else _load_safetensors(shard)
+        if missing := [entry for entry, place in weight_map.items() if place == name and entry not in tensors]:
+            raise ValueError(f"{index}: {missing[0]} is not in {name}")
+        state_dict |= {entry: value for entry, value in tensors.items() if weight_map.get(entry, name) == name}
+    return state_dict
 
 
 def load_torch(path: Path) -> Any:
@@ -69,15 +139,31 @@ def load_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
 
 
-def state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in what `load_torch` found in `path`, bare or under one of `WRAPPERS`, also one in another.
+def state_dict_in(content: Any, path: Path, weights: Weights | None = None) -> tuple[dict[str, Tensor], Weights | None]:
+    """The state dict in what `load_torch` found in `path`, bare or under one of `WRAPPERS` or `AVERAGES`, also one in
+    another; and which weights these are if there are both.
 
     Raises:
-        ValueError: there is none, or one of its tensors lacks some of its elements.
+        ValueError: there is none, or not the `weights` that are wanted, or a tensor lacks some of its elements.
     """
+    taken: Weights | None = None
+    has_average = False
     for _ in WRAPPERS:
-        if isinstance(content, dict) and (wrapper := next((w for w in WRAPPERS if w in content), None)):
-            content = content[wrapper]
+        if not isinstance(content, dict):
+            break
+        raw = next((key for key in WRAPPERS if key in content), None)
+        average = next((key for key in AVERAGES if isinstance(content.get(key), dict)), None)
+        if average and not has_average:
+            has_average = True
+            if raw is None and weights == "raw":
+                raise ValueError(f"{path}: there are no weights in it beside their moving average, {average}")
+            kind: Weights = weights or "ema"
+            taken = None if raw is None else kind
+            content = content[average if kind == "ema" else raw]
+        elif raw:
+            content = content[raw]
+    if weights == "ema" and not has_average:
+        raise ValueError(f"{path}: {NO_AVERAGE}")
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
@@ -85,7 +171,16 @@ def state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if not _is_whole(tensor):
             raise ValueError(f"{path}: {name}: expected a dense tensor and all of its elements")
-    return content
+    return content, taken
+
+
+def without_wrapping(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a whole model that torch had wrapped: without what every name begins with of `WRAPPING`."""
+    prefixes = {re.findall(WRAPPING, name)[0] for name in state_dict}
+    shared = min(prefixes, key=len, default="")
+    if not all(prefix.startswith(shared) for prefix in prefixes):
+        shared = ""
+    return {name.removeprefix(shared): tensor for name, tensor in state_dict.items()}
 
 
 def _is_whole(tensor: Tensor) -> bool:

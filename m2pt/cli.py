@@ -65,17 +65,19 @@ def _parser() -> argparse.ArgumentParser:
         help="fold a trained pathway into plain linear layers",
         description="Replace weight, aux_weight and cross_modal_scale of every fused layer by one merged weight.",
     )
-    merge.add_argument("checkpoint", metavar="IN", help="trained checkpoint: .safetensors, or a torch file")
+    _add_input(merge, "trained checkpoint")
     merge.add_argument("merged", metavar="OUT", help="merged checkpoint to write: .safetensors")
+    merge.add_argument("--force", action="store_true", help="overwrite OUT")
     merge.set_defaults(run=_merge)
 
     convert = commands.add_parser(
         "convert",
         help="rename another project's checkpoint as timm names it",
-        description="Read a checkpoint of timm, MAE, AudioMAE, Point-MAE, VideoMAE or a Hugging Face ViT, write what a "
-        "timm model has a place for, and report every entry that was left out.",
+        description="Read a checkpoint of timm, MAE, AudioMAE, Point-MAE, VideoMAE, DINOv2, or of Hugging Face: ViT, "
+        "DeiT, AST, BEiT, VideoMAE, DINOv2, CLIP, SigLIP, Wav2Vec2, HuBERT or Whisper, write what a timm model has a "
+        "place for, and report every entry that was left out.",
     )
-    convert.add_argument("checkpoint", metavar="IN", help="checkpoint of any of these: .safetensors, or a torch file")
+    _add_input(convert, "checkpoint of any of these")
     convert.add_argument("converted", metavar="OUT", help="converted checkpoint to write: .safetensors")
     convert.set_defaults(run=_convert)
 
@@ -136,6 +138,7 @@ def _add_training(commands: Any) -> None:
         description="Print the metrics of a checkpoint on the test split of a recipe's data.",
     )
     evaluation.add_argument("checkpoint", metavar="CHECKPOINT", help="last.pth or merged.safetensors of a run")
+    _add_weights(evaluation)
     _add_recipe(evaluation, "--recipe", required=True)
     evaluation.set_defaults(run=_eval)
 
@@ -148,6 +151,20 @@ def _add_training(commands: Any) -> None:
     matrix.add_argument("configuration", metavar="TOML", type=Path, help="see m2pt.matrix")
     matrix.add_argument("--out", type=Path, required=True, help="folder to write to")
     matrix.set_defaults(run=_matrix)
+
+
+def _add_input(parser: argparse.ArgumentParser, what: str) -> None:
+    help_text = f"{what}: .safetensors, a torch file, or a folder that save_pretrained wrote"
+    parser.add_argument("checkpoint", metavar="IN", help=help_text)
+    _add_weights(parser)
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        choices=("raw", "ema"),
+        help="of weights and their moving average in one file; default: the average where there is one",
+    )
 
 
 def _add_recipe(parser: argparse.ArgumentParser, name: str = "recipe", **settings: Any) -> None:
@@ -184,19 +201,21 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from .checkpoints import load_state_dict, merge_state_dict, save_state_dict
+    from .checkpoints import TAKEN, merge_state_dict, read_weights, save_state_dict, without_wrapping
 
-    state_dict = load_state_dict(arguments.checkpoint)
-    save_state_dict(merge_state_dict(state_dict), arguments.merged)
+    if Path(arguments.merged).exists() and not arguments.force:
+        raise FileExistsError(f"{arguments.merged}: it exists: choose another name, or overwrite it with --force")
+    state_dict, taken = read_weights(arguments.checkpoint, arguments.weights)
+    save_state_dict(without_wrapping(merge_state_dict(state_dict)), arguments.merged)
     layers = sum(name.endswith("cross_modal_scale") for name in state_dict)
-    print(f"{layers} layers folded, written to {arguments.merged}")
+    print(f"{layers} layers folded, written to {arguments.merged}" + (f"; {TAKEN[taken]}" if taken else ""))
 
 
 def _convert(arguments: argparse.Namespace) -> None:
     from .checkpoint_formats import read_checkpoint
     from .checkpoints import save_state_dict
 
-    state_dict, report = read_checkpoint(arguments.checkpoint)
+    state_dict, report = read_checkpoint(arguments.checkpoint, arguments.weights)
     save_state_dict(state_dict, arguments.converted)
     print(f"{report}\nwritten to {arguments.converted}")
 
@@ -224,7 +243,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from .train import evaluate_checkpoint
 
-    _say(_metrics(evaluate_checkpoint(_recipe(arguments), arguments.checkpoint)))
+    _say(_metrics(evaluate_checkpoint(_recipe(arguments), arguments.checkpoint, arguments.weights)))
 
 
 def _matrix(arguments: argparse.Namespace) -> None:

@@ -32,7 +32,8 @@ MLP = (
     {"mlp.fc1": ("feed_forward.intermediate_dense",), "mlp.fc2": ("feed_forward.output_dense",)},  # Wav2Vec2, HuBERT
     {"mlp.fc1": ("fc1",), "mlp.fc2": ("fc2",)},  # Whisper
     {"mlp.fc1": ("mlp.c_fc",), "mlp.fc2": ("mlp.c_proj",)},  # GPT-2
-    {"mlp.fc1": ("mlp.0",), "mlp.fc2": ("mlp.3",)},  # torchvision's ViT
+    {"mlp.fc1": ("mlp.0",), "mlp.fc2": ("mlp.3",)},  # torchvision's ViT, and in its files
+    {"mlp.fc1": ("mlp.linear_1",), "mlp.fc2": ("mlp.linear_2",)},
     # gated: the rows of the gate, then those of what passes it
     {"mlp.fc1": ("mlp.gate_proj", "mlp.up_proj"), "mlp.fc2": ("mlp.down_proj",)},  # Llama, DINOv2 and DINOv3
     {"mlp.fc1": ("mlp.fc1_g", "mlp.fc1_x"), "mlp.fc2": ("mlp.fc2",)},  # timm's EVA

@@ -254,19 +254,24 @@ METRICS = {"epoch": 300, "metrics": {"acc": np.float64(0.93)}, "best_metrics": {
 
 # The entries, how its training script wraps them, what the file is recognised as, the timm names expected of it.
 FILES = {
-    "timm": (timm_vit, lambda entries: entries, "timm or MAE", VIT_BODY | NORM | HEAD),
-    "zoo": (timm_vit, lambda entries: {"module": entries}, "timm or MAE", VIT_BODY | NORM | HEAD),
-    "MAE pretrained": (mae_pretrained, lambda entries: {"model": entries}, "timm or MAE", VIT_BODY | NORM),
+    "timm": (timm_vit, lambda entries: entries, "timm, MAE, VideoMAE or DINOv2", VIT_BODY | NORM | HEAD),
+    "zoo": (timm_vit, lambda entries: {"module": entries}, "timm, MAE, VideoMAE or DINOv2", VIT_BODY | NORM | HEAD),
+    "MAE pretrained": (
+        mae_pretrained,
+        lambda entries: {"model": entries},
+        "timm, MAE, VideoMAE or DINOv2",
+        VIT_BODY | NORM,
+    ),
     "MAE fine-tuned": (
         mae_finetuned,
         lambda entries: {"model": entries, "optimizer": {}, "epoch": 99, "scaler": {"scale": 2.0}, "args": ARGS},
-        "timm or MAE",
+        "timm, MAE, VideoMAE or DINOv2",
         VIT_BODY | FC_NORM | HEAD,
     ),
     "AudioMAE": (
         audiomae_pretrained,
         lambda entries: {"model": entries, "args": ARGS},
-        "timm or MAE",
+        "timm, MAE, VideoMAE or DINOv2",
         VIT_BODY | NORM,
     ),
     "Point-MAE pretrained": (
@@ -290,23 +295,33 @@ FILES = {
     "VideoMAE pretrained": (
         videomae_pretrained,
         lambda entries: {"model": entries, "args": ARGS},
-        "VideoMAE",
+        "timm, MAE, VideoMAE or DINOv2",
         BLOCKS | PATCHES | NORM,
     ),
     "VideoMAE fine-tuned": (
         videomae_finetuned,
         lambda entries: {"module": entries},
-        "VideoMAE",
+        "timm, MAE, VideoMAE or DINOv2",
         BLOCKS | PATCHES | FC_NORM | HEAD,
     ),
-    "Hugging Face": (hugging_face_vit, lambda entries: entries, "Hugging Face ViT", VIT_BODY | NORM),
+    "Hugging Face": (
+        hugging_face_vit,
+        lambda entries: entries,
+        "Hugging Face ViT, DeiT, AST, BEiT, VideoMAE or DINOv2",
+        VIT_BODY | NORM,
+    ),
     "Hugging Face classifier": (
         hugging_face_classifier,
         lambda entries: {"state_dict": entries},
-        "Hugging Face ViT",
+        "Hugging Face ViT, DeiT, AST, BEiT, VideoMAE or DINOv2",
         VIT_BODY | NORM | HEAD,
     ),
-    "Hugging Face MAE": (hugging_face_mae, lambda entries: entries, "Hugging Face ViT", VIT_BODY | NORM),
+    "Hugging Face MAE": (
+        hugging_face_mae,
+        lambda entries: entries,
+        "Hugging Face ViT, DeiT, AST, BEiT, VideoMAE or DINOv2",
+        VIT_BODY | NORM,
+    ),
 }
 
 
@@ -710,8 +725,22 @@ MALFORMED = {
         r"blocks\.0\.attn\.qkv\.weight: expected parts of one shape",
     ),
     "twice": (videomae_pretrained, plus("patch_embed.proj.bias", WIDTH), r"patch_embed\.proj\.bias: a second entry"),
-    "half wrapped": (point_pretrained, plus("MAE_encoder.blocks.blocks.0.x", 1), "unknown entries .*module.mask_token"),
+    "half wrapped": (
+        point_pretrained,
+        plus("MAE_encoder.blocks.blocks.0.x", 1),
+        r"unknown entries .*: MAE_encoder\.blocks\.blocks\.0\.x$",
+    ),
 }
+
+
+IGNORED = (
+    *("unknown", "unknown outside", "half wrapped", "twice", "bias", "no key bias"),
+    *("only q_bias", "only v_bias", "q_bias beside a whole bias"),
+)
+"""What an auxiliary model does not need."""
+PART = r"encoder\.layer\.0\.attention\.attention\.query\.weight"
+OTHERWISE = {"no query": rf"{PART} is missing", "query of another shape": rf"{PART}: expected shape \(12, 12\)"}
+"""What `load_auxiliary` says instead, which names no timm name."""
 
 
 @pytest.mark.parametrize("malformed", MALFORMED)
@@ -720,9 +749,14 @@ def test_malformed_files_are_refused(tmp_path, malformed):
     entries = make()
     spoil(entries)
     path = write(entries, tmp_path / "w.pth")
-    for read in (read_checkpoint, load_auxiliary, partial(load_pretrained, nn.Identity())):
+    for read in (read_checkpoint, partial(load_pretrained, nn.Identity())):
         with pytest.raises(ValueError, match=rf"w\.pth: .*{message}"):
             read(path)
+    if malformed in IGNORED:
+        assert len(load_auxiliary(path).blocks) == DEPTH
+    else:
+        with pytest.raises(ValueError, match=rf"w\.pth: .*{OTHERWISE.get(malformed, message)}"):
+            load_auxiliary(path)
 
 
 @pytest.mark.parametrize("content", [{"weights": {"a": torch.ones(2)}}, {"model": {"blocks.0.x": 3}}, [1]], ids=str)
@@ -800,7 +834,7 @@ def test_report_names_what_was_not_used_by_reason(tmp_path):
     model = image_model()
     report = str(load_pretrained(model, write(mae_pretrained(), tmp_path / "w.pth")))
     first, *lines = report.splitlines()
-    assert first == "timm or MAE: 50 entries, 28 used, 22 dropped"
+    assert first == "timm, MAE, VideoMAE or DINOv2: 50 entries, 28 used, 22 dropped"
     assert "dropped (mask token): mask_token" in lines
     assert "dropped (the model has no such layer): norm.weight, norm.bias" in lines
     assert any(re.match(r"dropped \(decoder\): .*decoder_embed\.weight, decoder_embed\.bias", line) for line in lines)

@@ -1,5 +1,6 @@
 """The command line: what it does, and what a person reads when it cannot."""
 
+import re
 import subprocess
 import sys
 
@@ -45,7 +46,7 @@ def test_convert_writes_a_checkpoint_for_timm_and_reports_what_it_left_out(tmp_p
     torch.save({"model": {f"module.{name}": value for name, value in entries.items()}}, tmp_path / "mae.pth")
     assert main(["convert", str(tmp_path / "mae.pth"), str(tmp_path / "timm.safetensors")]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"timm or MAE: {len(entries)} entries, {len(entries) - 3} used, 3 dropped",
+        f"timm, MAE, VideoMAE or DINOv2: {len(entries)} entries, {len(entries) - 3} used, 3 dropped",
         "dropped (decoder): module.decoder_embed.weight, module.decoder_norm.bias",
         "dropped (mask token): module.mask_token",
         f"written to {tmp_path / 'timm.safetensors'}",
@@ -83,10 +84,10 @@ def test_errors_are_one_line(connected, tmp_path, monkeypatch, capsys, arguments
 
 
 def test_an_interrupt_is_one_line(monkeypatch, capsys):
-    def interrupt(path):
+    def interrupt(path, weights):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("m2pt.checkpoints.load_state_dict", interrupt)
+    monkeypatch.setattr("m2pt.checkpoints.read_weights", interrupt)
     assert main(["merge", "in", "out"]) == 130
     assert capsys.readouterr().err == "m2pt: interrupted\n"
 
@@ -119,7 +120,8 @@ def test_help_of_convert_names_every_format(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["convert", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert all(name in out for source_format in FORMATS for name in source_format.name.split(" or "))
+    for source_format in FORMATS:
+        assert all(name in out for name in re.split(", | or |Hugging Face ", source_format.name))
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["merge", "only-one"]])

@@ -31,7 +31,7 @@ from tiny_runs import (
 )
 
 from m2pt.checkpoint_formats import load_auxiliary, load_pretrained
-from m2pt.checkpoints import WRAPPERS, load_state_dict, save_state_dict
+from m2pt.checkpoints import AVERAGES, WRAPPERS, load_state_dict, save_state_dict
 from m2pt.cli import main
 from m2pt.data import create_dataset
 from m2pt.demo import plots as demo_plots
@@ -121,7 +121,7 @@ DUMPS = {
     "legacy": functools.partial(torch.save, _use_new_zipfile_serialization=False),
     "pickle": lambda content, path: path.write_bytes(pickle.dumps(content, 2)),
 }
-NAMES = (*WRAPPERS, "ema", "recipe", "optimizer", "scaler", "step", "args")
+NAMES = (*WRAPPERS, *AVERAGES, "recipe", "optimizer", "scaler", "step", "args")
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
@@ -378,7 +378,7 @@ def test_files_with_odd_names_are_files_as_any_other(tmp_path, monkeypatch, caps
     torch.save({"weight": ones, "aux_weight": ones, "cross_modal_scale": torch.ones(1)}, f"{name}.pth")
     assert main(["merge", "--", f"{name}.pth", f"{name}.safetensors"]) == 0
     assert torch.equal(load_state_dict(f"{name}.safetensors")["weight"], 2 * ones)
-    assert main(["merge", "--", f"{name}.none.pth", f"{name}.safetensors"]) == 2
+    assert main(["merge", "--force", "--", f"{name}.none.pth", f"{name}.safetensors"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.pth", f"{name}.safetensors"}
 
@@ -440,7 +440,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, half_way, capsys, room
     save_state_dict(weights(), tmp_path / "merged.safetensors")
     before = content_of(tmp_path)
     for command in (
-        ["merge", str(tmp_path / "connected.safetensors"), str(tmp_path / "merged.safetensors")],
+        ["merge", "--force", str(tmp_path / "connected.safetensors"), str(tmp_path / "merged.safetensors")],
         ["train", *RECIPE, *SHORT, "--out", str(tmp_path / "run"), "--resume"],
     ):
         with room_for(room):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import load_state_dict, load_torch, state_dict_in, written_whole
+from ..checkpoints import Weights, check_weights, load_torch, read_weights, state_dict_in, written_whole
 from ..data.common import read_json
 from .recipe import Recipe
 
@@ -67,21 +67,28 @@ def load_checkpoint(folder: Path, recipe: Recipe, class_names: Sequence[str] | N
     return state
 
 
-def load_trained(path: str | os.PathLike) -> tuple[dict[str, Tensor], list[str] | None]:
-    """The weights to evaluate in a run's checkpoint, which are the moving average if it has one, or in a merged file;
-    and the names of their classes, if they are there or in the JSON file beside.
+def load_trained(
+    path: str | os.PathLike, weights: Weights | None = None
+) -> tuple[dict[str, Tensor], list[str] | None, Weights | None]:
+    """The weights to evaluate in a run's checkpoint or a merged file; the names of their classes, if they are there or
+    in the JSON file beside; and which weights these are, if the file holds their moving average too.
+
+    Args:
+        path: a torch file or `.safetensors`.
+        weights: "ema" for the moving average, "raw" for the others. Default: the average where there is one.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a readable checkpoint, or a damaged JSON file.
+        ValueError: not a readable checkpoint, one without such `weights`, or a damaged JSON file.
     """
     path = Path(path)
+    check_weights(weights)
     if path.suffix == ".safetensors":
-        return load_state_dict(path), _class_names_beside(path.with_suffix(".json"))
+        state_dict, taken = read_weights(path, weights)
+        return state_dict, _class_names_beside(path.with_suffix(".json")), taken
     content = load_torch(path)
-    if not isinstance(content, dict):
-        content = {"model": content}
-    return state_dict_in(content.get("ema", content), path), _class_names_in(content, path)
+    state_dict, taken = state_dict_in(content, path, weights)
+    return state_dict, _class_names_in(content, path), taken
 
 
 def _class_names_beside(path: Path) -> list[str] | None:

@@ -18,7 +18,7 @@ from m2pt_kernels.quantization import DTYPES as QUANTIZED
 
 from .. import freeze_for_linear_probe, reparameterize_aux_into_target_model
 from ..checkpoint_formats import load_auxiliary, load_pretrained
-from ..checkpoints import load_state_dict, save_state_dict
+from ..checkpoints import TAKEN, Weights, check_weights, load_state_dict, save_state_dict
 from ..checks import checked_path
 from ..data import create_dataset
 from ..data.common import Samples, missing, some
@@ -148,20 +148,29 @@ def pretrain(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> No
             plot_curves(out)
 
 
-def evaluate_checkpoint(recipe: Recipe, checkpoint: str | os.PathLike) -> Metrics:
+def evaluate_checkpoint(recipe: Recipe, checkpoint: str | os.PathLike, weights: Weights | None = None) -> Metrics:
     """The metrics in percent of a checkpoint of `train`: `last.pth`, also of an unfinished run, or a merged file.
+
+    Args:
+        recipe: the run's.
+        checkpoint: the file.
+        weights: "ema" for the moving average of the weights, "raw" for the weights beside it, and which were taken is
+            printed. Default: the average where there is one.
 
     Raises:
         TypeError: another type of `recipe` or `checkpoint`.
         FileNotFoundError: no such file, or no data.
-        ValueError: the checkpoint is not of the recipe's model, or has other classes than the data.
+        ValueError: the checkpoint is not of the recipe's model, has other classes than the data, or no such `weights`.
     """
     checkpoint = _checked(recipe, checkpoint, "checkpoint")
+    check_weights(weights)
     test_set = _test_set(recipe)
-    weights, class_names = load_trained(checkpoint)
+    state_dict, class_names, taken = load_trained(checkpoint, weights)
+    if taken is not None and is_first_process():
+        print(f"{checkpoint}: {TAKEN[taken]}")
     _number_as_trained(test_set, class_names, recipe)
     try:
-        plain = build_plain(recipe, test_set.num_classes, deployed(weights))
+        plain = build_plain(recipe, test_set.num_classes, deployed(state_dict))
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
     with processes() as world:
