@@ -13,6 +13,9 @@ NUMBER = re.compile(r"(?<![^._])\d{1,4}(?=\.)")
 """A block's number is a part of a name, or the end of one: `blocks.3.`, torchvision's `encoder_layer_3.`."""
 CHUNK = re.compile(r"(?<![^.])\d+\.$")
 
+Layers = Mapping[str, tuple[str, ...]]
+"""The names in a block for each of `LAYER_NAMES`, several where rows are joined."""
+
 
 @dataclass(frozen=True)
 class Body:
@@ -20,12 +23,12 @@ class Body:
 
     Attributes:
         prefix: what stands before the number of a block; before that of a chunk, where blocks are in chunks.
-        layers: the names in a block for each of `LAYER_NAMES`, several where rows are joined.
+        layers: what its linear layers are called.
         places: name in the file -> number of its block, and name in the block.
     """
 
     prefix: str
-    layers: Mapping[str, tuple[str, ...]]
+    layers: Layers
     places: Mapping[str, tuple[int, str]]
 
     def depth(self) -> int:
@@ -64,7 +67,7 @@ def _bodies(names: Iterable[str]) -> list[Body]:
             blocks.setdefault(int(number[0]), {})[name[number.end() + 1 :]] = name
     bodies: dict[str, Body] = {}
     for prefix, blocks in numbered.items():
-        if not (layers := next(filter(None, map(_layers, blocks.values())), None)):
+        if not (layers := _most(map(_layers, blocks.values()))):
             continue
         places = {name: (number, inside) for number, block in blocks.items() for inside, name in block.items()}
         whole = CHUNK.sub("", prefix)
@@ -73,11 +76,17 @@ def _bodies(names: Iterable[str]) -> list[Body]:
             if twice := {number for number, _ in earlier.values()} & blocks.keys():
                 raise ValueError(f"{whole}*: expected blocks of different numbers, got {min(twice)} twice")
             places |= earlier
+            layers = _most((layers, bodies[whole].layers))
         bodies[whole] = Body(whole, layers, places)
     return list(bodies.values())
 
 
-def _layers(block: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+def _most(found: Iterable[Layers]) -> Layers:
+    """The layers with the most names: a block that lacks one of them may look like another family's."""
+    return max(found, key=lambda layers: sum(map(len, layers.values())))
+
+
+def _layers(block: Mapping[str, str]) -> Layers:
     return layers_of_block(lambda name: f"{name}.weight" in block or f"{name}_weight" in block)
 
 

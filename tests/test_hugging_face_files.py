@@ -1,0 +1,681 @@
+"""Files of Hugging Face's encoders: as `transformers` writes them, and name for name as its releases 4 and 5 do, at a
+tiny width; and those of others that only an auxiliary model is read from."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from timm.layers import SwiGLUPacked
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from m2pt import reparameterize_aux_into_target_model
+from m2pt.checkpoint_formats import convert_state_dict, load_auxiliary, load_pretrained, read_checkpoint
+from m2pt.checkpoints import load_state_dict, save_state_dict
+from m2pt.families import LAYER_NAMES
+from m2pt.models import create_model
+
+WIDTH, HIDDEN, DEPTH, CLASSES = 32, 64, 2, 5
+SIZE = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2, "mlp_ratio": 2, "img_size": 32, "patch_size": 16}
+
+
+def vit(model=VisionTransformer, eps=1e-12, **settings):
+    settings = SIZE | {"num_classes": 0, "norm_layer": partial(nn.LayerNorm, eps=eps)} | settings
+    return model(**settings).eval()
+
+
+def random(shapes):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def linear(name, rows, *columns, bias=True):
+    return {f"{name}.weight": (rows, *columns)} | ({f"{name}.bias": (rows,)} if bias else {})
+
+
+def norm(name):
+    return {f"{name}.weight": (WIDTH,), f"{name}.bias": (WIDTH,)}
+
+
+def blocks(prefix, attention, proj, fc1, fc2, norms, more=None, key_bias=True, bias=True, hidden=HIDDEN):
+    """The blocks of an encoder: `attention` names query, key and value, and `fc1` may name two."""
+    shapes = {}
+    for i in range(DEPTH):
+        query, key, value = (f"{prefix}.{i}.{name}" for name in attention)
+        shapes |= linear(query, WIDTH, WIDTH, bias=bias) | linear(value, WIDTH, WIDTH, bias=bias)
+        shapes |= linear(key, WIDTH, WIDTH, bias=bias and key_bias)
+        shapes |= linear(f"{prefix}.{i}.{proj}", WIDTH, WIDTH) | linear(f"{prefix}.{i}.{fc2}", WIDTH, hidden)
+        for name in fc1:
+            shapes |= linear(f"{prefix}.{i}.{name}", hidden, WIDTH)
+        for name in norms:
+            shapes |= norm(f"{prefix}.{i}.{name}")
+        shapes |= {f"{prefix}.{i}.{name}": shape for name, shape in (more or {}).items()}
+    return shapes
+
+
+def parts(pattern, *names):
+    return [pattern.format(name) for name in names or ("q", "k", "v")]
+
+
+WORDS = ("query", "key", "value")
+OLD = {
+    "attention": parts("attention.attention.{}", *WORDS),
+    "proj": "attention.output.dense",
+    "fc1": ["intermediate.dense"],
+    "fc2": "output.dense",
+    "norms": ["layernorm_before", "layernorm_after"],
+}
+"""Blocks as transformers 4 names them, and every `save_pretrained` since."""
+NEW = OLD | {
+    "attention": parts("attention.{}_proj"),
+    "proj": "attention.o_proj",
+    "fc1": ["mlp.fc1"],
+    "fc2": "mlp.fc2",
+}
+"""As transformers 5 names them in a model."""
+CLIP = {
+    "attention": parts("self_attn.{}_proj"),
+    "proj": "self_attn.out_proj",
+    "fc1": ["mlp.fc1"],
+    "fc2": "mlp.fc2",
+    "norms": ["layer_norm1", "layer_norm2"],
+}
+WAV2VEC2 = {
+    "attention": parts("attention.{}_proj"),
+    "proj": "attention.out_proj",
+    "fc1": ["feed_forward.intermediate_dense"],
+    "fc2": "feed_forward.output_dense",
+    "norms": ["layer_norm", "final_layer_norm"],
+}
+WHISPER = CLIP | {"fc1": ["fc1"], "fc2": "fc2", "norms": ["self_attn_layer_norm", "final_layer_norm"]}
+SCALES = {"layer_scale1.lambda1": (WIDTH,), "layer_scale2.lambda1": (WIDTH,)}
+DINO = {"norms": ["norm1", "norm2"], "more": SCALES}
+GATED = {"fc1": ["mlp.gate_proj", "mlp.up_proj"], "fc2": "mlp.down_proj"}
+TABLE = "relative_position_bias.relative_position_bias_table"
+
+
+def embeddings(prefix, *tokens, positions=5, channels=3, patch=(16, 16)):
+    shapes = {f"{prefix}embeddings.{token}": (1, 1, WIDTH) for token in tokens}
+    shapes |= {f"{prefix}embeddings.position_embeddings": (1, positions, WIDTH)} if positions else {}
+    return shapes | linear(f"{prefix}embeddings.patch_embeddings.projection", WIDTH, channels, *patch)
+
+
+def vit_like(prefix, is_new, *tokens, positions=5, channels=3):
+    body = blocks(f"{prefix}layers", **NEW) if is_new else blocks(f"{prefix}encoder.layer", **OLD)
+    return embeddings(prefix, *tokens, positions=positions, channels=channels) | body | norm(f"{prefix}layernorm")
+
+
+def ast(is_new):
+    body = vit_like("audio_spectrogram_transformer.", is_new, "cls_token", "distillation_token", channels=1)
+    return body | norm("classifier.layernorm") | linear("classifier.dense", CLASSES, WIDTH)
+
+
+def deit(is_new):
+    body = vit_like("deit.", is_new, "cls_token", "distillation_token", positions=6)
+    return body | linear("cls_classifier", CLASSES, WIDTH) | linear("distillation_classifier", CLASSES, WIDTH)
+
+
+def beit(is_new):
+    names = {"lambda_1": (WIDTH,), "lambda_2": (WIDTH,)}
+    names |= {TABLE if is_new else f"attention.attention.{TABLE}": (12, 2)}
+    settings = (NEW if is_new else OLD) | {"more": names, "key_bias": False}
+    body = blocks("beit.layers" if is_new else "beit.encoder.layer", **settings)
+    head = norm("beit.pooler.layernorm") | linear("classifier", CLASSES, WIDTH)
+    return embeddings("beit.", "cls_token", "mask_token", positions=0) | body | head
+
+
+def videomae(is_new):
+    biases = {"attention.attention.q_bias": (WIDTH,), "attention.attention.v_bias": (WIDTH,)}
+    published = OLD | {"more": biases, "bias": False}
+    body = blocks("videomae.encoder.layer", **(OLD | {"key_bias": False} if is_new else published))
+    decoder = blocks("decoder.decoder_layers", **(OLD | {"key_bias": False} if is_new else published))
+    tokens = {"mask_token": (1, 1, WIDTH)} | linear("encoder_to_decoder", WIDTH, WIDTH, bias=False)
+    head = linear("decoder.head", 12, WIDTH) | norm("fc_norm")
+    return embeddings("videomae.", positions=0, patch=(2, 16, 16)) | body | decoder | tokens | head
+
+
+def dinov2(is_new, prefix="dinov2.", registers=True, **gated):
+    old = OLD | {"fc1": ["mlp.fc1"], "fc2": "mlp.fc2"}
+    body = blocks(f"{prefix}encoder.layer", **((NEW if is_new else old) | DINO | gated))
+    tokens = {f"{prefix}embeddings.mask_token": (1, WIDTH)}
+    tokens |= {f"{prefix}embeddings.register_tokens": (1, 4, WIDTH)} if registers else {}
+    return embeddings(prefix, "cls_token") | body | tokens | norm(f"{prefix}layernorm")
+
+
+def siglip(is_new):
+    prefix = "" if is_new else "vision_model."
+    head = {f"{prefix}head.probe": (1, 1, WIDTH), f"{prefix}head.attention.in_proj_weight": (3 * WIDTH, WIDTH)}
+    head |= {f"{prefix}head.attention.in_proj_bias": (3 * WIDTH,)} | linear(f"{prefix}head.mlp.fc1", HIDDEN, WIDTH)
+    head |= linear(f"{prefix}head.attention.out_proj", WIDTH, WIDTH) | linear(f"{prefix}head.mlp.fc2", WIDTH, HIDDEN)
+    return (
+        linear(f"{prefix}embeddings.patch_embedding", WIDTH, 3, 16, 16)
+        | {f"{prefix}embeddings.position_embedding.weight": (4, WIDTH)}
+        | blocks(f"{prefix}encoder.layers", **CLIP)
+        | norm(f"{prefix}post_layernorm")
+        | norm(f"{prefix}head.layernorm")
+        | head
+    )
+
+
+def clip(is_new):
+    prefix = "" if is_new else "vision_model."
+    return (
+        linear(f"{prefix}embeddings.patch_embedding", WIDTH, 3, 16, 16, bias=False)
+        | {f"{prefix}embeddings.class_embedding": (WIDTH,)}
+        | {f"{prefix}embeddings.position_embedding.weight": (5, WIDTH)}
+        | norm(f"{prefix}pre_layrnorm")
+        | blocks(f"{prefix}encoder.layers", **CLIP)
+        | norm(f"{prefix}post_layernorm")
+    )
+
+
+def both_towers(is_new):
+    texts = linear("text_projection", 8, WIDTH, bias=False) | linear("visual_projection", 8, WIDTH, bias=False)
+    text = blocks("text_model.encoder.layers", **CLIP) | norm("text_model.final_layer_norm") | {"logit_scale": ()}
+    text |= {"text_model.embeddings.token_embedding.weight": (9, WIDTH)}
+    return text | clip(is_new=False) | texts
+
+
+def wav2vec2(is_new, prefix="wav2vec2."):
+    front = {f"{prefix}feature_extractor.conv_layers.{i}.conv.weight": (8, 1, 3) for i in range(2)}
+    front |= linear(f"{prefix}feature_projection.projection", WIDTH, 8) | {f"{prefix}masked_spec_embed": (WIDTH,)}
+    name = f"{prefix}encoder.pos_conv_embed.conv"
+    weight = ("parametrizations.weight.original0", "parametrizations.weight.original1")
+    front |= {f"{name}.{part}": (WIDTH, 2, 4) for part in (weight if is_new else ("weight_g", "weight_v"))}
+    body = blocks(f"{prefix}encoder.layers", **WAV2VEC2) | norm(f"{prefix}encoder.layer_norm")
+    return front | {f"{name}.bias": (WIDTH,)} | body | (linear("lm_head", 9, WIDTH) if prefix else {})
+
+
+def whisper(is_new, prefix="model."):
+    front = linear(f"{prefix}encoder.conv1", WIDTH, 80, 3) | linear(f"{prefix}encoder.conv2", WIDTH, WIDTH, 3)
+    front |= {f"{prefix}encoder.embed_positions.weight": (8, WIDTH)}
+    body = blocks(f"{prefix}encoder.layers", **WHISPER, key_bias=False) | norm(f"{prefix}encoder.layer_norm")
+    decoder = blocks(f"{prefix}decoder.layers", **WHISPER, key_bias=False) | norm(f"{prefix}decoder.layer_norm")
+    return front | body | decoder | (linear("proj_out", 9, WIDTH, bias=False) if prefix else {})
+
+
+def timm_names(*others, scales=False, norms=("norm",)):
+    inside = {f"{name}.{kind}" for name in ("norm1", "norm2", *LAYER_NAMES) for kind in ("weight", "bias")}
+    inside |= {"ls1.gamma", "ls2.gamma"} if scales else set()
+    names = {f"blocks.{i}.{name}" for i in range(DEPTH) for name in inside}
+    return names | {f"{name}.{kind}" for name in norms for kind in ("weight", "bias")} | set(others)
+
+
+PATCHES = ("patch_embed.proj.weight", "patch_embed.proj.bias")
+POOL = ("attn_pool.norm", "attn_pool.q", "attn_pool.kv", "attn_pool.proj", "attn_pool.mlp.fc1", "attn_pool.mlp.fc2")
+DINO_NAMES = timm_names(*PATCHES, "cls_token", "reg_token", "pos_embed", scales=True)
+PLAIN_DINO_NAMES = DINO_NAMES - {"reg_token"}
+CLIP_NAMES = timm_names("patch_embed.proj.weight", "cls_token", "pos_embed", norms=("norm_pre", "norm"))
+VIT_NAMES = timm_names(*PATCHES, "cls_token", "pos_embed")
+
+# The shapes by name, given whether the names are those of transformers 5, and the timm names expected.
+FILES = {
+    "ViT": (lambda is_new: vit_like("vit.", is_new, "cls_token"), VIT_NAMES),
+    "AST": (ast, timm_names(*PATCHES, "cls_token", "dist_token", "pos_embed", norms=("norm", "fc_norm", "head"))),
+    "DeiT": (deit, timm_names(*PATCHES, "cls_token", "dist_token", "pos_embed", norms=("norm", "head", "head_dist"))),
+    "BEiT": (beit, timm_names(*PATCHES, "cls_token", scales=True, norms=("fc_norm", "head"))),
+    "VideoMAE": (videomae, timm_names(*PATCHES, norms=("fc_norm",))),
+    "DINOv2": (partial(dinov2, registers=False, prefix=""), PLAIN_DINO_NAMES),
+    "DINOv2, registers": (dinov2, DINO_NAMES),
+    "DINOv2, gated": (partial(dinov2, **GATED), DINO_NAMES),
+    "SigLIP": (siglip, timm_names(*PATCHES, "pos_embed", "attn_pool.latent", norms=("norm", *POOL))),
+    "CLIP": (clip, CLIP_NAMES),
+    "CLIP, both towers": (both_towers, CLIP_NAMES),
+    "Wav2Vec2": (wav2vec2, timm_names()),
+    "HuBERT": (partial(wav2vec2, prefix=""), timm_names()),
+    "Whisper": (whisper, timm_names()),
+    "Whisper, bare": (partial(whisper, prefix=""), timm_names()),
+}
+REASONS = {
+    "decoder": r"decoder\.|encoder_to_decoder|model\.decoder",
+    "mask token": r".*mask_token|.*masked_spec_embed",
+    "relative positions, which timm's VisionTransformer has none of": r".*relative_position_bias_table",
+    "text tower": r"text_",
+    "comparison with texts": r"visual_projection|logit_scale",
+    "convolutional front end": r".*feature_|.*encoder\.conv[12]",
+    "positions of the convolutional front end": r".*pos_conv_embed|.*embed_positions",
+    "head for speech": r"lm_head|proj_out",
+}
+
+
+@pytest.fixture(params=[False, True], ids=["names of 4", "names of 5"])
+def is_new(request):
+    return request.param
+
+
+@pytest.fixture(params=FILES)
+def case(request, is_new):
+    make, names = FILES[request.param]
+    return random(make(is_new)), names
+
+
+def write(entries, path):
+    if path.suffix == ".safetensors":
+        save_state_dict(entries, path)
+    else:
+        torch.save(entries, path)
+    return path
+
+
+def auxiliary_weights(path):
+    aux = load_auxiliary(path)
+    return {f"{i}.{layer}": aux.blocks[i].get_submodule(layer).weight for i in range(DEPTH) for layer in LAYER_NAMES}
+
+
+@pytest.mark.parametrize("wrapper", ["", "model.", "model.backbone.", "module._orig_mod."])
+def test_every_entry_is_accounted_for(case, wrapper):
+    entries, expected = case
+    entries = {wrapper + name: value for name, value in entries.items()}
+    tensors, report = convert_state_dict(entries)
+    assert set(tensors) == expected
+    assert report.used.keys() | report.dropped.keys() == entries.keys()
+    assert not report.used.keys() & report.dropped.keys()
+    assert set(report.used.values()) == expected - {"attn_pool.kv.weight", "attn_pool.kv.bias"}
+    assert all(re.match(REASONS[reason], name.removeprefix(wrapper)) for name, reason in report.dropped.items())
+    kept = {source: target for source, target in report.used.items() if target not in report.changed}
+    assert all(torch.equal(tensors[target], entries[source]) for source, target in kept.items())
+    again, second = convert_state_dict(tensors)
+    assert again.keys() == tensors.keys() and not second.dropped and not second.changed
+    assert all(torch.equal(again[name], value) for name, value in tensors.items())
+
+
+@pytest.mark.parametrize("wrapper", ["", "model.", "net.encoder_a."])
+@pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors"])
+def test_the_linear_layers_of_any_file_are_an_auxiliary_model(case, tmp_path, wrapper, suffix):
+    entries, _ = case
+    tensors, _ = convert_state_dict(entries)
+    beside = {"unknown.weight": torch.ones(3), "rotary.inv_freq": torch.ones(2)}
+    entries = {wrapper + name: value.bfloat16() for name, value in entries.items()} | beside
+    for name, weight in auxiliary_weights(write(entries, tmp_path / f"w{suffix}")).items():
+        assert torch.equal(weight, tensors[f"blocks.{name}.weight"].bfloat16())
+
+
+def test_a_missing_bias_of_the_keys_is_zero():
+    for make in (whisper, beit, videomae):
+        for is_new in (False, True):
+            tensors, report = convert_state_dict(random(make(is_new)))
+            query, key, value = tensors["blocks.1.attn.qkv.bias"].chunk(3)
+            assert query.count_nonzero() == value.count_nonzero() == WIDTH and not key.any()
+            assert report.changed["blocks.1.attn.qkv.bias"] == "zeros between the biases of query and value"
+
+
+def gpt2(is_linear):
+    shapes = {}
+    for i in range(DEPTH):
+        for name, rows, columns in (
+            ("attn.c_attn", 3 * WIDTH, WIDTH),
+            ("attn.c_proj", WIDTH, WIDTH),
+            ("mlp.c_fc", HIDDEN, WIDTH),
+            ("mlp.c_proj", WIDTH, HIDDEN),
+        ):
+            shapes[f"transformer.h.{i}.{name}.weight"] = (rows, columns) if is_linear else (columns, rows)
+    return shapes | {"transformer.wte.weight": (9, WIDTH), "lm_head.weight": (9, WIDTH)}
+
+
+@pytest.mark.parametrize("is_linear", [False, True], ids=["Conv1D", "Linear"])
+def test_weights_that_are_stored_as_inputs_by_outputs_are_turned(tmp_path, is_linear):
+    entries = random(gpt2(is_linear))
+    found = auxiliary_weights(write(entries, tmp_path / "w.pth"))
+    for i in range(DEPTH):
+        for layer, name in zip(LAYER_NAMES, ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), strict=True):
+            stored = entries[f"transformer.h.{i}.{name}.weight"]
+            assert torch.equal(found[f"{i}.{layer}"], stored if is_linear else stored.T)
+
+
+def torchvision_vit(fc1, fc2):
+    shapes = {"encoder.pos_embedding": (1, 5, WIDTH)}
+    for i in range(DEPTH):
+        name = f"encoder.layers.encoder_layer_{i}"
+        shapes |= {f"{name}.self_attention.in_proj_weight": (3 * WIDTH, WIDTH), f"{name}.ln_1.weight": (WIDTH,)}
+        shapes |= {f"{name}.self_attention.out_proj.weight": (WIDTH, WIDTH)}
+        shapes |= {f"{name}.mlp.{fc1}.weight": (HIDDEN, WIDTH), f"{name}.mlp.{fc2}.weight": (WIDTH, HIDDEN)}
+    return shapes
+
+
+@pytest.mark.parametrize("mlp", [("0", "3"), ("linear_1", "linear_2")])
+def test_files_of_torchvision_are_auxiliary_models(tmp_path, mlp):
+    entries = random(torchvision_vit(*mlp))
+    found = auxiliary_weights(write(entries, tmp_path / "w.pth"))
+    name = "encoder.layers.encoder_layer_1"
+    assert torch.equal(found["1.attn.qkv"], entries[f"{name}.self_attention.in_proj_weight"])
+    assert torch.equal(found["1.mlp.fc2"], entries[f"{name}.mlp.{mlp[1]}.weight"])
+
+
+def llama(keys=16):
+    names = {"attention": parts("self_attn.{}_proj"), "proj": "self_attn.o_proj", "norms": [], "bias": False}
+    shapes = blocks("model.layers", **(names | GATED))
+    shared = {f"model.layers.{i}.self_attn.{part}_proj.weight": (keys, WIDTH) for i in range(DEPTH) for part in "kv"}
+    return shapes | shared | {"lm_head.weight": (9, WIDTH)}
+
+
+def test_shared_keys_and_gated_mlps_are_joined(tmp_path):
+    entries = random(llama())
+    found = auxiliary_weights(write(entries, tmp_path / "w.safetensors"))
+    name = "model.layers.1"
+    qkv = [entries[f"{name}.self_attn.{part}_proj.weight"] for part in "qkv"]
+    gate, up = (entries[f"{name}.mlp.{part}_proj.weight"] for part in ("gate", "up"))
+    assert torch.equal(found["1.attn.qkv"], torch.cat(qkv)) and found["1.attn.qkv"].shape == (64, WIDTH)
+    assert torch.equal(found["1.mlp.fc1"], torch.cat([gate, up]))
+
+
+@pytest.mark.parametrize(
+    "prefix, attention, proj, mlp",
+    [
+        ("encoder.layer", parts("attention.self.{}", *WORDS), "attention.output.dense", OLD),
+        ("bert.encoder.layer", parts("attention.self.{}", *WORDS), "attention.output.dense", OLD),
+        ("layer", NEW["attention"], NEW["proj"], {"fc1": ["mlp.up_proj"], "fc2": "mlp.down_proj"}),
+        ("model.layer", NEW["attention"], NEW["proj"], GATED),
+    ],
+    ids=["BERT", "BERT with a head", "DINOv3", "DINOv3, gated"],
+)
+def test_other_families_are_auxiliary_models(tmp_path, prefix, attention, proj, mlp):
+    names = {"attention": attention, "proj": proj, "fc1": mlp["fc1"], "fc2": mlp["fc2"], "norms": ["norm1"]}
+    entries = random(blocks(prefix, **names) | {"cls.predictions.bias": (9,), "pooler.dense.weight": (WIDTH, WIDTH)})
+    found = auxiliary_weights(write(entries, tmp_path / "w.pth"))
+    for layer, sources in zip(LAYER_NAMES, (attention, [proj], mlp["fc1"], [mlp["fc2"]]), strict=True):
+        expected = torch.cat([entries[f"{prefix}.1.{source}.weight"] for source in sources])
+        assert torch.equal(found[f"1.{layer}"], expected)
+    with pytest.raises(ValueError, match=r"w\.pth: expected transformer blocks named as in one of .*Whisper; got "):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def own_dinov2(chunks, gated):
+    """DINOv2's own names, whose blocks may be in chunks: `blocks.1.3` is the fourth."""
+    shapes = {"cls_token": (1, 1, WIDTH), "pos_embed": (1, 5, WIDTH), "mask_token": (1, WIDTH)} | norm("norm")
+    shapes |= {"register_tokens": (1, 4, WIDTH)} | linear("patch_embed.proj", WIDTH, 3, 16, 16)
+    fc1, fc2, rows = ("w12", "w3", 2 * HIDDEN) if gated else ("fc1", "fc2", HIDDEN)
+    for i in reversed(range(4)):
+        name = f"blocks.{i // 2}.{i}" if chunks else f"blocks.{i}"
+        shapes |= linear(f"{name}.attn.qkv", 3 * WIDTH, WIDTH) | linear(f"{name}.attn.proj", WIDTH, WIDTH)
+        shapes |= linear(f"{name}.mlp.{fc1}", rows, WIDTH) | linear(f"{name}.mlp.{fc2}", WIDTH, HIDDEN)
+        shapes |= norm(f"{name}.norm1") | norm(f"{name}.norm2")
+        shapes |= {f"{name}.ls1.gamma": (WIDTH,), f"{name}.ls2.gamma": (WIDTH,)}
+    return shapes
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+@pytest.mark.parametrize("chunks", [False, True], ids=["whole", "in chunks"])
+def test_files_of_dinov2_are_read_as_timm_does(tmp_path, chunks, gated):
+    entries = random(own_dinov2(chunks, gated))
+    settings = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 4} if gated else {}
+    model = vit(depth=4, init_values=1.0, reg_tokens=4, no_embed_class=True, **settings)
+    report = load_pretrained(model, write(entries, tmp_path / "w.pth"))
+    assert report.dropped == {"mask_token": "mask token"} and not report.initialised
+    found = model.state_dict()
+    assert torch.equal(found["cls_token"], entries["cls_token"] + entries["pos_embed"][:, :1])
+    assert torch.equal(found["pos_embed"], entries["pos_embed"][:, 1:])
+    aux = load_auxiliary(tmp_path / "w.pth")
+    for i in range(4):
+        name = f"blocks.{i // 2}.{i}" if chunks else f"blocks.{i}"
+        weight = entries[f"{name}.mlp.{'w12' if gated else 'fc1'}.weight"]
+        assert torch.equal(found[f"blocks.{i}.mlp.fc1.weight"], weight)
+        assert torch.equal(aux.blocks[i].mlp.fc1.weight, weight)
+        assert torch.equal(found[f"blocks.{i}.ls2.gamma"], entries[f"{name}.ls2.gamma"])
+
+
+def two_encoders():
+    return blocks("encoder_q.layers", **CLIP) | blocks("encoder_k.layers", **CLIP)
+
+
+def two_chunks():
+    return {name.replace("blocks.1.3", "blocks.1.1"): shape for name, shape in own_dinov2(True, False).items()}
+
+
+def without(name, make=llama):
+    return lambda: {key: shape for key, shape in make().items() if not key.startswith(name)}
+
+
+REFUSED = {
+    "several": (two_encoders, r"expected one transformer, got several: encoder_q\.layers\.\*, encoder_k\.layers\.\*$"),
+    "a number twice": (two_chunks, r"blocks\.\*: expected blocks of different numbers, got 1 twice$"),
+    "a gap": (without("model.layers.0."), r"model\.layers\.0\.self_attn\.q_proj\.weight is missing"),
+    "a chunk less": (
+        without("blocks.0.", partial(own_dinov2, True, False)),
+        r"blocks\.0\.attn\.qkv\.weight is missing",
+    ),
+    "no gate": (without("model.layers.0.mlp.gate"), r"model\.layers\.0\.mlp\.gate_proj\.weight is missing"),
+    "keys that are not shared evenly": (partial(llama, 5), r"k_proj\.weight: expected shape \(32, 32\), got \(5, 32\)"),
+    "connected": (
+        lambda: llama() | {"model.layers.0.self_attn.q_proj.cross_modal_scale": (1,)},
+        "fold it first, with `m2pt merge`",
+    ),
+    "no layers": (lambda: norm("model.layers.0.norm"), "expected transformer blocks .*got model.layers.0.norm.weight"),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+def test_what_is_no_single_transformer_is_refused(tmp_path, refused):
+    make, message = REFUSED[refused]
+    path = write(random(make()), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=rf"w\.pth: .*{message}"):
+        load_auxiliary(path)
+
+
+SPOILT = {
+    "unknown": (lambda: vit_like("vit.", True, "cls_token") | {"vit.adapter.weight": (3,)}, r"unknown.*vit\.adapter"),
+    "unknown embedding": (lambda: vit_like("", True, "norm"), r"unknown entries .*: embeddings\.norm$"),
+    "no class token": (
+        lambda: {name: shape for name, shape in dinov2(True).items() if "cls_token" not in name},
+        r"dinov2\.embeddings\.register_tokens: expected a class token with a position",
+    ),
+    "two tokens": (
+        lambda: clip(True) | {"cls_token": (1, 1, WIDTH)},
+        r"embeddings\.class_embedding: a second entry for cls_token",
+    ),
+    "gate of another shape": (
+        lambda: dinov2(True, **GATED) | {"dinov2.encoder.layer.1.mlp.gate_proj.weight": (5, WIDTH)},
+        r"blocks\.1\.mlp\.fc1\.weight: expected parts of one shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_what_does_not_become_a_timm_model_is_refused(tmp_path, spoilt):
+    make, message = SPOILT[spoilt]
+    with pytest.raises(ValueError, match=rf"w\.pth: .*{message}"):
+        read_checkpoint(write(random(make()), tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["as published", "converted"])
+@pytest.mark.parametrize("make", [whisper, wav2vec2])
+def test_the_embedding_of_the_model_stays_where_the_file_has_none(tmp_path, make, converted):
+    entries = random(make(True))
+    tensors, _ = convert_state_dict(entries)
+    model = vit(num_classes=CLASSES)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load_pretrained(model, write(tensors if converted else entries, tmp_path / "w.pth"))
+    embedding = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    assert set(report.initialised) == {*embedding, "head.weight", "head.bias"}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name] if name in report.initialised else tensors[name])
+
+
+def test_a_block_that_such_a_file_lacks_is_still_missed(tmp_path):
+    with pytest.raises(ValueError, match=r"missing in the file: blocks\.2\.norm1\.weight"):
+        load_pretrained(vit(depth=3), write(random(whisper(True)), tmp_path / "w.pth"))
+
+
+CONFIG = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 2, "intermediate_size": HIDDEN}
+PICTURES = CONFIG | {"image_size": 32, "patch_size": 16, "num_labels": CLASSES}
+DINO_CONFIG = {key: value for key, value in PICTURES.items() if key != "intermediate_size"} | {"mlp_ratio": 2}
+TEXTS = CONFIG | {"vocab_size": 9}
+VIDEO = PICTURES | {"num_frames": 4, "tubelet_size": 2}
+SPECTROGRAM = PICTURES | {"max_length": 64, "num_mel_bins": 32, "frequency_stride": 16, "time_stride": 16}
+IMAGE, CLIP_OF_VIDEO, FBANK = torch.randn(2, 3, 32, 32), torch.randn(2, 4, 3, 32, 32), torch.randn(2, 64, 32)
+SCALED = {"init_values": 1.0}
+MAP = {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"}
+
+
+def last(output):
+    return output.last_hidden_state
+
+
+def logits(output):
+    return output.logits
+
+
+def pooled(output):
+    return output.pooler_output
+
+
+def both_heads(model, input):
+    model.set_distilled_training(False)
+    return model(input)
+
+
+# The class in transformers and its configuration, what it puts out, its input; a timm model and what it puts out.
+features = VisionTransformer.forward_features
+TWINS = {
+    "ViT": ("ViTModel", "ViTConfig", PICTURES, last, IMAGE, vit, features),
+    "ViT, classifier": (
+        *("ViTForImageClassification", "ViTConfig", PICTURES, logits, IMAGE),
+        *(partial(vit, num_classes=CLASSES), VisionTransformer.forward),
+    ),
+    "DeiT": (
+        *("DeiTForImageClassificationWithTeacher", "DeiTConfig", PICTURES, logits, IMAGE),
+        *(partial(vit, VisionTransformerDistilled, num_classes=CLASSES), both_heads),
+    ),
+    "AST": (
+        *("ASTModel", "ASTConfig", SPECTROGRAM, last, FBANK),
+        partial(vit, VisionTransformerDistilled, img_size=(32, 64), in_chans=1),
+        lambda model, input: model.forward_features(input.mT.unsqueeze(1)),
+    ),
+    "BEiT without relative positions": (
+        "BeitForImageClassification",
+        "BeitConfig",
+        PICTURES | {"use_absolute_position_embeddings": True},
+        logits,
+        IMAGE,
+        partial(vit, num_classes=CLASSES, global_pool="avg", **SCALED),
+        VisionTransformer.forward,
+    ),
+    "VideoMAE": (
+        *("VideoMAEForVideoClassification", "VideoMAEConfig", VIDEO, logits, CLIP_OF_VIDEO),
+        partial(create_model, "video", num_classes=CLASSES, num_frames=4, **SIZE),
+        lambda model, input: model(input.transpose(1, 2)),
+    ),
+    "DINOv2": ("Dinov2Model", "Dinov2Config", DINO_CONFIG, last, IMAGE, partial(vit, eps=1e-6, **SCALED), features),
+    "DINOv2, gated": (
+        *("Dinov2Model", "Dinov2Config", DINO_CONFIG | {"use_swiglu_ffn": True}, last, IMAGE),
+        partial(vit, eps=1e-6, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, **SCALED | {"mlp_ratio": 2 * 48 / WIDTH}),
+        features,
+    ),
+    "DINOv2, registers": (
+        *("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", DINO_CONFIG, last, IMAGE),
+        *(partial(vit, eps=1e-6, reg_tokens=4, no_embed_class=True, **SCALED), features),
+    ),
+    "SigLIP": (
+        *("SiglipVisionModel", "SiglipVisionConfig", PICTURES, pooled, IMAGE),
+        *(partial(vit, eps=1e-6, **MAP), VisionTransformer.forward),
+    ),
+    "CLIP": (
+        *("CLIPVisionModel", "CLIPVisionConfig", PICTURES, pooled, IMAGE),
+        partial(vit, eps=1e-5, pre_norm=True, act_layer="quick_gelu"),
+        VisionTransformer.forward,
+    ),
+}
+
+
+def hugging_face(name, config, settings):
+    """A model of `transformers` whose every parameter counts: biases and norms too."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def saved(model, folder, how):
+    if how == "torch":
+        torch.save(model.state_dict(), folder / "pytorch_model.pth")
+        return folder / "pytorch_model.pth"
+    model.save_pretrained(folder, max_shard_size="20KB" if how == "shards" else "1GB")
+    assert (folder / "model.safetensors.index.json").is_file() == (how == "shards")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["torch", "whole", "shards"])
+@pytest.mark.parametrize("twin", TWINS)
+def test_what_transformers_writes_computes_the_same_in_timm(tmp_path, twin, how):
+    name, config, settings, output, input, build, run = TWINS[twin]
+    theirs, ours = hugging_face(name, config, settings), build().eval()
+    report = load_pretrained(ours, saved(theirs, tmp_path, how))
+    assert not report.initialised
+    with torch.no_grad():
+        torch.testing.assert_close(run(ours, input), output(theirs(input)), rtol=1e-4, atol=1e-5)
+
+
+SPEECH = {
+    "Wav2Vec2": (
+        *("Wav2Vec2Model", "Wav2Vec2Config"),
+        CONFIG
+        | {"conv_dim": (WIDTH, WIDTH), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+        | {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+        | {"do_stable_layer_norm": True, "feat_extract_norm": "layer"},
+        *("encoder.layers.0", torch.randn(2, 400)),
+    ),
+    "Whisper": (
+        *("WhisperModel", "WhisperConfig"),
+        {"d_model": WIDTH, "encoder_layers": DEPTH, "decoder_layers": 1, "vocab_size": 9, "max_source_positions": 8}
+        | {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": HIDDEN}
+        | {"decoder_ffn_dim": HIDDEN, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        | {"decoder_start_token_id": 1},
+        *("encoder.layers.0", torch.randn(2, 80, 16)),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["torch", "whole", "shards"])
+@pytest.mark.parametrize("speech", SPEECH)
+def test_blocks_of_speech_compute_the_same_in_timm(tmp_path, speech, how):
+    name, config, settings, first, input = SPEECH[speech]
+    theirs, ours = hugging_face(name, config, settings), vit(eps=1e-5)
+    load_pretrained(ours, saved(theirs, tmp_path, how))
+    seen = []
+
+    def see(module, arguments, named):
+        seen.append(arguments[0] if arguments else named["hidden_states"])
+
+    theirs.get_submodule(first).register_forward_pre_hook(see, with_kwargs=True)
+    with torch.no_grad():
+        encoder = theirs.get_encoder() if speech == "Whisper" else theirs
+        expected = encoder(input).last_hidden_state
+        torch.testing.assert_close(ours.norm(ours.blocks(seen[0])), expected, rtol=1e-4, atol=1e-5)
+
+
+AUXILIARIES = {
+    "BERT": ("BertModel", "BertConfig", TEXTS),
+    "Llama": ("LlamaModel", "LlamaConfig", TEXTS | {"num_key_value_heads": 1}),
+    "GPT-2": ("GPT2Model", "GPT2Config", {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": 2, "vocab_size": 9}),
+    "DINOv3": ("DINOv3ViTModel", "DINOv3ViTConfig", PICTURES),
+    "DINOv3, gated": ("DINOv3ViTModel", "DINOv3ViTConfig", PICTURES | {"use_gated_mlp": True}),
+    "CLIP": ("CLIPModel", "CLIPConfig", {"vision_config": PICTURES, "text_config": TEXTS}),
+    "SigLIP": ("SiglipModel", "SiglipConfig", {"vision_config": PICTURES, "text_config": TEXTS}),
+    "BEiT": ("BeitModel", "BeitConfig", PICTURES | {"use_relative_position_bias": True}),
+    "ViT-MAE": ("ViTMAEForPreTraining", "ViTMAEConfig", PICTURES),
+    "VideoMAE": ("VideoMAEForPreTraining", "VideoMAEConfig", VIDEO),
+    **{name: row[:3] for name, row in (TWINS | SPEECH).items()},
+}
+
+
+@pytest.mark.parametrize("auxiliary", AUXILIARIES)
+def test_what_transformers_writes_is_an_auxiliary_model(tmp_path, auxiliary):
+    model = hugging_face(*AUXILIARIES[auxiliary])
+    whole, shards = tmp_path / "whole", tmp_path / "shards"
+    found = auxiliary_weights(saved(model, tmp_path, "torch"))
+    for folder, how in ((whole, "whole"), (shards, "shards")):
+        folder.mkdir()
+        again = auxiliary_weights(saved(model, folder, how))
+        assert all(torch.equal(again[name], value) for name, value in found.items())
+
+
+def test_a_folder_of_transformers_is_connected(tmp_path):
+    model = hugging_face("ViTModel", "ViTConfig", PICTURES)
+    aux = load_auxiliary(saved(model, tmp_path, "shards"))
+    target = reparameterize_aux_into_target_model(vit(), aux)
+    expected = load_state_dict(tmp_path)["encoder.layer.1.output.dense.weight"]
+    assert torch.equal(target.blocks[1].mlp.fc2.aux_weight, expected)
