@@ -491,12 +491,27 @@ PATHWAY = {
 
 
 def no_path(function, argument="path"):
-    """What a function refuses that reads a checkpoint."""
+    """What a function refuses that reads a checkpoint, of which it takes the weights or their average."""
     return {
+        "weights: unknown": (
+            lambda: function("none.pth", weights="best"),
+            ValueError,
+            "weights: expected one of ema, raw; got 'best'",
+        ),
+        "weights: a list": (
+            lambda: function("none.pth", weights=["ema"]),
+            ValueError,
+            "weights: expected one of .*ema",
+        ),
+        "weights: an average that is not there": (
+            lambda: function("plain.safetensors", weights="ema"),
+            ValueError,
+            "plain.safetensors: there is no moving average",
+        ),
         f"{argument}: a number": (lambda: function(5), TypeError, f"{argument}: expected a path, got 5"),
         f"{argument}: missing": (lambda: function(None), TypeError, f"{argument}: expected a path, got None"),
         f"{argument}: no such file": (lambda: function("none.pth"), FileNotFoundError, "none.pth: no such file"),
-        f"{argument}: a folder": (lambda: function("."), FileNotFoundError, r"\.: no such file.*"),
+        f"{argument}: a folder": (lambda: function("."), FileNotFoundError, r"\.: no such file"),
         f"{argument}: text": (lambda: function("text.pth"), ValueError, "text.pth: not a readable checkpoint"),
         f"{argument}: text named safetensors": (
             lambda: function("text.safetensors"),
@@ -800,7 +815,7 @@ TRAINING = {
             "narrow.safetensors: ",
         ),
     }
-    | no_path(lambda path: evaluate_checkpoint(RECIPE(), path), "checkpoint"),
+    | no_path(lambda path, **settings: evaluate_checkpoint(RECIPE(), path, **settings), "checkpoint"),
     "run_matrix": {
         "matrix: missing": (lambda: run_matrix(None, Path("out")), TypeError, "matrix: expected a Matrix, got None"),
         "matrix: a file": (lambda: run_matrix("own.toml", "out"), TypeError, "matrix: expected a Matrix, got 'own"),

@@ -1,18 +1,22 @@
 """Checkpoints on disk: what is read, what is refused, and that writing is all or nothing."""
 
 import argparse
+import json
 import pickle
 import re
 from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 import m2pt.checkpoints
 from m2pt import FusedCrossModalLinear, merge_pathways
-from m2pt.checkpoints import load_state_dict, merge_state_dict, save_state_dict
+from m2pt.checkpoints import load_state_dict, merge_state_dict, read_weights, save_state_dict, without_wrapping
+
+TINY = {"img_size": 32, "patch_size": 16, "embed_dim": 12, "depth": 1, "num_heads": 2, "num_classes": 3}
 
 
 def weights():
@@ -64,6 +68,167 @@ ARGS = argparse.Namespace(lr=0.1, output_dir="runs", epochs=None)
 )
 def test_wrapped_state_dicts_are_found(tmp_path, wrap):
     assert_same(load_state_dict(write(wrap(weights()), tmp_path / "w.pth")), weights())
+
+
+RAW, AVERAGE = {"a": torch.zeros(2)}, {"a": torch.ones(2)}
+BOTH = {
+    "timm": lambda: {"state_dict": RAW, "state_dict_ema": AVERAGE, "args": ARGS, "arch": "vit"},
+    "DeiT": lambda: {"model": RAW, "model_ema": AVERAGE, "scaler": {"scale": 2.0}},
+    "a run": lambda: {"model": RAW, "ema": AVERAGE, "step": 3},
+    "wrapped": lambda: {"module": {"model": {"module": RAW}, "model_ema": {"module": AVERAGE}}},
+    "timm's order": lambda: {"model": RAW, "model_ema": {"a": torch.ones(2) / 2}, "state_dict_ema": AVERAGE},
+}
+
+
+@pytest.mark.parametrize("both", BOTH)
+@pytest.mark.parametrize("weights, expected", [(None, AVERAGE), ("ema", AVERAGE), ("raw", RAW)])
+def test_of_weights_and_their_average_one_is_taken(tmp_path, both, weights, expected):
+    path = write(BOTH[both](), tmp_path / "w.pth.tar")
+    assert_same(load_state_dict(path, weights), expected)
+    found, taken = read_weights(path, weights)
+    assert_same(found, expected)
+    assert taken == (weights or "ema")
+
+
+@pytest.mark.parametrize("weights", [None, "raw"])
+@pytest.mark.parametrize("beside", [{}, {"model_ema": None}, {"ema": 0.999}], ids=str)
+def test_without_an_average_there_is_nothing_to_choose(tmp_path, beside, weights):
+    found, taken = read_weights(write({"model": RAW} | beside, tmp_path / "w.pth"), weights)
+    assert_same(found, RAW)
+    assert taken is None
+
+
+@pytest.mark.parametrize("weights", [None, "ema"])
+def test_an_average_alone_is_read(tmp_path, weights):
+    found, taken = read_weights(write({"ema": AVERAGE}, tmp_path / "w.pth"), weights)
+    assert_same(found, AVERAGE)
+    assert taken is None
+
+
+@pytest.mark.parametrize(
+    "content, name, weights, message",
+    [
+        ({"model": RAW}, "w.pth", "ema", "there is no moving average .*'state_dict_ema', 'model_ema', 'ema'"),
+        (RAW, "w.safetensors", "ema", "there is no moving average"),
+        ({"ema": AVERAGE}, "w.pth", "raw", "there are no weights in it beside their moving average, ema"),
+    ],
+)
+def test_weights_that_are_not_there_are_refused(tmp_path, content, name, weights, message):
+    with pytest.raises(ValueError, match=rf"{name}: {message}"):
+        load_state_dict(write(content, tmp_path / name), weights)
+
+
+def test_a_checkpoint_that_timm_saves_is_read_as_timm_does(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", **TINY)
+    average = timm.utils.ModelEmaV3(model)
+    nn.init.ones_(average.module.head.weight)
+    optimizer = torch.optim.AdamW(model.parameters())
+    saver = timm.utils.CheckpointSaver(
+        model, optimizer, argparse.Namespace(model="vit"), average, checkpoint_dir=tmp_path
+    )
+    saver.save_checkpoint(0, metric=1.0)
+    path = tmp_path / "last.pth.tar"
+    for weights, use_ema in ((None, True), ("ema", True), ("raw", False)):
+        expected = timm.models.load_state_dict(str(path), use_ema=use_ema)
+        assert_same(load_state_dict(path, weights), expected)
+        assert bool((expected["head.weight"] == 1).all()) == use_ema
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def shards(folder, suffix=".safetensors", **changed):
+    """Weights in two files with an index, as `save_pretrained` writes them."""
+    first, second = f"model-00001-of-00002{suffix}", f"model-00002-of-00002{suffix}"
+    entries = weights()
+    write({"fc.weight": entries["fc.weight"]}, folder / first)
+    write({name: entries[name] for name in ("fc.bias", "steps")}, folder / second)
+    weight_map = {"fc.weight": first, "fc.bias": second, "steps": second} | changed
+    index = folder / (INDEX if suffix == ".safetensors" else "pytorch_model.bin.index.json")
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return index
+
+
+def test_a_folder_is_read_whatever_is_saved_in_it(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path.name}: no such file: .*{INDEX}, pytorch_model\.bin,"):
+        load_state_dict(tmp_path)
+    index = shards(tmp_path, ".bin")
+    assert_same(load_state_dict(tmp_path), weights())
+    write(RAW, tmp_path / "pytorch_model.bin")
+    assert_same(load_state_dict(str(tmp_path)), RAW)
+    shards(tmp_path)
+    assert_same(load_state_dict(tmp_path), weights())
+    write(AVERAGE, tmp_path / "model.safetensors")
+    assert_same(load_state_dict(tmp_path), AVERAGE)
+    assert_same(load_state_dict(index), weights())
+
+
+def test_an_entry_in_two_shards_is_that_of_the_index(tmp_path):
+    shards(tmp_path)
+    write(
+        weights() | {"fc.weight": torch.zeros(3, 4), "extra": torch.ones(1)},
+        tmp_path / "model-00002-of-00002.safetensors",
+    )
+    assert_same(load_state_dict(tmp_path), weights() | {"extra": torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    "shard, error, message",
+    [
+        (
+            "model-00003-of-00003.safetensors",
+            FileNotFoundError,
+            "there is no model-00003-of-00003.safetensors beside it",
+        ),
+        ("model-00001-of-00002.safetensors", ValueError, "steps is not in model-00001-of-00002.safetensors"),
+        ("../outside.safetensors", ValueError, "expected the names of files beside it, got '../outside.safetensors'"),
+        ("inside/w.safetensors", ValueError, "expected the names of files beside it, got 'inside/w.safetensors'"),
+        ("/w.safetensors", ValueError, "expected the names of files beside it, got '/w.safetensors'"),
+        ("..", FileNotFoundError, "there is no .. beside it"),
+        ("", ValueError, "expected the names of files beside it"),
+        (3, ValueError, "not a readable checkpoint"),
+    ],
+    ids=str,
+)
+def test_an_index_is_not_trusted(tmp_path, shard, error, message):
+    folder = tmp_path / "model"
+    (folder / "inside").mkdir(parents=True)
+    for outside in (tmp_path / "outside.safetensors", folder / "inside" / "w.safetensors"):
+        write({"steps": torch.tensor(7)}, outside)
+    shards(folder, steps=shard)
+    with pytest.raises(error, match=rf"{INDEX}: {re.escape(message)}"):
+        load_state_dict(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": "a"}', "[" * 100_000], ids=len)
+def test_a_damaged_index_is_refused(tmp_path, text):
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(ValueError, match=f"{INDEX}: not a readable checkpoint"):
+        load_state_dict(tmp_path)
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    shards(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: not a readable checkpoint"):
+        load_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["module.a.weight", "module.b"], ["a.weight", "b"]),
+        (["_orig_mod.module.a", "_orig_mod.module.b"], ["a", "b"]),
+        (["module.module.a", "module.b"], ["module.a", "b"]),
+        (["module.a", "b"], ["module.a", "b"]),
+        (["module.a", "_orig_mod.b"], ["module.a", "_orig_mod.b"]),
+        (["modules.a", "model.b"], ["modules.a", "model.b"]),
+        ([], []),
+    ],
+)
+def test_what_torch_put_before_every_name_is_taken_off(names, expected):
+    assert list(without_wrapping(dict.fromkeys(names, torch.ones(1)))) == expected
 
 
 SQUARE = torch.arange(16.0).view(4, 4)

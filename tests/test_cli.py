@@ -1,8 +1,10 @@
 """The command line: what it does, and what a person reads when it cannot."""
 
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,7 +12,7 @@ import torch
 
 from m2pt import merge_pathways, reparameterize_aux_into_target_model
 from m2pt.checkpoint_formats import FORMATS
-from m2pt.checkpoints import load_state_dict, save_state_dict
+from m2pt.checkpoints import load_state_dict, merge_state_dict, save_state_dict
 from m2pt.cli import main
 
 VIT = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 48, "num_heads": 3, "num_classes": 4}
@@ -39,6 +41,77 @@ def test_merge_folds_a_checkpoint_for_a_plain_model(connected, tmp_path, capsys)
     assert all(torch.equal(value, expected[name]) for name, value in plain.state_dict().items())
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
+def test_merge_takes_off_what_torch_put_before_every_name(connected, tmp_path, prefix):
+    entries = {prefix + name: value.bfloat16() for name, value in connected.state_dict().items()}
+    torch.save({"state_dict": entries}, tmp_path / "trained.pth.tar")
+    assert main(["merge", str(tmp_path / "trained.pth.tar"), str(tmp_path / "merged.safetensors")]) == 0
+    merged = load_state_dict(tmp_path / "merged.safetensors")
+    vit().load_state_dict(merged)
+    assert {value.dtype for value in merged.values()} == {torch.bfloat16}
+
+
+def test_merge_reads_a_folder_of_shards(connected, tmp_path):
+    entries = list(connected.state_dict().items())
+    names = ("model-1.safetensors", "model-2.safetensors")
+    for name, part in zip(names, (entries[:5], entries[5:]), strict=True):
+        save_state_dict(dict(part), tmp_path / name)
+    index = {"weight_map": {entry: names[i >= 5] for i, (entry, _) in enumerate(entries)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert main(["merge", str(tmp_path), str(tmp_path / "merged.safetensors")]) == 0
+    expected = merge_pathways(connected).state_dict()
+    merged = load_state_dict(tmp_path / "merged.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in merged.items())
+
+
+@pytest.mark.parametrize("reads", ["trained.safetensors", "merged.safetensors", "missing.safetensors"])
+def test_merge_overwrites_only_when_it_is_told_to(connected, tmp_path, monkeypatch, capsys, reads):
+    monkeypatch.chdir(tmp_path)
+    for name in ("trained.safetensors", "merged.safetensors"):
+        save_state_dict(connected.state_dict(), name)
+    before = Path("merged.safetensors").read_bytes()
+    assert main(["merge", reads, "merged.safetensors"]) == 2
+    message = "merged.safetensors: it exists: choose another name, or overwrite it with --force"
+    assert capsys.readouterr().err == f"m2pt: error: {message}\n"
+    assert main(["merge", "--force", reads, "merged.safetensors"]) == (2 if reads.startswith("missing") else 0)
+    assert (Path("merged.safetensors").read_bytes() == before) == reads.startswith("missing")
+    vit().load_state_dict(load_state_dict("merged.safetensors"), strict=not reads.startswith("missing"))
+
+
+CHOICES = [
+    ([], "the moving average was taken, not the raw weights"),
+    (["--weights", "ema"], "the moving average was taken, not the raw weights"),
+    (["--weights", "raw"], "the raw weights were taken, not their moving average"),
+]
+
+
+@pytest.mark.parametrize("option, said", CHOICES)
+def test_merge_and_convert_say_which_weights_they_took(connected, tmp_path, capsys, option, said):
+    model, average = connected.state_dict(), {name: value / 2 for name, value in connected.state_dict().items()}
+    torch.save({"state_dict": model, "state_dict_ema": average}, tmp_path / "trained.pth.tar")
+    assert main(["merge", str(tmp_path / "trained.pth.tar"), str(tmp_path / "merged.safetensors"), *option]) == 0
+    merged = tmp_path / "merged.safetensors"
+    assert capsys.readouterr().out == f"4 layers folded, written to {merged}; {said}\n"
+    expected = merge_state_dict(model if "raw" in option else average)
+    assert all(torch.equal(value, expected[name]) for name, value in load_state_dict(merged).items())
+
+    plain = vit().state_dict()
+    average = {name: value / 2 for name, value in plain.items()}
+    torch.save({"model": plain, "model_ema": average}, tmp_path / "plain.pth")
+    assert main(["convert", *option, str(tmp_path / "plain.pth"), str(tmp_path / "timm.safetensors")]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(f"used, 0 dropped; {said}")
+    expected = plain if "raw" in option else average
+    converted = load_state_dict(tmp_path / "timm.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in converted.items())
+
+
+def test_nothing_is_said_of_weights_where_there_is_no_choice(connected, tmp_path, capsys):
+    torch.save({"model": connected.state_dict()}, tmp_path / "trained.pth")
+    for option in ([], ["--weights", "raw"]):
+        assert main(["merge", "--force", str(tmp_path / "trained.pth"), str(tmp_path / "w.safetensors"), *option]) == 0
+    assert capsys.readouterr().out == f"4 layers folded, written to {tmp_path / 'w.safetensors'}\n" * 2
+
+
 def test_convert_writes_a_checkpoint_for_timm_and_reports_what_it_left_out(tmp_path, capsys):
     model = vit()
     decoder = {"decoder_embed.weight": torch.ones(2), "decoder_norm.bias": torch.ones(2)}
@@ -65,6 +138,10 @@ def test_convert_writes_a_checkpoint_for_timm_and_reports_what_it_left_out(tmp_p
         (["convert", "other.safetensors", "out.safetensors"], "other.safetensors: expected transformer blocks"),
         (["merge", "missing.pth", "out.safetensors"], "missing.pth: no such file"),
         (["merge", "plain.safetensors", "out.safetensors"], "nothing to merge"),
+        (["merge", "plain.safetensors", "connected.safetensors"], "connected.safetensors: it exists"),
+        (["merge", "--weights", "ema", "connected.safetensors", "out.safetensors"], "there is no moving average"),
+        (["convert", "--weights", "ema", "plain.safetensors", "out.safetensors"], "there is no moving average"),
+        (["convert", ".", "out.safetensors"], "it is a folder, without any of model.safetensors"),
         (["merge", "connected.safetensors", "out.pth"], "ending in .safetensors"),
         (["merge", "connected.safetensors", "missing/out.safetensors"], "missing/out.safetensors"),
         (["demo", "--seeds", "0"], "seeds: expected at least 2"),
@@ -107,7 +184,9 @@ def test_help_is_printed(arguments):
         ("eval", "--recipe"),
         ("matrix", "TOML"),
         ("merge", "OUT"),
+        ("merge", "--force"),
         ("convert", "OUT"),
+        *((command, "--weights") for command in ("merge", "convert", "eval")),
     ],
 )
 def test_help_of_a_command_names_its_arguments(command, word, capsys):

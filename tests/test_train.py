@@ -191,12 +191,23 @@ def test_steps_inside_backward_are_the_same_bit_for_bit_and_may_be_switched_on_l
     assert [line["step"] for line in read_log(out) if "gradient_norm" in line] == [1]
 
 
-def test_the_moving_average_is_what_is_evaluated_and_merged(folder, tmp_path):
+def test_the_moving_average_is_what_is_evaluated_and_merged(folder, tmp_path, capsys):
     out = run("image", folder, tmp_path / "run", "run.ema_decay=0.5", "optimizer.base_lr=1.0")
     average, last = (deployed(checkpoint(out)[key]) for key in ("ema", "model"))
     assert_equal(load_state_dict(out / "merged.safetensors"), average)
     assert_equal(deployed(load_trained(out / "last.pth")[0]), average)
     assert not torch.equal(average["head.weight"], last["head.weight"])
+    for option, weights, said in (
+        ([], average, "the moving average was taken, not the raw weights"),
+        (["--weights=raw"], last, "the raw weights were taken, not their moving average"),
+    ):
+        save_state_dict(weights, tmp_path / "expected.safetensors")
+        evaluation = [f"--recipe={RECIPES['image']}", *arguments("image", folder)[1:]]
+        capsys.readouterr()
+        assert main(["eval", str(tmp_path / "expected.safetensors"), *evaluation]) == 0
+        expected = capsys.readouterr().out
+        assert main(["eval", str(out / "last.pth"), *option, *evaluation]) == 0
+        assert capsys.readouterr().out == f"{out / 'last.pth'}: {said}\n{expected}"
 
 
 def test_the_moving_average_needs_timms_of_float32(folder, tmp_path, monkeypatch, capsys):
