@@ -87,7 +87,12 @@ def _most(found: Iterable[Layers]) -> Layers:
 
 
 def _layers(block: Mapping[str, str]) -> Layers:
-    return layers_of_block(lambda name: f"{name}.weight" in block or f"{name}_weight" in block)
+    return layers_of_block(lambda name: bool(_entry(block, name)))
+
+
+def _entry(block: Mapping[str, str], name: str) -> str:
+    """What the weight of a layer is called in the file, or nothing; torchvision's `in_proj_weight` is no layer's."""
+    return block.get(f"{name}.weight", block.get(f"{name}_weight", ""))
 
 
 def linear_weights(state_dict: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -105,9 +110,9 @@ def linear_weights(state_dict: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     for number, block in enumerate(blocks):
         weights = {}
         for layer, names in body.layers.items():
-            entries = [block.get(f"{name}.weight") or block.get(f"{name}_weight") for name in names]
-            if None in entries:
-                raise ValueError(f"{body.prefix}{number}.{names[entries.index(None)]}.weight is missing")
+            entries = [_entry(block, name) for name in names]
+            if not all(entries):
+                raise ValueError(f"{body.prefix}{number}.{names[entries.index('')]}.weight is missing")
             weights[layer] = {entry: state_dict[entry] for entry in entries}
         require_matrices(weights)
         if body.layers["attn.qkv"] == ("attn.c_attn",):

@@ -142,7 +142,8 @@ def _recognise(body: Body) -> tuple[Format, str]:
         if match := re.fullmatch(rf"((?:.+\.)?){candidate.blocks}", place):
             return candidate, match[1]
     known = "; ".join(candidate.name for candidate in FORMATS)
-    raise ValueError(f"expected transformer blocks named as in one of {known}; got {body.prefix}0.{body.layers}")
+    got = ", ".join(f"{body.prefix}0.{name}" for names in body.layers.values() for name in names)
+    raise ValueError(f"expected transformer blocks named as in one of {known}; got {got}")
 
 
 def _normalised(source: str, body: Body, root: str) -> str:
@@ -192,12 +193,13 @@ def _reshape(tensors: dict[str, Tensor], report: Report) -> None:
         if name == CATEGORIES and tensor.ndim == 3:
             new, what = {name: tensor.squeeze(2).T}, "convolution of one-hot categories as an embedding"
         elif name == "class_embedding":
-            new, what = {"cls_token": tensor.view(1, 1, -1)}, "leading dimensions"
+            new, what = {"cls_token": tensor.reshape(1, 1, -1)}, "leading dimensions"
         elif name == "position_embedding.weight":
             new, what = {"pos_embed": tensor.unsqueeze(0)}, "leading dimension"
         elif name == "register_tokens":
             token, positions = tensors.get("cls_token"), tensors.get("pos_embed")
-            if token is None or positions is None or token.shape != positions[:, :1].shape:
+            has_both = token is not None and positions is not None and positions.ndim == 3
+            if not has_both or token.shape != (1, 1, positions.shape[2]):
                 raise ValueError(f"{report.sources(name)[0]}: expected a class token with a position beside it")
             tensors["cls_token"], tensors["pos_embed"] = token + positions[:, :1], positions[:, 1:]
             report.changed["cls_token"] = report.changed["pos_embed"] = "the class token has taken its position in"

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from m2pt import reparameterize_aux_into_target_model
+from m2pt.checkpoint_blocks import linear_weights
 from m2pt.checkpoint_formats import convert_state_dict, load_auxiliary, load_pretrained, read_checkpoint
 from m2pt.checkpoints import load_state_dict, save_state_dict
 from m2pt.families import LAYER_NAMES
@@ -290,6 +291,45 @@ def test_the_linear_layers_of_any_file_are_an_auxiliary_model(case, tmp_path, wr
     entries = {wrapper + name: value.bfloat16() for name, value in entries.items()} | beside
     for name, weight in auxiliary_weights(write(entries, tmp_path / f"w{suffix}")).items():
         assert torch.equal(weight, tensors[f"blocks.{name}.weight"].bfloat16())
+
+
+SHAPES = ((), (3,), (1, 1, 3))
+
+
+@pytest.mark.parametrize("spoilt", [*map(torch.ones, SHAPES), torch.ones(2, 2).int()], ids=str)
+def test_an_entry_of_another_shape_is_refused_or_fits_a_model_of_that_shape(case, spoilt):
+    entries, _ = case
+    for name in entries:
+        changed = entries | {name: spoilt}
+        for read in (convert_state_dict, linear_weights):
+            try:
+                read(changed)
+            except ValueError as error:
+                assert "expected" in str(error)
+
+
+@pytest.mark.parametrize("wrapper", ["model.", "backbone.", "model.backbone."])
+def test_checkpoints_of_lightning_are_read(case, tmp_path, wrapper):
+    entries, expected = case
+    content = {
+        "state_dict": {wrapper + name: value for name, value in entries.items()},
+        "hyper_parameters": {"lr": 1e-3, "betas": (0.9, 0.95), "name": "vit"},
+        "callbacks": {
+            "ModelCheckpoint{'monitor': 'loss'}": {"best_model_score": torch.tensor(0.5), "best_k_models": {}}
+        },
+        "optimizer_states": [{"state": {}, "param_groups": [{"params": [0], "lr": 1e-3}]}],
+        "loops": {"fit_loop": {"state_dict": {}}},
+        "epoch": 3,
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    assert read_checkpoint(tmp_path / "last.ckpt")[0].keys() == expected
+    weights = auxiliary_weights(tmp_path / "last.ckpt")
+    content["state_dict"] |= {"accuracy.total": torch.tensor(3), "criterion.weight": torch.ones(2)}
+    torch.save(content, tmp_path / "last.ckpt")
+    again = auxiliary_weights(tmp_path / "last.ckpt")
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+    with pytest.raises(ValueError, match=r"unknown entries .*: accuracy\.total, criterion\.weight"):
+        read_checkpoint(tmp_path / "last.ckpt")
 
 
 def test_a_missing_bias_of_the_keys_is_zero():
