@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from m2pt_kernels.divided import check_undivided
 
 from .checkpoint_blocks import Body, find_body, linear_weights, require_matrices, require_shapes
-from .checkpoint_names import FORMATS, PARTS, Format, inside_block
+from .checkpoint_names import FORMATS, PARTS, RELATIVE, Format, inside_block
 from .checkpoints import TAKEN, Weights, read_weights
 from .checks import check_module, check_state_dict
 from .families import LAYER_NAMES
@@ -33,6 +33,7 @@ HEAD = re.compile(r"(head|head_dist)\.")
 CATEGORIES = "head.category.0.weight"
 CLASS_TOKEN = ("cls_token", "cls_pos")
 AFTER_BLOCKS = re.compile(r"(norm|fc_norm|attn_pool|head|head_dist)\.")
+OVERLAPPING = "positions of patches that overlap, frequency by time"
 WRAPPING = re.compile(r"(?:(?:module|_orig_mod|model|backbone)\.)*")
 """What torch's and Lightning's wrappers put before every name."""
 
@@ -255,6 +256,12 @@ def read_checkpoint(path: str | os.PathLike, weights: Weights | None = None) -> 
     return tensors, report
 
 
+class LinearLayers(nn.Module):
+    """What surgery reads of a transformer; it cannot be called."""
+
+    blocks: nn.ModuleList
+
+
 def load_auxiliary(path: str | os.PathLike, weights: Weights | None = None) -> nn.Module:
     """The linear layers of the transformer in a checkpoint, for `reparameterize_aux_into_target_model`.
 
@@ -277,7 +284,7 @@ def load_auxiliary(path: str | os.PathLike, weights: Weights | None = None) -> n
         blocks = linear_weights(state_dict)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
-    body = nn.Module()
+    body = LinearLayers()
     body.blocks = nn.ModuleList()
     for tensors in blocks:
         block = nn.ModuleDict({"attn": nn.ModuleDict(), "mlp": nn.ModuleDict()})
@@ -292,11 +299,13 @@ def load_auxiliary(path: str | os.PathLike, weights: Weights | None = None) -> n
 def load_pretrained(model: nn.Module, path: str | os.PathLike, weights: Weights | None = None) -> Report:
     """Load a checkpoint of any known format into a model of `m2pt.models` or a timm VisionTransformer, in place.
 
-    Everything has to fit, but for five things. Positions of another grid are resampled, or left out if the model
-    computes its own. A head of other shapes is left out, and so are layers after the blocks that the model has none of.
-    Head and other layers after the blocks may be missing in the file. A class token with a position of its own, a point
-    cloud's, may be missing on either side. Of a file without patch embedding, as those of speech, the blocks are loaded
-    and what follows them, and the model keeps its own embedding.
+    Everything has to fit, but for six things. Positions of another grid are resampled, or left out if the model
+    computes its own; they may be missing where the file has relative ones. A head of other shapes is left out, and so
+    are layers after the blocks that the model has none of. Head and other layers after the blocks may be missing in the
+    file. A class token with a position of its own, a point cloud's, may be missing on either side. A distillation token
+    that the model has none of is left out; the patches of AST, frequency by time, are then turned, and its positions,
+    of patches that overlap, left out. Of a file without patch embedding, as those of speech, the blocks are loaded and
+    what follows them, and the model keeps its own embedding.
 
     Args:
         model: what to load into.
@@ -321,6 +330,8 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike, weights: Weights 
         for name, reason in _to_leave_out(tensors, own).items():
             del tensors[name]
             report.drop(name, reason)
+        if "dist_token" in tensors and "dist_token" not in own:
+            _leave_distillation_out(tensors, report)
         if "pos_embed" in tensors and tensors["pos_embed"].shape != own["pos_embed"].shape:
             tensors["pos_embed"], report.changed["pos_embed"] = _positions_for(model, tensors["pos_embed"])
         report.initialised = [name for name in own if name not in tensors]
@@ -341,6 +352,21 @@ def _to_leave_out(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> d
     if "pos_embed" in tensors and "pos_embed" not in own:
         reasons["pos_embed"] = "the model computes its positions"
     return reasons
+
+
+def _leave_distillation_out(tensors: dict[str, Tensor], report: Report) -> None:
+    reasons = {"dist_token": "the model has no distillation token"}
+    patches, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
+    if patches is not None and patches.ndim == 4 and patches.shape[1] == 1:
+        tensors["patch_embed.proj.weight"] = patches.mT.contiguous()
+        report.changed["patch_embed.proj.weight"] = "frequency by time turned into time by frequency"
+        reasons["pos_embed"] = OVERLAPPING
+    elif positions is not None and positions.ndim == 3:
+        tensors["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
+        report.changed["pos_embed"] = "without the distillation token's"
+    for name, reason in reasons.items():
+        if tensors.pop(name, None) is not None:
+            report.drop(name, reason)
 
 
 def _positions_for(model: nn.Module, positions: Tensor) -> tuple[Tensor, str]:
@@ -376,7 +402,9 @@ def _require_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], repor
         for name in report.initialised
         if not AFTER_BLOCKS.match(name) and (is_embedded or name.startswith("blocks."))
     ]
-    if missing := [name for name in required if not ("cls_pos" in own and name in CLASS_TOKEN)]:
+    optional = {"pos_embed"} if not {RELATIVE, OVERLAPPING}.isdisjoint(report.dropped.values()) else set()
+    optional |= set(CLASS_TOKEN) if "cls_pos" in own else set()
+    if missing := [name for name in required if name not in optional]:
         raise ValueError(f"missing in the file: {', '.join(missing)}")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:

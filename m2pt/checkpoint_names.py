@@ -29,6 +29,7 @@ class Format:
 
 
 BLOCK = r"(blocks\.\d+)\."
+RELATIVE = "relative positions, which timm's VisionTransformer has none of"
 DECODER = (r"(MAE_)?decoder[._]|encoder_to_decoder\.|increase_dim\.", "decoder")
 MASK_TOKEN = (r"(embeddings\.)?(mask_token|masked_spec_embed)", "mask token")
 SPEECH = (
@@ -88,7 +89,7 @@ FORMATS = (
             (r"distillation_classifier\.", "head_dist."),
         ),
         drops=(
-            (r".*\brelative_position_bias\.", "relative positions, which timm's VisionTransformer has none of"),
+            (r".*\brelative_position_bias\.", RELATIVE),
             (r"pooler\.dense\.", "pooler, which timm has none of"),
             DECODER,
             MASK_TOKEN,

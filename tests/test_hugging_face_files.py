@@ -532,6 +532,51 @@ def test_the_embedding_of_the_model_stays_where_the_file_has_none(tmp_path, make
         assert torch.equal(value, before[name] if name in report.initialised else tensors[name])
 
 
+def test_ast_is_loaded_into_the_audio_model(tmp_path):
+    """Whose spectrograms are time by frequency, and whose positions are its own."""
+    write(random(ast(True)), tmp_path / "ast.pth")
+    settings = {"patch_size": 16, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2, "mlp_ratio": 2}
+    model = create_model("audio", "tiny", num_classes=CLASSES, img_size=(64, 32), **settings)
+    positions = model.pos_embed.clone()
+    report = load_pretrained(model, tmp_path / "ast.pth")
+    assert torch.equal(model.pos_embed, positions) and report.initialised == ["pos_embed"]
+    entries = load_state_dict(tmp_path / "ast.pth")
+    prefix = "audio_spectrogram_transformer."
+    assert report.dropped == {
+        f"{prefix}embeddings.distillation_token": "the model has no distillation token",
+        f"{prefix}embeddings.position_embeddings": "positions of patches that overlap, frequency by time",
+        **dict.fromkeys((f"{prefix}layernorm.weight", f"{prefix}layernorm.bias"), "the model has no such layer"),
+    }
+    patches = {kind: entries[f"{prefix}embeddings.patch_embeddings.projection.{kind}"] for kind in ("weight", "bias")}
+    frequency_by_time = torch.randn(1, 1, 32, 64)
+    expected = nn.functional.conv2d(frequency_by_time, patches["weight"], patches["bias"], stride=16)
+    found = model.patch_embed(frequency_by_time.mT).unflatten(1, (4, 2)).permute(0, 3, 2, 1)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(model.blocks[1].mlp.fc2.weight, entries[f"{prefix}layers.1.mlp.fc2.weight"])
+
+
+def test_a_distillation_token_is_left_out_with_its_position(tmp_path):
+    write(random(deit(False)), tmp_path / "deit.pth")
+    entries, model = load_state_dict(tmp_path / "deit.pth"), vit(num_classes=CLASSES)
+    report = load_pretrained(model, tmp_path / "deit.pth")
+    positions = entries["deit.embeddings.position_embeddings"]
+    assert torch.equal(model.pos_embed, positions[:, [0, 2, 3, 4, 5]])
+    assert report.changed["pos_embed"] == "without the distillation token's"
+    assert "the model has no distillation token" in str(report)
+    larger = vit(num_classes=CLASSES, img_size=64)
+    report = load_pretrained(larger, tmp_path / "deit.pth")
+    assert report.changed["pos_embed"] == "resampled from 2 x 2 to 4 x 4"
+    assert torch.equal(larger.pos_embed[:, 0], positions[:, 0])
+
+
+def test_relative_positions_leave_the_models_own(tmp_path):
+    write(random(beit(False)), tmp_path / "beit.pth")
+    model = vit(num_classes=CLASSES, init_values=1.0, global_pool="avg")
+    positions = model.pos_embed.clone()
+    report = load_pretrained(model, tmp_path / "beit.pth")
+    assert report.initialised == ["pos_embed"] and torch.equal(model.pos_embed, positions)
+
+
 def test_a_block_that_such_a_file_lacks_is_still_missed(tmp_path):
     with pytest.raises(ValueError, match=r"missing in the file: blocks\.2\.norm1\.weight"):
         load_pretrained(vit(depth=3), write(random(whisper(True)), tmp_path / "w.pth"))
