@@ -128,12 +128,14 @@ METADATA = {
 def _reads(model: nn.Module) -> Iterator[set[nn.Module]]:
     """The fused layers whose weight is read inside the block, other than by a call."""
     layers = [layer for layer in model.modules() if type(layer) is FusedCrossModalLinear]
-    _Watch.read = set()
+    read: set[nn.Module] = set()
+    _Watch.read = read
     try:
         for layer in layers:
             layer.__class__ = _Watched
-        yield _Watch.read
+        yield read
     finally:
+        _Watch.read = set()
         for layer in layers:
             layer.__class__ = FusedCrossModalLinear
 

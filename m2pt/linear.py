@@ -79,6 +79,11 @@ class _Part(NamedTuple):
     scale: Tensor
     auxiliary: Auxiliary
 
+    def is_equal(self, other: "_Part") -> bool:
+        """Whether both stand for the same auxiliary weight; not known on the meta device."""
+        matrices = ((self.data, other.data), (self.aux_weight_scale, other.aux_weight_scale))
+        return not self.data.is_meta and all(a is b or torch.equal(a, b) for a, b in matrices)
+
 
 class FusedCrossModalLinear(nn.Linear):
     """`y = x (weight + cross_modal_scale * aux_weight)^T + bias` (cross-modal re-parameterization, M2PT eq. 2).
@@ -97,7 +102,7 @@ class FusedCrossModalLinear(nn.Linear):
             (n, out_features, in_features).
         is_aux_trainable: whether `aux_weight` gets a gradient. The auxiliary model's own flag is left alone.
 
-    `cross_modal_scale` has shape (1,) or (n,), starts at zero and is always trainable. State-dict names: `weight`,
+    `cross_modal_scale` has shape (1,) or (n,), starts at zero and is trainable. State-dict names: `weight`,
     `bias`, `aux_weight`, `cross_modal_scale`; and `aux_weight_scale` once `quantize_aux` has made `aux_weight` small.
 
     Raises:
@@ -248,22 +253,27 @@ class FusedCrossModalLinear(nn.Linear):
 
     @torch.no_grad()
     def joined(self, other: "FusedCrossModalLinear") -> "FusedCrossModalLinear":
-        """This layer with copies of the auxiliary weights and scales of both.
+        """This layer with copies of the auxiliary weights and scales of both; the scales are trainable.
 
         Raises:
             ValueError: `other` has an auxiliary weight that is here already, trains its weights where this one does
                 not, or stores them in another way.
         """
-        is_trained, stored = self.aux_weight.requires_grad, DTYPES.get(self.aux_weight.dtype)
+        is_trained, own, others = self.aux_weight.requires_grad, self._parts(), other._parts()
         if other.aux_weight.requires_grad != is_trained:
             raise ValueError(f"is_aux_trainable: expected {is_trained}, as of the auxiliary weights that are there")
-        if DTYPES.get(other.aux_weight.dtype) != stored:
-            raise ValueError(f"aux_dtype: expected {stored!r}, as of the auxiliary weights that are there")
-        own, others = self._parts(), other._parts()
-        pairs = ((old.data, new.data) for old in own for new in others)
-        if not self.weight.is_meta and any(torch.equal(old, new) for old, new in pairs):
+        if self.storage != other.storage and not (
+            self.aux_weight.is_floating_point()
+            and other.aux_weight_scale is None
+            and torch.promote_types(self.aux_weight.dtype, other.aux_weight.dtype) == self.aux_weight.dtype
+        ):
+            stored = f"{self.storage!r}, as of the auxiliary weights that are there, got {other.storage!r}"
+            raise ValueError(f"aux_dtype: expected {stored}")
+        if any(old.is_equal(new) for old in own for new in others):
             raise ValueError("it is connected to this auxiliary weight already")
-        return self._with([*own, *others])
+        joined = self._with([*own, *others])
+        joined.cross_modal_scale.requires_grad_(True)
+        return joined
 
     @torch.no_grad()
     def without(self, indices: Collection[int]) -> nn.Linear:
@@ -289,7 +299,7 @@ class FusedCrossModalLinear(nn.Linear):
             self.in_features, self.out_features, origin_layer=self.plain(), aux_weight=self.weight
         )
         weights, weight_scales, scales, layer.auxiliaries = zip(*parts, strict=True)
-        together = (lambda tensors: tensors[0]) if len(parts) == 1 else torch.stack
+        together = (lambda tensors: tensors[0].clone()) if len(parts) == 1 else torch.stack
         is_trained = self.aux_weight.requires_grad
         layer._store(together(weights), None if weight_scales[0] is None else together(weight_scales), is_trained)
         layer.cross_modal_scale = nn.Parameter(torch.stack(scales), self.cross_modal_scale.requires_grad)

@@ -4,7 +4,7 @@ Names decide where both models are of a known family, shapes where one is not. W
 the candidates.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from .checks import one_of
 from .families import layers_of_block
 
 Names = tuple[str, ...]
+Layers = Mapping[str, Names]
 LayerNames = Sequence[str] | Mapping[str | Names, str | Sequence[str]]
 Blocks = str | Sequence[int] | Sequence[tuple[int, int]]
 
@@ -29,11 +30,13 @@ class Group(NamedTuple):
     Attributes:
         target_names, aux_names: dotted names inside the block.
         chosen: those of `target_names` that are to be connected.
+        misfit: why they do not belong together after all.
     """
 
     target_names: Names
     aux_names: Names
     chosen: Names
+    misfit: str = ""
 
 
 class Pair(NamedTuple):
@@ -70,9 +73,13 @@ def pair_blocks(
             f" {len(aux_blocks)}: choose with blocks='first', 'last', 'even', indices or pairs of indices"
         )
     indices = _block_indices(blocks, len(target_blocks), len(aux_blocks))
-    first_blocks = target.get_submodule(target_blocks[0]), aux.get_submodule(aux_blocks[0])
-    groups = _groups(*first_blocks, argument, layer_names)
-    return [Pair(target_blocks[i], aux_blocks[j], groups) for i, j in indices]
+    pairs = [(target_blocks[i], aux_blocks[j]) for i, j in indices]
+    modules = [(target.get_submodule(i), aux.get_submodule(j)) for i, j in pairs]
+    groups = _named_groups(*modules[0], argument, layer_names)
+    return [
+        Pair(i, j, groups or _groups_by_shape(*blocks, f"{argument}: {j}"))
+        for (i, j), blocks in zip(pairs, modules, strict=True)
+    ]
 
 
 def qualified_name(module: nn.Module) -> str:
@@ -120,7 +127,8 @@ def _check_names(layer_names: LayerNames | None) -> None:
 
 
 def _names(names: Any) -> tuple[Any, ...]:
-    return tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else (names,)
+    """One name, or several in an order."""
+    return tuple(names) if isinstance(names, (tuple, list)) else (names,)
 
 
 def _body_names(target: nn.Module, aux: nn.Module, argument: str, main_body_name: Any) -> tuple[str, str]:
@@ -137,12 +145,13 @@ def _body_names(target: nn.Module, aux: nn.Module, argument: str, main_body_name
 
 
 def _find_body(model: nn.Module, argument: str) -> str:
-    """The dotted name of the one sequence of blocks: `blocks`, or of a known family, or of equal blocks."""
-    if isinstance(getattr(model, "blocks", None), nn.Module):
+    """The dotted name of the blocks: `blocks`, or else the one sequence of a known family or of equal blocks."""
+    if _is_sequence(model._modules.get("blocks")):
         return "blocks"
     bodies = {name: list(module) for name, module in model.named_modules() if _is_sequence(module)}
-    found = [name for name, blocks in bodies.items() if layers_of_block(partial(_has_layer, blocks[0]))]
-    found = found or [name for name, blocks in bodies.items() if len(blocks) > 1 and _are_equal(blocks)]
+    found = [
+        name for name, blocks in bodies.items() if _is_known(blocks[0]) or (len(blocks) > 1 and _are_equal(blocks))
+    ]
     found = [name for name in found if not any(other != name and _is_inside(name, other) for other in found)]
     found = [name for name in found if "decoder" not in name] or found
     if not found:
@@ -167,9 +176,13 @@ def _is_inside(name: str, other: str) -> bool:
     return name.startswith(f"{other}." if other else "")
 
 
+def _is_known(block: nn.Module) -> bool:
+    return bool(layers_of_block(partial(_has_layer, block)))
+
+
 def _are_equal(blocks: Sequence[nn.Module]) -> bool:
     shapes = [_linear_shapes(block) for block in blocks]
-    return bool(shapes[0]) and all(own == shapes[0] for own in shapes)
+    return len(blocks) > 1 and bool(shapes[0]) and all(own == shapes[0] for own in shapes)
 
 
 def _block_names(model: nn.Module, argument: str, body: str) -> list[str]:
@@ -190,7 +203,7 @@ def _block_indices(blocks: Blocks | None, target_depth: int, aux_depth: int) -> 
         places = (_spread(spacing, depth, count) for depth in (target_depth, aux_depth))
         return list(zip(*places, strict=True))
     expected = "blocks: expected 'first', 'last', 'even', indices or pairs of indices, each block of the target once"
-    chosen = list(blocks) if isinstance(blocks, Iterable) else []
+    chosen = blocks if isinstance(blocks, Sequence) else ()
     pairs = [(block, block) if isinstance(block, int) else _names(block) for block in chosen]
     if not pairs or not all(len(pair) == 2 and all(type(index) is int for index in pair) for pair in pairs):
         raise TypeError(f"{expected}; got {blocks!r}")
@@ -211,13 +224,13 @@ def _spread(spacing: str, depth: int, count: int) -> list[int]:
     return list(range(start, start + count))
 
 
-def _groups(target: nn.Module, aux: nn.Module, argument: str, layer_names: LayerNames | None) -> list[Group]:
-    """The layers of two blocks that belong together."""
+def _named_groups(target: nn.Module, aux: nn.Module, argument: str, layer_names: LayerNames | None) -> list[Group]:
+    """The layers of two blocks that belong together by their names; nothing if no names are given or known."""
     if isinstance(layer_names, Mapping):
         return [Group(_names(names), _names(aux_names), _names(names)) for names, aux_names in layer_names.items()]
     known = _known_groups(target, aux)
     if layer_names is None:
-        return known or _groups_by_shape(target, aux, argument)
+        return known
     named = [Group((name,), (name,), (name,)) for name in layer_names]
     are_in_aux, are_in_target = (all(_has_layer(block, name) for name in layer_names) for block in (aux, target))
     if are_in_aux or not are_in_target or not known:
@@ -233,21 +246,47 @@ def _groups(target: nn.Module, aux: nn.Module, argument: str, layer_names: Layer
 
 
 def _known_groups(target: nn.Module, aux: nn.Module) -> list[Group]:
-    """Of two known families. Attention that reads its weights without calling a layer cannot be connected."""
-    layers, aux_layers = (layers_of_block(partial(_has_layer, block)) for block in (target, aux))
+    """Of two known families. The layers of torch's MultiheadAttention are left out, which reads their weights."""
+    target_layers, aux_layers = (layers_of_block(partial(_has_layer, block)) for block in (target, aux))
     groups = []
-    for layer in layers if aux_layers else ():
-        names, aux_names = layers[layer], aux_layers[layer]
-        if isinstance(target.get_submodule(names[0].rpartition(".")[0]), nn.MultiheadAttention):
+    for layer in target_layers if aux_layers else ():
+        names, aux_names = target_layers[layer], aux_layers[layer]
+        if isinstance(_parent(target, names[0]), nn.MultiheadAttention):
             continue
+        is_last, aux_is_last = (
+            layer == "mlp.fc1" and _gate_is_last(*own) for own in ((target, names), (aux, aux_names))
+        )
         if len(names) == len(aux_names):
-            groups += [Group((name,), (aux_name,), (name,)) for name, aux_name in zip(names, aux_names, strict=True)]
+            misfit = "the rows of the gate come last in one of them" if is_last != aux_is_last else ""
+            groups += [Group((own,), (aux_own,), (own,), misfit) for own, aux_own in zip(names, aux_names, strict=True)]
+        elif len(names) > len(aux_names):
+            names = names[::-1] if aux_is_last else names
+            groups.append(Group(names, aux_names, names, _misfit(aux, aux_layers, target, names)))
         else:
-            groups.append(Group(names, aux_names, names))
+            aux_names = aux_names[::-1] if is_last else aux_names
+            groups.append(Group(names, aux_names, names, _misfit(target, target_layers, aux, aux_names)))
     return groups
 
 
-def _groups_by_shape(target: nn.Module, aux: nn.Module, argument: str) -> list[Group]:
+def _misfit(whole: nn.Module, layers: Layers, block: nn.Module, parts: Names) -> str:
+    """Why layers do not make up the one of another block, whatever their rows add up to; nothing if they do."""
+    rows = [_shape(block, part)[0] for part in parts]
+    if len(set(rows)) > 1:
+        return f"expected as many rows in each, got {', '.join(map(str, rows))}"
+    is_gated = _shape(whole, layers["mlp.fc1"][0])[0] == 2 * _shape(whole, layers["mlp.fc2"][0])[1]
+    return "" if is_gated or len(parts) != 2 else "a gated MLP and one without a gate"
+
+
+def _gate_is_last(block: nn.Module, names: Names) -> bool:
+    """Whether a gated layer holds the rows of its gate behind the others, as timm's GluMlp may."""
+    return bool(getattr(_parent(block, names[0]), "gate_last", False))
+
+
+def _parent(block: nn.Module, name: str) -> nn.Module:
+    return block.get_submodule(name.rpartition(".")[0])
+
+
+def _groups_by_shape(target: nn.Module, aux: nn.Module, place: str) -> list[Group]:
     """Layers of the same names; or, where names differ, of shapes that only one layer of either block has."""
     shapes, aux_shapes = _linear_shapes(target), _linear_shapes(aux)
     if shapes and shapes.keys() == aux_shapes.keys():
@@ -256,18 +295,39 @@ def _groups_by_shape(target: nn.Module, aux: nn.Module, argument: str) -> list[G
         shape: [[name for name in own if own[name] == shape] for own in (shapes, aux_shapes)]
         for shape in dict.fromkeys(shapes.values())
     }
-    clear = {names[0]: aux_names[0] for names, aux_names in alike.values() if len(names) == len(aux_names) == 1}
-    if len(clear) < len(shapes) or not shapes:
+    clear = {
+        names[0]: aux_names[0]
+        for names, aux_names in alike.values()
+        if len(names) == len(aux_names) == 1 and not any(map(_is_interleaved, (names[0], aux_names[0])))
+    }
+    if not shapes or not aux_shapes:
+        raise ValueError(f"{place}: there are no linear layers in it, or in the target's block")
+    if len(clear) < len(shapes):
         unclear = "; ".join(
-            f"{shape}: {', '.join(names)} and {', '.join(aux_names) or 'none'}"
+            f"{shape}: target {', '.join(names)}, auxiliary {', '.join(aux_names) or 'none'}"
             for shape, (names, aux_names) in alike.items()
             if names[0] not in clear
         )
         raise ValueError(
-            f"{argument}: which of its layers belong to the target's is not clear, say it with layer_names; clear are"
-            f" {clear}, and the others by shape, target first: {unclear or 'none'}"
+            f"{place}: which of its layers belong to the target's is not clear, say it with layer_names; clear are"
+            f" {clear}, the others by shape: {unclear}"
         )
     return [Group((name,), (aux_name,), (name,)) for name, aux_name in clear.items()]
+
+
+def _is_interleaved(name: str) -> bool:
+    """Whether its rows are query, key and value of one head after the other, as in GPT-NeoX, Bloom and Falcon."""
+    return name.rpartition(".")[2] == "query_key_value"
+
+
+def _shape(block: nn.Module, name: str) -> tuple[int, int]:
+    """(out_features, in_features) of a layer."""
+    if (weight := in_projection(block, name)) is not None:
+        return weight.shape[0], weight.shape[1]
+    layer, _ = unwrapped(block.get_submodule(name), name)
+    if is_conv1d(layer):
+        return layer.weight.shape[1], layer.weight.shape[0]
+    return layer.out_features, layer.in_features
 
 
 def _has_layer(block: nn.Module, name: str) -> bool:
@@ -281,15 +341,9 @@ def _has_layer(block: nn.Module, name: str) -> bool:
 
 
 def _linear_shapes(block: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of the linear layers inside a block, by their dotted names."""
+    """The shapes of the linear layers inside a block, by their dotted names."""
     shapes: dict[str, tuple[int, int]] = {}
-    for name, module in block.named_modules():
-        layer, _ = unwrapped(module, name)
-        if not name or any(_is_inside(name, found) for found in shapes):
-            continue
-        if isinstance(layer, nn.Linear):
-            shapes[name] = layer.out_features, layer.in_features
-        elif is_conv1d(layer):
-            rows, columns = layer.weight.shape
-            shapes[name] = columns, rows
+    for name, _ in block.named_modules():
+        if name and not any(_is_inside(name, found) for found in shapes) and _has_layer(block, name):
+            shapes[name] = _shape(block, name)
     return shapes

@@ -1,16 +1,19 @@
 """Surgery: connect auxiliary models to a target model, and take them out again."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from m2pt_kernels.divided import is_divided
 
 from .calls import Sample, check_calls, check_sample, is_known_to_read, stop_watching, watch_calls
 from .checks import check_kind, check_module
-from .hooks import check_no_hooks, has_forward_hooks
+from .hooks import check_no_hooks, check_no_tensor_hooks, has_forward_hooks
 from .linear import Auxiliary, FusedCrossModalLinear, is_plain_linear
 from .pairing import (
     Blocks,
@@ -39,13 +42,14 @@ def reparameterize_aux_into_target_model(
 ) -> nn.Module:
     """Replace linear layers of the target's blocks by `FusedCrossModalLinear`, in place (M2PT, section 3.2).
 
-    Bodies and layers are found for the families in `m2pt.families`, and for other models with one sequence of equal
-    blocks, where the linear layers have the same names or pair up by shape in one way only. Query, key and value may be
-    one layer on one side and three on the other. GPT-2's Conv1D is read transposed, and of a LoRA wrapper the layer
-    inside is used. `describe_pathways` shows what was connected to what.
+    Bodies and layers are found for the families in `m2pt.families`: those of attention and MLP. Query, key and value
+    may be one layer on one side and three on the other. Of other models the one sequence of equal blocks is taken, if
+    their linear layers have the same names or pair up by shape in one way only. GPT-2's Conv1D is read transposed, and
+    of a LoRA wrapper the layer inside is used. `describe_pathways` shows what was connected to what.
 
-    A target that is connected already gets the further auxiliary models beside those it has. Its scales are then new
-    parameters of the same values, so make the optimizer afterwards.
+    A target that is connected already gets the further auxiliary models beside those it has. Auxiliary weights and
+    scales are then new parameters of the same values, and the scales trainable, so make the optimizer afterwards. Wrap
+    the target in DistributedDataParallel afterwards too.
 
     A layer whose weight its parent reads without calling the layer would not be connected: some such modules are known
     and refused, and a `sample` shows any other. Without a sample, the first forward pass of the target in training mode
@@ -77,36 +81,47 @@ def reparameterize_aux_into_target_model(
         TypeError: an argument of another type, or an auxiliary weight that is not floating.
         ValueError: the models do not fit: no body or several, a missing layer, another depth or shape, layers that pair
             up in several ways, a layer that is not linear, connected to this weight already, used twice, not called by
-            its parent, divided among processes, or with hooks, which would be lost; or `aux_dtype` does not fit a
-            weight, or the target raised an error with `sample`. The message names the block and layer, and both models
-            are as they were.
+            its parent, divided among processes, inside DistributedDataParallel, or with hooks, which would be lost; or
+            `aux_dtype` does not fit a weight, or the target raised an error with `sample`. The message says which, and
+            both models are as they were.
     """
     check_module("target_model", target_model)
     check_sample(sample)
-    weights: dict[str, list[tuple[Auxiliary, Tensor]]] = {}
-    layers: dict[str, nn.Linear] = {}
+    connections: dict[str, list[Connection]] = {}
     for argument, (name, model) in _named_models(aux_model, target_model).items():
         for pair in pair_blocks(target_model, model, argument, layer_names, main_body_name, blocks):
-            for place, layer, auxiliary, weight in _connections(target_model, model, argument, name, pair):
-                layers[place] = layer
-                weights.setdefault(place, []).append((auxiliary, weight))
-    _require_used_once(layers)
+            for place, connection in _connections(target_model, model, argument, name, pair):
+                connections.setdefault(place, []).append(connection)
+    _require_used_once(target_model, {place: own[0].layer for place, own in connections.items()})
     fused = {}
-    for place, layer in layers.items():
-        auxiliaries, aux_weights = zip(*weights[place], strict=True)
+    for place, own in connections.items():
         try:
-            fused[place] = _connected(layer, aux_weights, auxiliaries, is_aux_trainable, aux_dtype)
+            fused[place] = _connected(own, is_aux_trainable, aux_dtype)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"aux_model: {place}: {error}") from None
-    _replace(target_model, fused, sample)
+            arguments = " and ".join(connection.argument for connection in own)
+            raise type(error)(f"{arguments}: {place}: {error}") from None
+    with _replaced(target_model, fused):
+        if sample is not None:
+            check_calls(target_model, sample)
+    if sample is None:
+        watch_calls(target_model)
     return target_model
+
+
+class Connection(NamedTuple):
+    """What a layer of the target gets of one auxiliary model, which error messages call `argument`."""
+
+    layer: nn.Linear
+    argument: str
+    auxiliary: Auxiliary
+    weight: Tensor
 
 
 def remove_auxiliary(model: nn.Module, name: str) -> nn.Module:
     """Take an auxiliary model out of a connected one, in place; a layer that has no other becomes a plain `nn.Linear`.
 
-    Nothing is folded into the weights. Where others stay, their scales are new parameters of the same values, so make
-    the optimizer afterwards.
+    Nothing is folded into the weights. Where others stay, their weights and scales are new parameters of the same
+    values, so make the optimizer afterwards.
 
     Args:
         model: a connected model.
@@ -118,19 +133,21 @@ def remove_auxiliary(model: nn.Module, name: str) -> nn.Module:
     Raises:
         TypeError: `model` is no module, or `name` no string.
         ValueError: no fused layer below `model`, none with such an auxiliary model, one that is divided among processes
-            or has hooks, which would be lost. The model is as it was.
+            or inside DistributedDataParallel, or has hooks, which would be lost. The model is as it was.
     """
     check_kind(str, "the name of an auxiliary model", name=name)
     require_whole(model, "remove auxiliary models before dividing the model")
     replacements: dict[str, nn.Module] = {}
-    for layer, own_places in places(model).items():
+    for layer, (place, *more) in places(model).items():
         if indices := [i for i, auxiliary in enumerate(layer.auxiliaries) if auxiliary.model == name]:
-            check_no_hooks(own_places[0], layer)
-            replacements |= dict.fromkeys(own_places, layer.without(indices))
+            if type(layer) is not FusedCrossModalLinear:
+                raise ValueError(f"{place} is a {qualified_name(layer)}, expected a plain FusedCrossModalLinear")
+            _check_replaceable(model, place, place)
+            replacements |= dict.fromkeys((place, *more), layer.without(indices))
     if not replacements:
         raise ValueError(f"name: expected one of {', '.join(_auxiliary_names(model))}; got {name!r}")
-    for place, layer in replacements.items():
-        model.set_submodule(place, layer)
+    with _replaced(model, replacements):
+        pass
     if not _auxiliary_names(model):
         for module in model.modules():
             stop_watching(module)
@@ -148,15 +165,16 @@ def _named_models(aux_model: AuxModels, target_model: nn.Module) -> dict[str, tu
     is_mapping = isinstance(aux_model, Mapping)
     if is_mapping:
         models = {f"aux_model[{name!r}]": (name, model) for name, model in aux_model.items()}
-    elif isinstance(aux_model, nn.Module):
+    elif isinstance(aux_model, nn.Module) or not isinstance(aux_model, Iterable):
         models = {"aux_model": (type(aux_model).__name__, aux_model)}
     else:
-        several = list(aux_model) if isinstance(aux_model, Iterable) else [aux_model]
-        models = {f"aux_model[{i}]": (type(model).__name__, model) for i, model in enumerate(several)}
-    if not all(isinstance(name, str) and isinstance(model, nn.Module) for name, model in models.values()):
-        raise TypeError(f"aux_model: expected a module, a sequence of modules or modules by name, got {aux_model!r}")
+        models = {f"aux_model[{i}]": (type(model).__name__, model) for i, model in enumerate(aux_model)}
+    expected = "expected a module, a sequence of modules or modules by name"
+    for argument, (name, model) in models.items():
+        if not isinstance(name, str) or not isinstance(model, nn.Module):
+            raise TypeError(f"{argument}: {expected}, got {type(model).__name__}")
     if not models:
-        raise ValueError(f"aux_model: expected a module, a sequence of modules or modules by name, got {aux_model!r}")
+        raise ValueError(f"aux_model: {expected}, got none")
     for argument, (name, model) in models.items():
         if is_mapping and name in taken:
             raise ValueError(f"aux_model: target_model is connected to a model {name!r} already")
@@ -169,14 +187,12 @@ def _named_models(aux_model: AuxModels, target_model: nn.Module) -> dict[str, tu
     return models
 
 
-Connection = tuple[str, nn.Linear, Auxiliary, Tensor]
-
-
 @torch.no_grad()
-def _connections(target: nn.Module, aux: nn.Module, argument: str, name: str, pair: Pair) -> Iterator[Connection]:
-    """Of every layer that is to be connected in a block: its place, itself, and what it gets of the auxiliary model."""
-    fitting = []
-    misfit = ""
+def _connections(
+    target: nn.Module, aux: nn.Module, argument: str, name: str, pair: Pair
+) -> Iterator[tuple[str, Connection]]:
+    """The layers of a block that are to be connected, by their places."""
+    fitting, misfit = [], ""
     for group in pair.groups:
         targets = [_target_layer(target, f"{pair.target_block}.{own}") for own in group.target_names]
         aux_places = [f"{pair.aux_block}.{own}" for own in group.aux_names]
@@ -184,11 +200,15 @@ def _connections(target: nn.Module, aux: nn.Module, argument: str, name: str, pa
         joined = " + ".join(aux_places)
         if any(weight is layer.weight for weight in weights for _, layer in targets):
             raise ValueError(f"{argument}: {joined} is target_model's own weight")
+        if len({weight.device for weight in weights}) > 1:
+            raise ValueError(f"{argument}: {joined} are on different devices")
         expected, got = _shape(layer.weight for _, layer in targets), _shape(weights)
-        if expected == got:
+        if group.misfit or expected != got:
+            where = f"{joined} and target_model's {', '.join(group.target_names)}: {group.misfit}"
+            shapes = f"{joined} has weight shape {got}, expected {expected} as in target_model"
+            misfit = misfit or f"{argument}: {where if group.misfit else shapes}"
+        else:
             fitting.append((group, targets, list(zip(aux_places, weights, strict=True))))
-        elif not misfit:
-            misfit = f"{argument}: {joined} has weight shape {got}, expected {expected} as in target_model"
     if misfit:
         fit = ", ".join(own for group, *_ in fitting for own in group.target_names)
         raise ValueError(f"{misfit}; {f'what fits in this block: {fit}' if fit else 'no layer of this block fits'}")
@@ -197,7 +217,7 @@ def _connections(target: nn.Module, aux: nn.Module, argument: str, name: str, pa
         for own, (place, layer), stop in zip(group.target_names, targets, stops, strict=True):
             if own in group.chosen:
                 layers, weight = _rows(weights, stop - len(layer.weight), stop)
-                yield place, layer, Auxiliary(name, layers), weight
+                yield place, Connection(layer, argument, Auxiliary(name, layers), weight)
 
 
 def _shape(weights: Iterable[Tensor]) -> tuple[int, int] | list[tuple[int, ...]]:
@@ -225,17 +245,30 @@ def _rows(weights: Sequence[tuple[str, Tensor]], start: int, stop: int) -> tuple
 def _target_layer(model: nn.Module, place: str) -> tuple[str, nn.Linear]:
     layer, place = _layer(model, "target_model", place)
     if type(layer) is not FusedCrossModalLinear and not is_plain_linear(layer):
-        raise ValueError(_misfit("target_model", place, layer))
-    check_no_hooks(f"target_model: {place}", layer)
+        raise ValueError(_unfit("target_model", place, layer))
+    _check_replaceable(model, place, f"target_model: {place}")
     called = place
     while called:
         parent_name, _, layer_name = called.rpartition(".")
         parent = model.get_submodule(parent_name)
         if is_known_to_read(parent, layer_name):
-            reader = type(parent).__name__
-            raise ValueError(f"target_model: {place} is not called by its {reader}, which reads its weight")
+            reader = f"{type(parent).__name__}, which reads its weight"
+            raise ValueError(f"target_model: {place} is not called by its {reader}: leave it out with layer_names")
         called = parent_name if layer_name == "base_layer" else ""
     return place, layer
+
+
+def _check_replaceable(model: nn.Module, place: str, name: str) -> None:
+    """Raise a ValueError if what surrounds or watches a layer would be lost with it."""
+    layer = model.get_submodule(place)
+    check_no_hooks(name, layer)
+    if isinstance(layer, FusedCrossModalLinear):
+        check_no_tensor_hooks(f"{name}.aux_weight", layer.aux_weight)
+        check_no_tensor_hooks(f"{name}.cross_modal_scale", layer.cross_modal_scale)
+    parts = place.split(".")
+    around = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
+    if any(isinstance(module, DistributedDataParallel) for module in around):
+        raise ValueError(f"{name} is inside DistributedDataParallel, which would not see its scale: wrap it afterwards")
 
 
 def _aux_weight(model: nn.Module, argument: str, place: str) -> Tensor:
@@ -245,7 +278,7 @@ def _aux_weight(model: nn.Module, argument: str, place: str) -> Tensor:
     if isinstance(layer, FusedCrossModalLinear):
         raise ValueError(f"{argument}: {place} is connected to an auxiliary model already, merge its pathways first")
     if not is_plain_linear(layer) and not is_conv1d(layer):
-        raise ValueError(_misfit(argument, place, layer))
+        raise ValueError(_unfit(argument, place, layer))
     if has_forward_hooks(layer):
         raise ValueError(f"{argument}: {place} has forward hooks, which may change what it computes: remove them first")
     return layer.weight.t().contiguous() if is_conv1d(layer) else layer.weight
@@ -264,50 +297,50 @@ def _layer(model: nn.Module, argument: str, place: str) -> tuple[nn.Module, str]
     return layer, place
 
 
-def _misfit(argument: str, place: str, layer: nn.Module) -> str:
+def _unfit(argument: str, place: str, layer: nn.Module) -> str:
     added = " with a forward, parameters, buffers or modules of its own" * (type(layer) is nn.Linear)
     return f"{argument}: {place} is a {qualified_name(layer)}{added}, expected a plain nn.Linear"
 
 
-def _require_used_once(layers: Mapping[str, nn.Linear]) -> None:
-    seen: dict[nn.Linear, str] = {}
-    for place, layer in layers.items():
-        if layer in seen:
-            raise ValueError(f"target_model: {place} is {seen[layer]}, used twice")
-        seen[layer] = place
+def _require_used_once(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    """Raise a ValueError for a layer that the model has in another place too, which would keep the old one."""
+    chosen = set(layers.values())
+    seen: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in chosen and seen.setdefault(module, name) != name:
+            raise ValueError(f"target_model: {name} is {seen[module]}, used twice")
 
 
 def _connected(
-    layer: nn.Linear,
-    aux_weights: Sequence[Tensor],
-    auxiliaries: tuple[Auxiliary, ...],
-    is_aux_trainable: bool,
-    aux_dtype: str | None,
+    connections: Sequence[Connection], is_aux_trainable: bool, aux_dtype: str | None
 ) -> FusedCrossModalLinear:
+    layer = connections[0].layer
     connected = layer if isinstance(layer, FusedCrossModalLinear) else None
     fused = FusedCrossModalLinear(
         layer.in_features,
         layer.out_features,
         origin_layer=layer if connected is None else connected.plain(),
-        aux_weight=aux_weights,
+        aux_weight=[connection.weight for connection in connections],
         is_aux_trainable=is_aux_trainable,
     )
-    fused.auxiliaries = auxiliaries
+    fused.auxiliaries = tuple(connection.auxiliary for connection in connections)
     if aux_dtype is not None:
         fused.quantize_aux(aux_dtype)
     return fused if connected is None else connected.joined(fused)
 
 
-def _replace(target_model: nn.Module, layers: Mapping[str, nn.Module], sample: Sample | None) -> None:
-    before = {place: target_model.get_submodule(place) for place in layers}
+@contextmanager
+def _replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put layers in their places; if that fails, or the block does, all is as it was."""
+    before = {place: model.get_submodule(place) for place in layers}
+    called = {module: module.is_called for module in model.modules() if isinstance(module, FusedCrossModalLinear)}
     try:
         for place, layer in layers.items():
-            target_model.set_submodule(place, layer)
-        if sample is not None:
-            check_calls(target_model, sample)
+            model.set_submodule(place, layer)
+        yield
     except BaseException:
         for place, layer in before.items():
-            target_model.set_submodule(place, layer)
+            model.set_submodule(place, layer)
+        for layer, is_called in called.items():
+            layer.is_called = is_called
         raise
-    if sample is None:
-        watch_calls(target_model)

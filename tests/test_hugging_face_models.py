@@ -271,6 +271,18 @@ def test_conv1d_is_no_target():
     assert not fused_layers(target)
 
 
+def test_conv1d_that_computes_something_else_is_refused():
+    class Scaled(transformers.pytorch_utils.Conv1D):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    aux, target = hugging_face("GPT2Model", **GPT2)(0), timm_vit(1)
+    aux.h[1].mlp.c_fc.__class__ = Scaled
+    with pytest.raises(ValueError, match=r"^aux_model: h.1.mlp.c_fc is a .*Scaled, expected a plain nn.Linear$"):
+        reparameterize_aux_into_target_model(target, aux)
+    assert not fused_layers(target)
+
+
 @pytest.mark.parametrize("model", ["CLIPModel", "SiglipModel"])
 def test_two_towers_are_named(model):
     towers = {"vision_config": SIZE | PICTURE, "text_config": SIZE | TEXT | {"eos_token_id": 2}}

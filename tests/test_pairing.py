@@ -6,7 +6,9 @@ import re
 import pytest
 import torch
 from test_pathway import fused_layers, images, unchanged, vit
+from timm.layers import GluMlp, SwiGLUPacked
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from m2pt import (
     FusedCrossModalLinear,
@@ -37,6 +39,7 @@ def model(depth=DEPTH, name="body", **shapes):
 
 FUSED = {"mix_in": (24, 8), "mix_out": (8, 8), "up": (16, 8), "down": (8, 16)}
 SPLIT = {"q": (8, 8), "k": (8, 8), "v": (8, 8), "o": (8, 8), "wide": (16, 8), "narrow": (8, 16)}
+FUSED48 = {"one": (144, 48), "two": (48, 48), "three": (192, 48), "four": (48, 192)}
 OTHER = {"attend": (24, 8), "project": (8, 8), "expand": (16, 8), "contract": (8, 16)}
 
 
@@ -61,16 +64,17 @@ def test_unknown_layers_of_the_same_names_pair_up_by_name():
 @pytest.mark.parametrize(
     "shapes, aux_shapes, unclear",
     [
-        (SPLIT, OTHER, "(8, 8): q, k, v, o and project"),
-        (FUSED, SPLIT, "(24, 8): mix_in and none; (8, 8): mix_out and q, k, v, o"),
-        (FUSED | {"gate": (16, 8)}, OTHER, "(16, 8): up, gate and expand"),
-        (FUSED | {"gate": (5, 8)}, OTHER, "(5, 8): gate and none"),
-        (FUSED, {"a": (3, 3)}, "(24, 8): mix_in and none; (8, 8): mix_out and none; (16, 8): up and none"),
+        (SPLIT, OTHER, "(8, 8): target q, k, v, o, auxiliary project"),
+        (FUSED, SPLIT, "(24, 8): target mix_in, auxiliary none; (8, 8): target mix_out, auxiliary q, k, v, o"),
+        (FUSED | {"gate": (16, 8)}, OTHER, "(16, 8): target up, gate, auxiliary expand"),
+        (FUSED | {"gate": (5, 8)}, OTHER, "(5, 8): target gate, auxiliary none"),
+        (FUSED, {"a": (3, 3)}, "(24, 8): target mix_in, auxiliary none; (8, 8): target mix_out, auxiliary none"),
+        (FUSED, {"query_key_value": (24, 8)} | SPLIT, "(24, 8): target mix_in, auxiliary query_key_value"),
     ],
 )
 def test_what_is_not_clear_lists_the_candidates(shapes, aux_shapes, unclear):
     target, aux = model(**shapes), model(**aux_shapes)
-    message = rf"^aux_model: which of its layers belong to .* layer_names; .*{re.escape(unclear)}"
+    message = rf"^aux_model: body.0: which of its layers belong to .* layer_names; .*{re.escape(unclear)}"
     with unchanged(target, aux), pytest.raises(ValueError, match=message):
         reparameterize_aux_into_target_model(target, aux)
 
@@ -155,7 +159,10 @@ def inside(**modules):
         (lambda: inside(decoder=separate(), encoder=separate()), "encoder.encoder.layers"),
         (lambda: inside(vit=vit(), decoder_layers=vit().blocks), "vit.blocks"),
         (lambda: inside(decoder=vit()), "decoder.blocks"),
-        (lambda: inside(known=vit(), unknown=model(**SPLIT)), "known.blocks"),
+        (lambda: inside(encoder=model(**FUSED48), decoder=vit()), "encoder.body"),
+        (lambda: inside(model=inside(decoder=vit(), encoder=separate())), "model.encoder.encoder.layers"),
+        (lambda: inside(blocks=nn.Linear(48, 48), inner=vit()), "inner.blocks"),
+        (lambda: inside(inner=vit(), uneven=nn.ModuleList([Block(a=(8, 8)), Block(a=(4, 8))])), "inner.blocks"),
         (lambda: nn.Sequential(*vit().blocks), ""),
         (lambda: inside(stages=nn.ModuleList([vit()])), "stages.0.blocks"),
     ],
@@ -173,6 +180,7 @@ def test_the_body_is_found(build, body):
     [
         (lambda: inside(a=vit(), b=separate()), "'a.blocks' (2 blocks), 'b.encoder.layers' (2 blocks)"),
         (lambda: inside(a=model(**SPLIT), b=model(3, **SPLIT)), "'a.body' (2 blocks), 'b.body' (3 blocks)"),
+        (lambda: inside(known=vit(), unknown=model(**SPLIT)), "'known.blocks' (2 blocks), 'unknown.body' (2 blocks)"),
     ],
 )
 def test_several_bodies_are_listed(build, candidates):
@@ -237,7 +245,7 @@ def test_a_further_model_is_added_to_a_connected_one(aux_dtype, is_aux_trainable
     assert after == {f"{name}[{i}]": (scale, 0.0)[i] for name, scale in scales.items() for i in (0, 1)}
     layers = fused_layers(target)
     assert all(layer.aux_weight.requires_grad == is_aux_trainable and not layer.training for layer in layers.values())
-    assert [layer.cross_modal_scale.requires_grad for layer in layers.values()] == [False, *[True] * 7]
+    assert all(layer.cross_modal_scale.requires_grad for layer in layers.values())
 
     together = reparameterize_aux_into_target_model(vit(0), [vit(1), vit(2)], **settings)
     together.load_state_dict(target.state_dict())
@@ -408,3 +416,286 @@ def test_a_sample_shows_weights_that_are_read_beside_the_call():
     target, aux = nn.Sequential(Asks(), Asks()), nn.Sequential(Asks(), Asks())
     reparameterize_aux_into_target_model(target, aux, sample=torch.ones(3, 8))
     assert {type(layer) for layer in fused_layers(target).values()} == {FusedCrossModalLinear}
+
+
+def grouped(rows, hidden=192):
+    """Blocks named as Llama's, with so many rows of query, key and value."""
+    torch.manual_seed(0)
+    shapes = {f"{part}_proj": (n, 48) for part, n in zip("qkv", rows, strict=True)} | {"o_proj": (48, rows[0])}
+    gated = {"gate_proj": (hidden, 48), "up_proj": (hidden, 48), "down_proj": (48, hidden)}
+    blocks = [nn.ModuleDict({"self_attn": Block(**shapes), "mlp": Block(**gated)}) for _ in range(DEPTH)]
+    return nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+
+
+@pytest.mark.parametrize("is_target", [False, True])
+def test_rows_that_only_add_up_do_not_belong_together(is_target):
+    """Six heads of queries share a key: 96 + 24 + 24 rows are not three times 48."""
+    models = [vit(), grouped((96, 24, 24))][:: -1 if is_target else 1]
+    name = "self_attn.v_proj" if is_target else "attn.qkv"
+    message = "expected as many rows in each, got 96, 24, 24; no layer of this block fits"
+    with unchanged(*models), pytest.raises(ValueError, match=rf"^aux_model: .*qkv.*: {message}$"):
+        reparameterize_aux_into_target_model(*models, layer_names=(name,))
+
+
+def test_a_gated_layer_is_not_one_without_a_gate():
+    target, aux = vit(mlp_ratio=4), grouped((48, 48, 48), hidden=96)
+    message = (
+        r"^aux_model: layers.0.mlp.gate_proj \+ layers.0.mlp.up_proj and .*: a gated MLP and one without a gate; wh"
+    )
+    with unchanged(target, aux), pytest.raises(ValueError, match=message):
+        reparameterize_aux_into_target_model(target, aux)
+
+
+def test_the_gate_may_come_last():
+    """As in timm's GluMlp, which multiplies the first rows with the activated last ones."""
+    target, aux = vit(mlp_layer=GluMlp, mlp_ratio=4), grouped((48, 48, 48), hidden=96)
+    reparameterize_aux_into_target_model(target, aux, sample=images())
+    mlp = aux["layers"][1]["mlp"]
+    expected = torch.cat([mlp.up_proj.weight, mlp.gate_proj.weight])
+    assert torch.equal(target.blocks[1].mlp.fc1.aux_weight, expected)
+    aux, target = vit(mlp_layer=GluMlp, mlp_ratio=4), grouped((48, 48, 48), hidden=96)
+    reparameterize_aux_into_target_model(target, aux)
+    mlp, weight = target["layers"][1]["mlp"], aux.blocks[1].mlp.fc1.weight
+    assert torch.equal(mlp.up_proj.aux_weight, weight[:96]) and torch.equal(mlp.gate_proj.aux_weight, weight[96:])
+    target, aux = vit(mlp_layer=GluMlp), vit(mlp_layer=SwiGLUPacked)
+    with (
+        unchanged(target, aux),
+        pytest.raises(ValueError, match=r"^aux_model: .*mlp.fc1: the rows of the gate come last"),
+    ):
+        reparameterize_aux_into_target_model(target, aux)
+
+
+def test_blocks_of_timms_eva_are_queries_keys_values_and_gate_before_what_passes():
+    aux, target = vit(mlp_layer=SwiGLUPacked, mlp_ratio=4), model(1, **SPLIT)
+    torch.manual_seed(0)
+    attention = Block(q_proj=(48, 48), k_proj=(48, 48), v_proj=(48, 48), proj=(48, 48))
+    mlp = Block(fc1_g=(96, 48), fc1_x=(96, 48), fc2=(48, 96))
+    target = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"attn": attention, "mlp": mlp})])})
+    reparameterize_aux_into_target_model(target, aux, blocks="first")
+    qkv, fc1 = aux.blocks[0].attn.qkv.weight, aux.blocks[0].mlp.fc1.weight
+    found = torch.cat([attention.get_submodule(f"{part}_proj").aux_weight for part in "qkv"])
+    assert torch.equal(found, qkv)
+    assert torch.equal(torch.cat([mlp.fc1_g.aux_weight, mlp.fc1_x.aux_weight]), fc1)
+
+
+class Uneven(nn.Module):
+    """A layer more in every block but the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(a=(8, 8), b=(16, 8), **({"c": (24, 8)} if i else {})) for i in range(3))
+
+
+def test_every_block_is_paired_for_itself_where_names_are_unknown():
+    target = reparameterize_aux_into_target_model(Uneven(), Uneven())
+    assert [name for name in fused_layers(target) if name.endswith(".c")] == ["blocks.1.c", "blocks.2.c"]
+    assert len(fused_layers(target)) == 8
+
+
+def test_a_target_inside_ddp_is_refused(tmp_path):
+    """Its reducer would not average the gradients of the scales."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        target = DistributedDataParallel(vit())
+        aux = DistributedDataParallel(vit(1))
+        with (
+            unchanged(target, aux),
+            pytest.raises(ValueError, match=r"^target_model: .*qkv is inside DistributedDataPar"),
+        ):
+            reparameterize_aux_into_target_model(target, aux)
+        connected = DistributedDataParallel(reparameterize_aux_into_target_model(vit(), aux))
+        with unchanged(connected), pytest.raises(ValueError, match=r"^module.blocks.0.* is inside DistributedDataPar"):
+            remove_auxiliary(connected, "DistributedDataParallel")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("is_connected", [False, True])
+def test_a_layer_that_has_another_place_too_is_refused(is_connected):
+    target = reparameterize_aux_into_target_model(vit(0), vit(1)) if is_connected else vit(0)
+    target.again = target.blocks[0].mlp.fc1
+    aux = vit(2)
+    with (
+        unchanged(target, aux),
+        pytest.raises(ValueError, match=r"^target_model: again is blocks.0.mlp.fc1, used twice$"),
+    ):
+        reparameterize_aux_into_target_model(target, aux, blocks=[0])
+
+
+def test_a_connected_layer_in_two_places_loses_its_auxiliary_in_both():
+    target = reparameterize_aux_into_target_model(vit(0), vit(1))
+    target.again = target.blocks[0].mlp.fc1
+    remove_auxiliary(target, "VisionTransformer")
+    assert type(target.again) is nn.Linear and target.again is target.blocks[0].mlp.fc1
+
+
+def test_models_that_are_alike_once_quantised_are_two():
+    first, second = vit(1), vit(1)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter *= 2
+    target = reparameterize_aux_into_target_model(vit(0), first, aux_dtype="int8")
+    reparameterize_aux_into_target_model(target, second, aux_dtype="int8")
+    scales = target.blocks[0].attn.qkv.aux_weight_scale
+    torch.testing.assert_close(scales[1], 2 * scales[0])
+    with unchanged(target), pytest.raises(ValueError, match="it is connected to this auxiliary weight already"):
+        reparameterize_aux_into_target_model(target, vit(1), aux_dtype="int8")
+
+
+@pytest.mark.parametrize("aux_dtype", [None, "int8"])
+def test_what_stays_keeps_no_memory_of_what_was_taken_out(aux_dtype):
+    target = reparameterize_aux_into_target_model(vit(0), {"a": vit(1), "b": vit(2)}, aux_dtype=aux_dtype)
+    weight = remove_auxiliary(target, "a").blocks[0].attn.qkv.aux_weight
+    assert weight.untyped_storage().nbytes() == weight.nbytes
+
+
+def test_an_error_names_the_auxiliary_model_at_fault():
+    target, aux = reparameterize_aux_into_target_model(vit(0), vit(1)), {"new": vit(2), "old": vit(1)}
+    with (
+        unchanged(target),
+        pytest.raises(ValueError, match=r"^aux_model\['new'\] and aux_model\['old'\]: blocks.0.attn"),
+    ):
+        reparameterize_aux_into_target_model(target, aux)
+    aux["odd"] = vit(3).to(torch.complex64)
+    with unchanged(target), pytest.raises(TypeError, match=r".*aux_model\['odd'\]: blocks.0.attn.qkv: .*complex64"):
+        reparameterize_aux_into_target_model(target, {"odd": aux["odd"]})
+
+
+@pytest.mark.parametrize("first, second", [("bfloat16", None), (None, "int8"), ("int8", None), ("int8", "int4")])
+def test_a_further_model_is_stored_as_the_others(first, second):
+    target, aux = (vit(seed, embed_dim=64, num_heads=4) for seed in range(2))
+    reparameterize_aux_into_target_model(target, aux, aux_dtype=first)
+    other = vit(2, embed_dim=64, num_heads=4)
+    expected, got = first or "float32", second or "float32"
+    message = rf"^aux_model: blocks.0.attn.qkv: aux_dtype: expected '{expected}', as of .*, got '{got}'$"
+    with unchanged(target, other), pytest.raises(ValueError, match=message):
+        reparameterize_aux_into_target_model(target, other, aux_dtype=second)
+    reparameterize_aux_into_target_model(target, other, aux_dtype=first)
+
+
+def test_a_further_model_of_fewer_bits_is_stored_with_those_of_more():
+    target = reparameterize_aux_into_target_model(vit(0), vit(1))
+    reparameterize_aux_into_target_model(target, vit(2).bfloat16())
+    weight = target.blocks[0].attn.proj.aux_weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight[1].bfloat16(), vit(2).bfloat16().blocks[0].attn.proj.weight)
+
+
+def test_models_without_data_are_joined_too():
+    target, *others = (vit(seed).to("meta") for seed in range(3))
+    for aux in others:
+        reparameterize_aux_into_target_model(target, aux)
+    assert target.blocks[0].attn.qkv.aux_weight.shape == (2, 144, 48)
+    aux = separate()
+    aux["encoder"]["layers"][0]["attention"].k_proj.to("meta")
+    target = vit(0)
+    with (
+        unchanged(target),
+        pytest.raises(ValueError, match=r"^aux_model: encoder.*k_proj \+ .* are on different devices"),
+    ):
+        reparameterize_aux_into_target_model(target, aux)
+
+
+def test_a_failed_sample_leaves_what_was_called_as_it_was():
+    target = reparameterize_aux_into_target_model(vit(0), vit(1), layer_names=("attn.qkv",))
+    before = dict(fused_layers(target))
+    with pytest.raises(ValueError, match=r"^sample: "):
+        reparameterize_aux_into_target_model(target, vit(2), layer_names=("mlp.fc1",), sample=torch.ones(1, 3, 32, 33))
+    target.norm.forward = None
+    with pytest.raises(ValueError, match=r"^sample: "):
+        reparameterize_aux_into_target_model(target, vit(2), layer_names=("mlp.fc1",), sample=images())
+    assert fused_layers(target) == before and not any(layer.is_called for layer in before.values())
+
+
+def test_an_interrupted_removal_leaves_everything_as_it_was(monkeypatch):
+    target = reparameterize_aux_into_target_model(vit(0), vit(1))
+    places, original = [], nn.Module.set_submodule
+
+    def interrupted(self, place, *arguments):
+        places.append(place)
+        if len(places) == 3:
+            raise KeyboardInterrupt
+        original(self, place, *arguments)
+
+    monkeypatch.setattr(nn.Module, "set_submodule", interrupted)
+    with unchanged(target), pytest.raises(KeyboardInterrupt):
+        remove_auxiliary(target, "VisionTransformer")
+
+
+def test_removal_refuses_what_it_would_lose():
+    target = reparameterize_aux_into_target_model(vit(0), vit(1))
+    subclass(target, None)
+    with (
+        unchanged(target),
+        pytest.raises(ValueError, match=r"^blocks.1.mlp.fc2 is a test_pairing.Own, expected a plain"),
+    ):
+        remove_auxiliary(target, "VisionTransformer")
+    target = reparameterize_aux_into_target_model(vit(0), vit(1))
+    scale = target.blocks[0].attn.qkv.cross_modal_scale
+    scale.register_hook(lambda gradient: gradient)
+    message = "blocks.0.attn.qkv.cross_modal_scale has gradient hooks, which would be lost"
+    with unchanged(target), pytest.raises(ValueError, match=f"^{message}"):
+        remove_auxiliary(target, "VisionTransformer")
+    with unchanged(target), pytest.raises(ValueError, match=f"^target_model: {message}"):
+        reparameterize_aux_into_target_model(target, vit(2))
+
+
+def test_a_divided_model_keeps_its_auxiliary(monkeypatch):
+    target = reparameterize_aux_into_target_model(vit(0), vit(1))
+    monkeypatch.setattr("m2pt.pathway.is_divided", lambda *arguments: True)
+    with (
+        unchanged(target),
+        pytest.raises(ValueError, match=r"^blocks.0.attn.qkv: divided .*: remove auxiliary models bef"),
+    ):
+        remove_auxiliary(target, "VisionTransformer")
+
+
+def test_joined_layers_of_different_widths_are_refused():
+    target, aux = model(a=(16, 8)), model(b=(8, 8), c=(8, 5))
+    message = r"^aux_model: body.0.b \+ body.0.c has weight shape \[\(8, 8\), \(8, 5\)\], expected \(16, 8\)"
+    with unchanged(target, aux), pytest.raises(ValueError, match=message):
+        reparameterize_aux_into_target_model(target, aux, layer_names={"a": ("b", "c")})
+
+
+class Wrapper(nn.Module):
+    """As peft's LoRA: beside the layer two of its own."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer, self.down, self.up = layer, nn.Linear(8, 2), nn.Linear(2, 16)
+
+
+def test_layers_inside_wrappers_of_unknown_blocks_pair_up_without_the_wrappers_own():
+    target, aux = model(**FUSED), model(name="layers", **OTHER)
+    for block in target["body"]:
+        block.up = Wrapper(block.up)
+    found = pairs(target, aux)
+    assert found["up.base_layer"] == "layers.1.expand" and len(found) == 4
+
+
+def test_a_layer_inside_a_wrapper_of_a_module_that_reads_weights_is_refused():
+    target, aux = (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2) for _ in range(2))
+    for block in target.layers:
+        block.linear1 = Wrapper(block.linear1)
+    with (
+        unchanged(target, aux),
+        pytest.raises(ValueError, match=r"^target_model: layers.0.linear1.base_layer is not call"),
+    ):
+        reparameterize_aux_into_target_model(target, aux, layer_names=("linear1",))
+
+
+def test_a_body_without_linear_layers_is_named():
+    target = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(3, 3, 1)}) for _ in range(2))})
+    aux = vit()
+    with (
+        unchanged(target, aux),
+        pytest.raises(ValueError, match=r"^aux_model: blocks.0: there are no linear layers in it"),
+    ):
+        reparameterize_aux_into_target_model(target, aux)
+
+
+def test_a_subclass_keeps_its_class_through_a_sample():
+    target = reparameterize_aux_into_target_model(vit(0), vit(1), layer_names=("mlp.fc2",))
+    subclass(target, None)
+    reparameterize_aux_into_target_model(target, vit(2), layer_names=("mlp.fc1",), sample=images())
+    assert type(target.blocks[1].mlp.fc2) is Own

@@ -252,7 +252,7 @@ def test_errors_of_quantising_several():
 @pytest.mark.parametrize(
     "aux_models, message",
     [
-        (list, r"^aux_model: expected a module, a sequence of modules or modules by name, got \[\]"),
+        (list, r"^aux_model: expected a module, a sequence of modules or modules by name, got none"),
         (lambda: vits(1) + vits(1, width=128), r"^aux_model\[1\]: blocks.0.attn.qkv has weight shape .384, 128."),
         (lambda: [*vits(1), nn.Sequential()], r"^aux_model\[1\]: Sequential has no sequence of equal blocks"),
     ],
