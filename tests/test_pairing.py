@@ -151,9 +151,18 @@ def inside(**modules):
     return nn.ModuleDict(modules)
 
 
+def nested():
+    """Blocks that hold sequences of equal blocks themselves."""
+    blocks = vit().blocks
+    for block in blocks:
+        block.experts = nn.ModuleList(Block(a=(8, 8)) for _ in range(3))
+    return inside(layers=blocks, head=nn.ModuleList([Block(a=(8, 8))]))
+
+
 @pytest.mark.parametrize(
     "build, body",
     [
+        (nested, "layers"),
         (lambda: inside(blocks=vit().blocks, layers=vit().blocks), "blocks"),
         (lambda: inside(module=vit()), "module.blocks"),
         (lambda: inside(decoder=separate(), encoder=separate()), "encoder.encoder.layers"),
@@ -265,7 +274,9 @@ def test_a_model_is_taken_out_again(aux_dtype):
     names = {"audio": vit(1), "point": vit(2), "video": vit(3)}
     target = scaled(reparameterize_aux_into_target_model(vit(0), names, aux_dtype=aux_dtype))
     scales = cross_modal_scales(target)
+    target.blocks[0].attn.qkv.cross_modal_scale.requires_grad_(False)
     assert remove_auxiliary(target, "point") is target
+    assert [layer.cross_modal_scale.requires_grad for layer in fused_layers(target).values()] == [False, *[True] * 7]
     assert [a.model for a in target.blocks[0].attn.qkv.auxiliaries] == ["audio", "video"]
     expected = reparameterize_aux_into_target_model(vit(0), [vit(1), vit(3)], aux_dtype=aux_dtype)
     for name, layer in fused_layers(expected).items():
