@@ -34,7 +34,7 @@ CATEGORIES = "head.category.0.weight"
 CLASS_TOKEN = ("cls_token", "cls_pos")
 AFTER_BLOCKS = re.compile(r"(norm|fc_norm|attn_pool|head|head_dist)\.")
 OVERLAPPING = "positions of patches that overlap, frequency by time"
-WRAPPING = re.compile(r"(?:(?:module|_orig_mod|model|backbone)\.)*")
+ANY_WRAPPING = re.compile(r"(?:(?:module|_orig_mod|model|backbone)\.)*")
 """What torch's and Lightning's wrappers put before every name."""
 
 
@@ -152,7 +152,7 @@ def _normalised(source: str, body: Body, root: str) -> str:
     if source in body.places:
         number, inside = body.places[source]
         return f"blocks.{number}.{inside_block(inside, body.layers)}"
-    wrapping = re.findall(WRAPPING, source)[0]
+    wrapping = re.findall(ANY_WRAPPING, source)[0]
     return source.removeprefix(root if source.startswith(root) else wrapping if root.startswith(wrapping) else "")
 
 

@@ -26,7 +26,7 @@ AVERAGES = ("state_dict_ema", "model_ema", "ema")
 NO_AVERAGE = f"there is no moving average of the weights in it, under one of {AVERAGES}"
 SAVED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What `save_pretrained` of Hugging Face writes to a folder: one of these."""
-WRAPPING = re.compile(r"(?:(?:module|_orig_mod)\.)*")
+TORCH_WRAPPING = re.compile(r"(?:(?:module|_orig_mod)\.)*")
 """What torch's wrappers of whole models put before every name."""
 
 Weights = Literal["ema", "raw"]
@@ -63,7 +63,7 @@ def load_state_dict(path: str | os.PathLike, weights: Weights | None = None) -> 
         TypeError: `path` is no path.
         FileNotFoundError: no such file, nothing in the folder, or a file of several is missing.
         ValueError: the file is damaged, of another format, or holds something else than named dense tensors with data;
-            an index that does not fit its files; or there are no such `weights`.
+            an index that does not fit its files; or there are no such `weights`, or only in some of several files.
     """
     return read_weights(path, weights)[0]
 
@@ -74,12 +74,7 @@ def read_weights(path: str | os.PathLike, weights: Weights | None = None) -> tup
     check_weights(weights)
     if path.is_dir():
         path = _saved_in(path)
-    if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
-        return state_dict_in(load_torch(path), path, weights)
-    state_dict = _load_safetensors(path) if path.suffix == ".safetensors" else _load_shards(path)
-    if weights == "ema":
-        raise ValueError(f"{path}: {NO_AVERAGE}")
-    return state_dict, None
+    return (_read_shards if path.name.endswith(".index.json") else _read_file)(path, weights)
 
 
 def check_weights(weights: Weights | None) -> None:
@@ -91,33 +86,43 @@ def check_weights(weights: Weights | None) -> None:
 def _saved_in(folder: Path) -> Path:
     if found := next((folder / name for name in SAVED if (folder / name).is_file()), None):
         return found
-    raise FileNotFoundError(f"{folder}: no such file: it is a folder, without any of {', '.join(SAVED)}")
+    raise FileNotFoundError(f"{folder}: a folder without any of {', '.join(SAVED)}")
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path, weights: Weights | None) -> tuple[dict[str, Tensor], Weights | None]:
+    if path.suffix != ".safetensors":
+        return state_dict_in(load_torch(path), path, weights)
     with _reading(path):
-        return load_file(path)
+        state_dict = load_file(path)
+    if weights == "ema":
+        raise ValueError(f"{path}: {NO_AVERAGE}")
+    return state_dict, None
 
 
-def _load_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path, weights: Weights | None) -> tuple[dict[str, Tensor], Weights | None]:
     """The state dict in the files beside an index, each of which has the entries that the index says."""
     with _reading(index):
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("expected names of files")
+    if not weight_map:
+        raise ValueError(f"{index}: its weight_map is empty")
     state_dict: dict[str, Tensor] = {}
+    kinds: set[Weights | None] = set()
     for name in sorted(set(weight_map.values())):
         shard = index.parent / name
         if name != shard.name:
             raise ValueError(f"{index}: expected the names of files beside it, got {name!r}")
-        if not shard.is_file():
-            raise FileNotFoundError(f"{index}: there is no {name} beside it")
-        is_torch = shard.suffix != ".safetensors"
-        tensors = state_dict_in(load_torch(shard), shard)[0] if is_torch else _load_safetensors(shard)
+        if not os.path.isfile(shard):  # unlike Path's, false for names that no file can have
+            raise FileNotFoundError(f"{index}: there is no {name!r} beside it")
+        tensors, taken = _read_file(shard, weights)
+        kinds.add(taken)
         if missing := [entry for entry, place in weight_map.items() if place == name and entry not in tensors]:
-            raise ValueError(f"{index}: {missing[0]} is not in {name}")
+            raise ValueError(f"{index}: {missing[0]} is not in {name!r}")
         state_dict |= {entry: value for entry, value in tensors.items() if weight_map.get(entry, name) == name}
-    return state_dict
+    if len(kinds) > 1:
+        raise ValueError(f"{index}: expected a moving average beside the weights in all of its files or in none")
+    return state_dict, kinds.pop()
 
 
 def load_torch(path: Path) -> Any:
@@ -152,7 +157,7 @@ def state_dict_in(content: Any, path: Path, weights: Weights | None = None) -> t
         if not isinstance(content, dict):
             break
         raw = next((key for key in WRAPPERS if key in content), None)
-        average = next((key for key in AVERAGES if isinstance(content.get(key), dict)), None)
+        average = next((key for key in AVERAGES if _leads_to_tensors(content.get(key))), None)
         if average and not has_average:
             has_average = True
             if raw is None and weights == "raw":
@@ -167,16 +172,27 @@ def state_dict_in(content: Any, path: Path, weights: Weights | None = None) -> t
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
-        raise ValueError(f"{path}: expected a state dict, bare or under one of {WRAPPERS}")
+        raise ValueError(f"{path}: expected a state dict, bare or under one of {WRAPPERS + AVERAGES}")
     for name, tensor in content.items():
         if not _is_whole(tensor):
             raise ValueError(f"{path}: {name}: expected a dense tensor and all of its elements")
     return content, taken
 
 
+def _leads_to_tensors(content: Any) -> bool:
+    """Whether there are tensors in it, or in what it holds under one of `WRAPPERS`."""
+    for _ in WRAPPERS:
+        if not isinstance(content, dict):
+            return False
+        if any(isinstance(value, Tensor) for value in content.values()):
+            return True
+        content = next((content[key] for key in WRAPPERS if key in content), None)
+    return False
+
+
 def without_wrapping(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a whole model that torch had wrapped: without what every name begins with of `WRAPPING`."""
-    prefixes = {re.findall(WRAPPING, name)[0] for name in state_dict}
+    """The state dict of a whole model that torch had wrapped: without the `TORCH_WRAPPING` of every name."""
+    prefixes = {re.findall(TORCH_WRAPPING, name)[0] for name in state_dict}
     shared = min(prefixes, key=len, default="")
     if not all(prefix.startswith(shared) for prefix in prefixes):
         shared = ""
@@ -245,6 +261,22 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise OSError(f"{path}: cannot be written: {reason}") from error
 
 
+def checked_target(path: str | os.PathLike) -> Path:
+    """A path that `save_state_dict` may write to.
+
+    Raises:
+        TypeError: it is no path.
+        ValueError: another ending than `.safetensors`.
+        IsADirectoryError: there is a folder of that name.
+    """
+    path = checked_path("path", path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a name ending in .safetensors")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: it is a folder")
+    return path
+
+
 def save_state_dict(state_dict: dict[str, Tensor], path: str | os.PathLike) -> None:
     """Write a `.safetensors` file, whole or not at all.
 
@@ -254,12 +286,10 @@ def save_state_dict(state_dict: dict[str, Tensor], path: str | os.PathLike) -> N
         TypeError: `state_dict` holds something else than named tensors, or `path` is no path.
         ValueError: another ending than `.safetensors`, or a tensor that such a file cannot hold: sparse, nested,
             without data, or of a dtype that safetensors does not know.
-        OSError: the folder is missing or cannot be written, or the disk is full.
+        OSError: there is a folder of that name, the folder is missing or cannot be written, or the disk is full.
     """
-    path = checked_path("path", path)
+    path = checked_target(path)
     check_state_dict(state_dict)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: expected a name ending in .safetensors")
     tensors = _without_sharing(state_dict)
     try:
         with written_whole(path) as temporary:

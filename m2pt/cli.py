@@ -1,6 +1,7 @@
 """The command line: `m2pt train`, `pretrain`, `eval`, `matrix`, `merge`, `convert`, `check` and `demo`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -63,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser(
         "merge",
         help="fold a trained pathway into plain linear layers",
-        description="Replace weight, aux_weight and cross_modal_scale of every fused layer by one merged weight.",
+        description="Replace weight, aux_weight and cross_modal_scale of every fused layer by one merged weight. "
+        "Where every name begins with torch's `module.` or `_orig_mod.`, that is taken off; names are kept otherwise.",
     )
     _add_input(merge, "trained checkpoint")
     merge.add_argument("merged", metavar="OUT", help="merged checkpoint to write: .safetensors")
@@ -201,14 +203,20 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from .checkpoints import TAKEN, merge_state_dict, read_weights, save_state_dict, without_wrapping
+    from .checkpoints import TAKEN, checked_target, merge_state_dict, read_weights, save_state_dict, without_wrapping
 
-    if Path(arguments.merged).exists() and not arguments.force:
-        raise FileExistsError(f"{arguments.merged}: it exists: choose another name, or overwrite it with --force")
+    target = checked_target(arguments.merged)
+    if os.path.lexists(target) and not arguments.force:
+        raise FileExistsError(f"{target}: it exists: choose another name, or overwrite it with --force")
     state_dict, taken = read_weights(arguments.checkpoint, arguments.weights)
-    save_state_dict(without_wrapping(merge_state_dict(state_dict)), arguments.merged)
+    said = f"; {TAKEN[taken]}" if taken else ""
+    try:
+        merged = merge_state_dict(state_dict)
+    except ValueError as error:
+        raise ValueError(f"{arguments.checkpoint}: {str(error).removeprefix('state_dict: ')}{said}") from None
+    save_state_dict(without_wrapping(merged), target)
     layers = sum(name.endswith("cross_modal_scale") for name in state_dict)
-    print(f"{layers} layers folded, written to {arguments.merged}" + (f"; {TAKEN[taken]}" if taken else ""))
+    print(f"{layers} layers folded, written to {target}{said}")
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -522,7 +522,7 @@ def no_path(function, argument="path"):
         f"{argument}: a number": (lambda: function(5), TypeError, f"{argument}: expected a path, got 5"),
         f"{argument}: missing": (lambda: function(None), TypeError, f"{argument}: expected a path, got None"),
         f"{argument}: no such file": (lambda: function("none.pth"), FileNotFoundError, "none.pth: no such file"),
-        f"{argument}: a folder": (lambda: function("."), FileNotFoundError, r"\.: no such file"),
+        f"{argument}: a folder": (lambda: function("."), FileNotFoundError, r"\.: (no such file|a folder without)"),
         f"{argument}: text": (lambda: function("text.pth"), ValueError, "text.pth: not a readable checkpoint"),
         f"{argument}: text named safetensors": (
             lambda: function("text.safetensors"),

@@ -91,7 +91,11 @@ def test_of_weights_and_their_average_one_is_taken(tmp_path, both, weights, expe
 
 
 @pytest.mark.parametrize("weights", [None, "raw"])
-@pytest.mark.parametrize("beside", [{}, {"model_ema": None}, {"ema": 0.999}], ids=str)
+@pytest.mark.parametrize(
+    "beside",
+    [{}, {"model_ema": None}, {"ema": 0.999}, {"ema": {}}, {"ema": {"decay": 0.9}}, {"model_ema": {"module": {}}}],
+    ids=str,
+)
 def test_without_an_average_there_is_nothing_to_choose(tmp_path, beside, weights):
     found, taken = read_weights(write({"model": RAW} | beside, tmp_path / "w.pth"), weights)
     assert_same(found, RAW)
@@ -151,7 +155,7 @@ def shards(folder, suffix=".safetensors", **changed):
 
 def test_a_folder_is_read_whatever_is_saved_in_it(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path.name}: no such file: .*{INDEX}, pytorch_model\.bin,"):
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path.name}: a folder without any of .*{INDEX}, pytorch"):
         load_state_dict(tmp_path)
     index = shards(tmp_path, ".bin")
     assert_same(load_state_dict(tmp_path), weights())
@@ -179,13 +183,17 @@ def test_an_entry_in_two_shards_is_that_of_the_index(tmp_path):
         (
             "model-00003-of-00003.safetensors",
             FileNotFoundError,
-            "there is no model-00003-of-00003.safetensors beside it",
+            "there is no 'model-00003-of-00003.safetensors' beside it",
         ),
-        ("model-00001-of-00002.safetensors", ValueError, "steps is not in model-00001-of-00002.safetensors"),
+        ("model-00001-of-00002.safetensors", ValueError, "steps is not in 'model-00001-of-00002.safetensors'"),
         ("../outside.safetensors", ValueError, "expected the names of files beside it, got '../outside.safetensors'"),
         ("inside/w.safetensors", ValueError, "expected the names of files beside it, got 'inside/w.safetensors'"),
         ("/w.safetensors", ValueError, "expected the names of files beside it, got '/w.safetensors'"),
-        ("..", FileNotFoundError, "there is no .. beside it"),
+        ("..", FileNotFoundError, "there is no '..' beside it"),
+        ("a\nb\x1b[2J", FileNotFoundError, r"there is no 'a\nb\x1b[2J' beside it"),
+        ("nul\0", FileNotFoundError, r"there is no 'nul\x00' beside it"),
+        ("\ud800", FileNotFoundError, r"there is no '\ud800' beside it"),
+        ("x" * 300, FileNotFoundError, "there is no 'xxx"),
         ("", ValueError, "expected the names of files beside it"),
         (3, ValueError, "not a readable checkpoint"),
     ],
@@ -206,6 +214,44 @@ def test_a_damaged_index_is_refused(tmp_path, text):
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(ValueError, match=f"{INDEX}: not a readable checkpoint"):
         load_state_dict(tmp_path)
+
+
+def test_an_index_of_nothing_is_refused(tmp_path):
+    (tmp_path / INDEX).write_text('{"weight_map": {}}')
+    with pytest.raises(ValueError, match=f"{INDEX}: its weight_map is empty"):
+        load_state_dict(tmp_path)
+
+
+def halves(folder, wraps):
+    """Weights and their average in two torch files, each with both where `wraps` says so."""
+    weight_map = {}
+    for name, wrap in zip("ab", wraps, strict=True):
+        raw, average = {name: torch.zeros(2)}, {name: torch.ones(2)}
+        write({"model": raw, "ema": average} if wrap else raw, folder / f"{name}.bin")
+        weight_map[name] = f"{name}.bin"
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("weights, value", [(None, 1.0), ("ema", 1.0), ("raw", 0.0)])
+def test_of_weights_and_their_average_in_shards_one_is_taken(tmp_path, weights, value):
+    halves(tmp_path, (True, True))
+    found, taken = read_weights(tmp_path, weights)
+    assert_same(found, {name: torch.full((2,), value) for name in "ab"})
+    assert taken == (weights or "ema")
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        (None, r"index\.json: expected a moving average beside the weights in all of its files or in none"),
+        ("raw", r"index\.json: expected a moving average beside the weights in all of its files or in none"),
+        ("ema", r"b\.bin: there is no moving average"),
+    ],
+)
+def test_an_average_in_some_shards_only_is_refused(tmp_path, weights, message):
+    halves(tmp_path, (True, False))
+    with pytest.raises(ValueError, match=message):
+        read_weights(tmp_path, weights)
 
 
 def test_a_damaged_shard_is_named(tmp_path):
@@ -355,12 +401,14 @@ def test_code_in_a_pickle_is_not_executed(tmp_path, dump):
         {"model": torch.ones(2)},
         {"model": {"a": torch.ones(2), "b": [1]}},
         {"weights": {"a": torch.ones(2)}},
+        {"ema": {}},
+        {"model": RAW, "ema": {"a": torch.ones(2), "decay": 0.9}},
         None,
     ],
     ids=str,
 )
 def test_what_is_not_a_state_dict(tmp_path, content):
-    with pytest.raises(ValueError, match=r"w\.pth: expected a state dict.*'module', 'state_dict', 'model'"):
+    with pytest.raises(ValueError, match=r"w\.pth: expected a state dict, bare or under one of .*'module', .*'ema'"):
         load_state_dict(write(content, tmp_path / "w.pth"))
 
 

@@ -64,6 +64,43 @@ def test_merge_reads_a_folder_of_shards(connected, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in merged.items())
 
 
+@pytest.mark.parametrize("option", [[], ["--force"]], ids=str)
+@pytest.mark.parametrize(
+    "name, message", [("taken.pth", "ending in .safetensors"), ("a.safetensors", "it is a folder")]
+)
+def test_merge_does_not_advise_what_would_not_help(connected, tmp_path, monkeypatch, capsys, name, message, option):
+    monkeypatch.chdir(tmp_path)
+    save_state_dict(connected.state_dict(), "trained.safetensors")
+    Path("taken.pth").write_bytes(b"taken")
+    Path("a.safetensors").mkdir()
+    assert main(["merge", *option, "trained.safetensors", name]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"m2pt: error: {name}: ") and message in line and "--force" not in line
+    assert Path("taken.pth").read_bytes() == b"taken" and not list(Path("a.safetensors").iterdir())
+
+
+def test_merge_does_not_overwrite_a_link_to_a_file_that_is_gone(connected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_state_dict(connected.state_dict(), "trained.safetensors")
+    Path("merged.safetensors").symlink_to("gone.safetensors")
+    assert main(["merge", "trained.safetensors", "merged.safetensors"]) == 2
+    assert "merged.safetensors: it exists" in capsys.readouterr().err
+    assert Path("merged.safetensors").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "option, said", [([], "; the moving average was taken, not the raw weights"), (["--weights=raw"], "")]
+)
+def test_merge_of_an_average_without_pathway_says_where_it_looked(
+    connected, tmp_path, monkeypatch, capsys, option, said
+):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": connected.state_dict(), "ema": vit().state_dict()}, "trained.pth")
+    assert main(["merge", "trained.pth", "merged.safetensors", *option]) == (2 if said else 0)
+    message = f"trained.pth: there is no cross_modal_scale in it, so there is nothing to merge{said}"
+    assert capsys.readouterr().err == (f"m2pt: error: {message}\n" if said else "")
+
+
 @pytest.mark.parametrize("reads", ["trained.safetensors", "merged.safetensors", "missing.safetensors"])
 def test_merge_overwrites_only_when_it_is_told_to(connected, tmp_path, monkeypatch, capsys, reads):
     monkeypatch.chdir(tmp_path)
@@ -137,11 +174,11 @@ def test_convert_writes_a_checkpoint_for_timm_and_reports_what_it_left_out(tmp_p
         (["convert", "connected.safetensors", "out.safetensors"], "fold it first, with `m2pt merge`"),
         (["convert", "other.safetensors", "out.safetensors"], "other.safetensors: expected transformer blocks"),
         (["merge", "missing.pth", "out.safetensors"], "missing.pth: no such file"),
-        (["merge", "plain.safetensors", "out.safetensors"], "nothing to merge"),
+        (["merge", "plain.safetensors", "out.safetensors"], "plain.safetensors: there is no cross_modal_scale in it"),
         (["merge", "plain.safetensors", "connected.safetensors"], "connected.safetensors: it exists"),
         (["merge", "--weights", "ema", "connected.safetensors", "out.safetensors"], "there is no moving average"),
         (["convert", "--weights", "ema", "plain.safetensors", "out.safetensors"], "there is no moving average"),
-        (["convert", ".", "out.safetensors"], "it is a folder, without any of model.safetensors"),
+        (["convert", ".", "out.safetensors"], ".: a folder without any of model.safetensors"),
         (["merge", "connected.safetensors", "out.pth"], "ending in .safetensors"),
         (["merge", "connected.safetensors", "missing/out.safetensors"], "missing/out.safetensors"),
         (["demo", "--seeds", "0"], "seeds: expected at least 2"),
@@ -165,7 +202,7 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("m2pt.checkpoints.read_weights", interrupt)
-    assert main(["merge", "in", "out"]) == 130
+    assert main(["merge", "in", "out.safetensors"]) == 130
     assert capsys.readouterr().err == "m2pt: interrupted\n"
 
 
@@ -185,6 +222,7 @@ def test_help_is_printed(arguments):
         ("matrix", "TOML"),
         ("merge", "OUT"),
         ("merge", "--force"),
+        ("merge", "`module.` or `_orig_mod.`, that is taken off"),
         ("convert", "OUT"),
         *((command, "--weights") for command in ("merge", "convert", "eval")),
     ],
@@ -192,7 +230,8 @@ def test_help_is_printed(arguments):
 def test_help_of_a_command_names_its_arguments(command, word, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
-    assert f"usage: m2pt {command}" in (out := capsys.readouterr().out) and word in out
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"usage: m2pt {command}" in out and word in out
 
 
 def test_help_of_convert_names_every_format(capsys):
