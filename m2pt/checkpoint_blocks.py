@@ -1,5 +1,6 @@
 """The blocks of a transformer in a state dict, whatever stands before their numbers, and their linear layers."""
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,10 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from m2pt_kernels.checks import GEMM_DTYPES
+
 from .families import LAYER_NAMES, layers_of_block
 
 NUMBER = re.compile(r"(?<![^._])\d{1,4}(?=\.)")
 """A block's number is a part of a name, or the end of one: `blocks.3.`, torchvision's `encoder_layer_3.`."""
+MOST_NUMBERS = 8
+"""How many numbers of a name are looked at: any of them may be a block's."""
 CHUNK = re.compile(r"(?<![^.])\d+\.$")
 
 Layers = Mapping[str, tuple[str, ...]]
@@ -39,7 +44,8 @@ def find_body(names: Iterable[str]) -> Body:
     """The one transformer among the names of a state dict.
 
     It is one whose blocks have linear layers as a family of `m2pt.families` names them. Decoders count only where there
-    is nothing else, and beside a text tower a vision tower (`vision_model`, of CLIP and SigLIP) is meant.
+    is nothing else, and text towers (`text_model`) only where there is no vision tower (`vision_model`, of CLIP and
+    SigLIP).
 
     Raises:
         ValueError: none, several, two blocks of one number, or the model is connected to an auxiliary one.
@@ -48,21 +54,27 @@ def find_body(names: Iterable[str]) -> Body:
     if any(name.rpartition(".")[2] == "cross_modal_scale" for name in names):
         raise ValueError("the model in it is connected to an auxiliary one: fold it first, with `m2pt merge`")
     bodies = _bodies(names)
-    for is_meant in (lambda prefix: "decoder" not in prefix, lambda prefix: "vision_model" in prefix.split(".")):
-        if len(bodies) > 1:
-            bodies = [body for body in bodies if is_meant(body.prefix)] or bodies
+    bodies = [body for body in bodies if "decoder" not in body.prefix] or bodies
+    if any("vision_model" in body.prefix.split(".") for body in bodies):
+        bodies = [body for body in bodies if "text_model" not in body.prefix.split(".")]
     if len(bodies) > 1:
-        raise ValueError(f"expected one transformer, got several: {', '.join(body.prefix + '*' for body in bodies)}")
+        got = ", ".join(f"{_cut(body.prefix)}*" for body in bodies)
+        raise ValueError(f"expected one transformer, got several: {got}")
     if not bodies:
-        got = ", ".join(names[:3]) or "nothing"
-        raise ValueError(f"expected transformer blocks with layers named as in a family that is known; got {got}")
+        got = f"the names begin with {', '.join(map(_cut, names[:3]))}" if names else "there is nothing in it"
+        expected = "expected transformer blocks whose linear layers are named as in a family of m2pt.families"
+        raise ValueError(f"{expected}; {got}")
     return bodies[0]
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 100 else f"{name[:100]}..."
 
 
 def _bodies(names: Iterable[str]) -> list[Body]:
     numbered: dict[str, dict[int, dict[str, str]]] = {}  # what stands before a number, the number, what stands after
     for name in names:
-        for number in NUMBER.finditer(name):
+        for number in itertools.islice(NUMBER.finditer(name), MOST_NUMBERS):
             blocks = numbered.setdefault(name[: number.start()], {})
             blocks.setdefault(int(number[0]), {})[name[number.end() + 1 :]] = name
     bodies: dict[str, Body] = {}
@@ -91,71 +103,98 @@ def _layers(block: Mapping[str, str]) -> Layers:
 
 
 def _entry(block: Mapping[str, str], name: str) -> str:
-    """What the weight of a layer is called in the file, or nothing; torchvision's `in_proj_weight` is no layer's."""
+    """What the weight of a layer is called in the file, or nothing.
+
+    `in_proj_weight` of torchvision is a parameter of the attention itself.
+    """
     return block.get(f"{name}.weight", block.get(f"{name}_weight", ""))
 
 
-def linear_weights(state_dict: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The weights of `LAYER_NAMES` in every block: rows joined, and as `nn.Linear` has them, (out, in).
+BlockWeights = dict[str, dict[str, Tensor]]
+"""Of a block: for each of `LAYER_NAMES` the entries of the file, several where rows are joined."""
+
+
+def weights_of_blocks(state_dict: Mapping[str, Tensor], body: Body) -> list[BlockWeights]:
+    """The weights of every block, as `nn.Linear` has them, (out, in), by the names in the file; nothing is copied.
 
     Raises:
-        ValueError: as by `find_body`; or a weight that is missing, no floating matrix, or of a shape that does not fit
-            the others'. The message names the entry.
+        ValueError: a weight is missing, no floating matrix of 16 bits or more, of another dtype than what it is joined
+            with, or of a shape that does not fit the others'. The message names the entry.
     """
-    body = find_body(state_dict)
     blocks: list[dict[str, str]] = [{} for _ in range(body.depth())]
     for name, (number, inside) in body.places.items():
         blocks[number][inside] = name
     found = []
     for number, block in enumerate(blocks):
-        weights = {}
+        weights: BlockWeights = {}
         for layer, names in body.layers.items():
             entries = [_entry(block, name) for name in names]
             if not all(entries):
                 raise ValueError(f"{body.prefix}{number}.{names[entries.index('')]}.weight is missing")
             weights[layer] = {entry: state_dict[entry] for entry in entries}
-        require_matrices(weights)
+        _require_matrices(weights)
         if body.layers["attn.qkv"] == ("attn.c_attn",):
             weights = _as_linear(weights)
-        require_shapes(weights)
-        found.append({layer: _joined(list(parts.values())) for layer, parts in weights.items()})
+        _require_shapes(weights)
+        found.append(weights)
     return found
 
 
-def _as_linear(weights: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+def linear_weights(state_dict: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The weights of `LAYER_NAMES` in every block, contiguous and with their rows joined.
+
+    Raises:
+        ValueError: as by `find_body` and `weights_of_blocks`.
+    """
+    blocks = weights_of_blocks(state_dict, find_body(state_dict))
+    return [{layer: _joined(list(parts.values())) for layer, parts in weights.items()} for weights in blocks]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+
+
+def _as_linear(weights: BlockWeights) -> BlockWeights:
     """GPT-2's weights; those of `transformers` are stored as (in, out), which is where `c_attn` is wide."""
     rows, columns = next(iter(weights["attn.qkv"].values())).shape
     if rows > columns:
         return weights
-    return {layer: {name: weight.T.contiguous() for name, weight in parts.items()} for layer, parts in weights.items()}
+    return {layer: {name: weight.T for name, weight in parts.items()} for layer, parts in weights.items()}
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def require_matrices(weights: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise a ValueError unless all weights of a block, by layer and entry, are floating matrices."""
+def _require_matrices(weights: BlockWeights) -> None:
     for parts in weights.values():
         for name, weight in parts.items():
-            if weight.ndim != 2 or not weight.is_floating_point():
-                raise ValueError(
-                    f"{name}: expected a floating matrix, got {weight.dtype} of shape {tuple(weight.shape)}"
-                )
+            if weight.ndim != 2 or weight.dtype not in GEMM_DTYPES:
+                expected, shape = "expected a floating matrix of 16 bits or more", tuple(weight.shape)
+                raise ValueError(f"{name}: {expected}, got {weight.dtype} of shape {shape}")
+        require_one_dtype(parts)
 
 
-def require_shapes(weights: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise a ValueError unless the weights of a block, by layer and entry, fit together.
+def require_one_dtype(parts: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError, which names the entry, unless all that is to be joined has one dtype."""
+    first, expected = next((name, part.dtype) for name, part in parts.items())
+    for name, part in parts.items():
+        if part.dtype != expected:
+            raise ValueError(f"{name}: expected {expected} as {first}, which it is joined with, got {part.dtype}")
 
-    Several heads may share a key and a value, and the MLP may be gated, with twice the rows.
+
+def _require_shapes(weights: BlockWeights) -> None:
+    """The weights of a block fit together.
+
+    Several heads may share a key and a value, and the MLP may be gated, with twice the rows. What most weights agree on
+    is expected, so that the one that is spoilt is named.
     """
-    qkv, proj, fc1, fc2 = (list(weights[layer].values()) for layer in LAYER_NAMES)
-    width, inner, hidden = qkv[0].shape[1], proj[0].shape[1], fc2[0].shape[1]
-    shared = qkv[-1].shape[0] if len(qkv) > 1 and inner % max(1, qkv[-1].shape[0]) == 0 else inner
+    qkv, (proj,), fc1, (fc2,) = (list(weights[layer].values()) for layer in LAYER_NAMES)
+    width = _agreed(proj.shape[0], fc2.shape[0], *(part.shape[1] for part in (*qkv, *fc1)))
+    query, *key_value = (len(part) for part in qkv) if len(qkv) > 1 else [len(qkv[0]) // 3]
+    inner = _agreed(query, proj.shape[1], width, *key_value)
+    shared = max((rows for rows in key_value if rows and inner % rows == 0), default=inner)
+    hidden = _agreed(fc2.shape[1], *map(len, fc1))
     rows = {
-        "attn.qkv": (inner, shared, shared) if len(qkv) > 1 else (3 * inner,),
+        "attn.qkv": (inner, shared, shared) if key_value else (3 * inner,),
         "attn.proj": (width,),
-        "mlp.fc1": (2 * hidden,) if len(fc1) == 1 and fc1[0].shape[0] == 2 * hidden else (hidden,) * len(fc1),
+        "mlp.fc1": (2 * hidden,) if len(fc1) == 1 and len(fc1[0]) == 2 * hidden else (hidden,) * len(fc1),
         "mlp.fc2": (width,),
     }
     columns = dict(zip(LAYER_NAMES, (width, inner, width, hidden), strict=True))
@@ -163,3 +202,8 @@ def require_shapes(weights: Mapping[str, Mapping[str, Tensor]]) -> None:
         for (name, weight), expected in zip(parts.items(), rows[layer], strict=True):
             if weight.shape != (shape := (expected, columns[layer])):
                 raise ValueError(f"{name}: expected shape {shape}, got {tuple(weight.shape)}")
+
+
+def _agreed(*sizes: int) -> int:
+    """The first size that is there twice, or the first of all."""
+    return next((size for i, size in enumerate(sizes) if size in sizes[i + 1 :]), sizes[0])

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from m2pt_kernels.divided import check_undivided
 
-from .checkpoint_blocks import Body, find_body, linear_weights, require_matrices, require_shapes
-from .checkpoint_names import FORMATS, PARTS, RELATIVE, Format, inside_block
+from .checkpoint_blocks import Body, find_body, linear_weights, require_one_dtype, weights_of_blocks
+from .checkpoint_names import ADAPTER, FORMATS, PARTS, RELATIVE, Format, inside_block
 from .checkpoints import TAKEN, Weights, read_weights
 from .checks import check_module, check_state_dict
 from .families import LAYER_NAMES
+from .models.vit import SpectrogramDropout
 
 PART = re.compile(r"(blocks\.\d+\.)(?:attn|mlp)\.(query|key|value|gate|up)\.(weight|bias)")
 TIMM_NAME = re.compile(
@@ -29,11 +30,12 @@ TIMM_NAME = re.compile(
     r"|(patch_embed|norm_pre|norm|fc_norm|attn_pool|head|head_dist)\..+"
     r"|blocks\.\d+\.((norm[12]|attn\.(qkv|q_norm|k_norm|norm|proj)|mlp\.(fc1|norm|fc2))\.(weight|bias)|ls[12]\.gamma)"
 )
-HEAD = re.compile(r"(head|head_dist)\.")
+HEADS = ("head", "head_dist")
 CATEGORIES = "head.category.0.weight"
 CLASS_TOKEN = ("cls_token", "cls_pos")
 AFTER_BLOCKS = re.compile(r"(norm|fc_norm|attn_pool|head|head_dist)\.")
-OVERLAPPING = "positions of patches that overlap, frequency by time"
+SPECTROGRAM = "positions of a spectrogram laid out frequency by time"
+WIDE_HEAD = "head for the class token beside the mean of the patches, where timm's is for one of them"
 ANY_WRAPPING = re.compile(r"(?:(?:module|_orig_mod|model|backbone)\.)*")
 """What torch's and Lightning's wrappers put before every name."""
 
@@ -102,8 +104,9 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tens
 
     Raises:
         TypeError: `state_dict` holds something else than named tensors.
-        ValueError: no known format, an unknown entry, a weight that is missing or of the wrong shape, or two entries
-            for one place. The message names the entry.
+        ValueError: no known format, an unknown entry, a weight that is missing or of the wrong shape, two entries for
+            one place, parts of different dtypes, or a floating entry of one byte, which another one scales. The message
+            names the entry.
     """
     check_state_dict(state_dict)
     try:
@@ -115,14 +118,18 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tens
 def _converted(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
     body = find_body(state_dict)
     source_format, root = _recognise(body)
+    weights_of_blocks(state_dict, body)
     report = Report(source_format)
     tensors: dict[str, Tensor] = {}
     for source, tensor in state_dict.items():
         name = _normalised(source, body, root)
-        reason = next((reason for pattern, reason in source_format.drops if re.match(pattern, name)), None)
+        drops = source_format.drops if source.startswith(root) else source_format.outside + source_format.drops
+        reason = next((reason for pattern, reason in drops if re.match(pattern, name)), None)
         if reason is not None:
             report.dropped[source] = reason
             continue
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            raise ValueError(f"{source}: expected a floating dtype of 16 bits or more, got {tensor.dtype}")
         name = _renamed(name, source_format)
         if name in tensors:
             raise ValueError(f"{source}: a second entry for {name}, beside {report.sources(name)[0]}")
@@ -130,9 +137,14 @@ def _converted(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Rep
         report.used[source] = name
     _join_parts(tensors, report)
     _reshape(tensors, report)
+    if adapters := [source for source, name in report.used.items() if ADAPTER.match(name)]:
+        raise ValueError(f"{adapters[0]}: the blocks have adapters, which timm's have none of")
     if unknown := [source for source, name in report.used.items() if not TIMM_NAME.fullmatch(name)]:
         raise ValueError(f"unknown entries for the format {source_format.name}: {', '.join(unknown)}")
-    _require_blocks(tensors, body.depth())
+    _require_biases(tensors, body.depth(), report)
+    head, width = tensors.get("head.weight"), len(tensors["blocks.0.attn.proj.weight"])
+    if head is not None and head.shape[1:] == (2 * width,):  # DINOv2's
+        _leave_out(dict.fromkeys(("head.weight", "head.bias"), WIDE_HEAD), tensors, report)
     return tensors, report
 
 
@@ -173,18 +185,21 @@ def _join_parts(tensors: dict[str, Tensor], report: Report) -> None:
             joined.setdefault(target, {})[match[2]] = tensors.pop(name)
             report.used[report.sources(name)[0]] = target
     for name, parts in joined.items():
-        sources = ", ".join(report.sources(name))
+        sources = report.sources(name)
         if name in tensors:
-            raise ValueError(f"{name}: expected one whole or several parts, got both ({sources})")
+            raise ValueError(f"{name}: expected one whole or several parts, got both ({', '.join(sources)})")
+        entries = dict(zip(sources, parts.values(), strict=True))
+        require_one_dtype(entries)
         names = next(names for layer, names in PARTS.items() if f".{layer}." in name)
         report.changed[name] = f"{', '.join(names[:-1])} and {names[-1]} joined"
         if name.endswith(".attn.qkv.bias") and not has_key_bias:
             parts["key"] = torch.zeros_like(next(iter(parts.values())))
             report.changed[name] = "zeros between the biases of query and value"
         if missing := [part for part in names if part not in parts]:
-            raise ValueError(f"{name}: no {' and no '.join(missing)} to join with {sources}")
+            raise ValueError(f"{name}: no {' and no '.join(missing)} to join with {', '.join(sources)}")
         if len({part.shape for part in parts.values()}) > 1:
-            raise ValueError(f"{name}: expected parts of one shape, got {[tuple(p.shape) for p in parts.values()]}")
+            shapes = ", ".join(f"{source} {tuple(part.shape)}" for source, part in entries.items())
+            raise ValueError(f"{name}: expected parts of one shape, got {shapes}")
         tensors[name] = torch.cat([parts[part] for part in names])
 
 
@@ -221,19 +236,12 @@ def _reshape(tensors: dict[str, Tensor], report: Report) -> None:
         report.changed.update({name: what for name in new if what})
 
 
-def _require_blocks(tensors: Mapping[str, Tensor], depth: int) -> None:
-    """Every block has its four weights, and their shapes fit together."""
-    for index in range(depth):
-        names = {layer: f"blocks.{index}.{layer}" for layer in LAYER_NAMES}
-        if missing := [name for name in names.values() if f"{name}.weight" not in tensors]:
-            raise ValueError(f"{missing[0]}.weight is missing")
-        weights = {layer: {f"{name}.weight": tensors[f"{name}.weight"]} for layer, name in names.items()}
-        require_matrices(weights)
-        require_shapes(weights)
-        for name in names.values():
-            bias, rows = tensors.get(f"{name}.bias"), tensors[f"{name}.weight"].shape[:1]
-            if bias is not None and bias.shape != rows:
-                raise ValueError(f"{name}.bias: expected shape {tuple(rows)}, got {tuple(bias.shape)}")
+def _require_biases(tensors: Mapping[str, Tensor], depth: int, report: Report) -> None:
+    for name in (f"blocks.{index}.{layer}" for index in range(depth) for layer in LAYER_NAMES):
+        bias, rows = tensors.get(f"{name}.bias"), tensors[f"{name}.weight"].shape[:1]
+        if bias is not None and bias.shape != rows:
+            sources = ", ".join(report.sources(f"{name}.bias"))
+            raise ValueError(f"{sources}: expected shape {tuple(rows)}, got {tuple(bias.shape)}")
 
 
 def read_checkpoint(path: str | os.PathLike, weights: Weights | None = None) -> tuple[dict[str, Tensor], Report]:
@@ -257,12 +265,18 @@ def read_checkpoint(path: str | os.PathLike, weights: Weights | None = None) -> 
 
 
 class LinearLayers(nn.Module):
-    """What surgery reads of a transformer; it cannot be called."""
+    """What surgery reads of a transformer; it cannot be called.
+
+    Attributes:
+        blocks: as timm's, with the linear layers alone.
+        weights: "ema", "raw" or None, as of `Report`.
+    """
 
     blocks: nn.ModuleList
+    weights: Weights | None
 
 
-def load_auxiliary(path: str | os.PathLike, weights: Weights | None = None) -> nn.Module:
+def load_auxiliary(path: str | os.PathLike, weights: Weights | None = None) -> LinearLayers:
     """The linear layers of the transformer in a checkpoint, for `reparameterize_aux_into_target_model`.
 
     Only what surgery reads is built: `blocks.i.attn.qkv`, `attn.proj`, `mlp.fc1` and `mlp.fc2`, without biases, of the
@@ -273,18 +287,22 @@ def load_auxiliary(path: str | os.PathLike, weights: Weights | None = None) -> n
     Args:
         path, weights: as of `read_checkpoint`.
 
+    Returns:
+        The linear layers; their attribute `weights` says which were taken of a file with weights and their average.
+
     Raises:
         TypeError: `path` is no path.
         FileNotFoundError: no such file.
         ValueError: not a readable checkpoint, without such `weights`, without transformer or with several, or a weight
-            is missing or does not fit the others.
+            is missing, of one byte, or does not fit the others.
     """
-    state_dict, _ = read_weights(path, weights)
+    state_dict, taken = read_weights(path, weights)
     try:
         blocks = linear_weights(state_dict)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
     body = LinearLayers()
+    body.weights = taken
     body.blocks = nn.ModuleList()
     for tensors in blocks:
         block = nn.ModuleDict({"attn": nn.ModuleDict(), "mlp": nn.ModuleDict()})
@@ -299,13 +317,17 @@ def load_auxiliary(path: str | os.PathLike, weights: Weights | None = None) -> n
 def load_pretrained(model: nn.Module, path: str | os.PathLike, weights: Weights | None = None) -> Report:
     """Load a checkpoint of any known format into a model of `m2pt.models` or a timm VisionTransformer, in place.
 
-    Everything has to fit, but for six things. Positions of another grid are resampled, or left out if the model
-    computes its own; they may be missing where the file has relative ones. A head of other shapes is left out, and so
-    are layers after the blocks that the model has none of. Head and other layers after the blocks may be missing in the
-    file. A class token with a position of its own, a point cloud's, may be missing on either side. A distillation token
-    that the model has none of is left out; the patches of AST, frequency by time, are then turned, and its positions,
-    of patches that overlap, left out. Of a file without patch embedding, as those of speech, the blocks are loaded and
-    what follows them, and the model keeps its own embedding.
+    Everything has to fit, but for these:
+
+    - Positions of another grid are resampled, or left out if the model computes its own. They may be missing where the
+      file has relative ones.
+    - A head of other shapes is left out, and so are layers after the blocks that the model has none of.
+    - Head and other layers after the blocks may be missing in the file.
+    - A class token with a position of its own, a point cloud's, may be missing on either side.
+    - A distillation token that the model has none of is left out, with its position. In the audio model the patches of
+      AST, frequency by time, are then turned, and its positions left out.
+    - Of a file with nothing before the blocks, as those of speech, the blocks are loaded and what follows them, and the
+      model keeps its own embedding.
 
     Args:
         model: what to load into.
@@ -326,16 +348,15 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike, weights: Weights 
     check_undivided(model, "load the file before dividing the model")
     tensors, report = read_checkpoint(path, weights)
     own = model.state_dict()
+    is_embedded = not all(name.startswith("blocks.") or AFTER_BLOCKS.match(name) for name in tensors)
     try:
-        for name, reason in _to_leave_out(tensors, own).items():
-            del tensors[name]
-            report.drop(name, reason)
+        _leave_out(_to_leave_out(tensors, own), tensors, report)
         if "dist_token" in tensors and "dist_token" not in own:
-            _leave_distillation_out(tensors, report)
+            _leave_distillation_out(model, tensors, report)
         if "pos_embed" in tensors and tensors["pos_embed"].shape != own["pos_embed"].shape:
             tensors["pos_embed"], report.changed["pos_embed"] = _positions_for(model, tensors["pos_embed"])
         report.initialised = [name for name in own if name not in tensors]
-        _require_fit(tensors, own, report)
+        _require_fit(tensors, own, report, is_embedded)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {type(model).__name__}: {error}") from None
     model.load_state_dict(own | tensors)
@@ -344,9 +365,13 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike, weights: Weights 
 
 def _to_leave_out(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
     reasons = {name: "the model has no such layer" for name in tensors if AFTER_BLOCKS.match(name) and name not in own}
-    heads = [{name: value.shape for name, value in entries.items() if HEAD.match(name)} for entries in (tensors, own)]
-    if heads[0] != heads[1]:
-        reasons |= dict.fromkeys(heads[0], "head of other shapes than the model's")
+    for head in HEADS:
+        theirs, ours = (
+            {name: value.shape for name, value in entries.items() if name.startswith(f"{head}.")}
+            for entries in (tensors, own)
+        )
+        if ours and theirs != ours:
+            reasons |= dict.fromkeys(theirs, "head of other shapes than the model's")
     if "cls_pos" in tensors and "cls_pos" not in own:
         reasons |= {name: "the model has no class token" for name in CLASS_TOKEN if name in tensors}
     if "pos_embed" in tensors and "pos_embed" not in own:
@@ -354,19 +379,24 @@ def _to_leave_out(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> d
     return reasons
 
 
-def _leave_distillation_out(tensors: dict[str, Tensor], report: Report) -> None:
-    reasons = {"dist_token": "the model has no distillation token"}
-    patches, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
-    if patches is not None and patches.ndim == 4 and patches.shape[1] == 1:
-        tensors["patch_embed.proj.weight"] = patches.mT.contiguous()
-        report.changed["patch_embed.proj.weight"] = "frequency by time turned into time by frequency"
-        reasons["pos_embed"] = OVERLAPPING
-    elif positions is not None and positions.ndim == 3:
-        tensors["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
-        report.changed["pos_embed"] = "without the distillation token's"
+def _leave_out(reasons: Mapping[str, str], tensors: dict[str, Tensor], report: Report) -> None:
     for name, reason in reasons.items():
         if tensors.pop(name, None) is not None:
             report.drop(name, reason)
+
+
+def _leave_distillation_out(model: nn.Module, tensors: dict[str, Tensor], report: Report) -> None:
+    reasons = {"dist_token": "the model has no distillation token"}
+    patches, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
+    is_audio = isinstance(getattr(model, "patch_drop", None), SpectrogramDropout)
+    if is_audio and patches is not None and patches.ndim == 4 and patches.shape[1] == 1:
+        tensors["patch_embed.proj.weight"] = patches.mT.contiguous()
+        report.changed["patch_embed.proj.weight"] = "frequency by time turned into time by frequency"
+        reasons["pos_embed"] = SPECTROGRAM
+    elif positions is not None and positions.ndim == 3:
+        tensors["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
+        report.changed["pos_embed"] = "without the distillation token's"
+    _leave_out(reasons, tensors, report)
 
 
 def _positions_for(model: nn.Module, positions: Tensor) -> tuple[Tensor, str]:
@@ -393,16 +423,15 @@ def _positions_for(model: nn.Module, positions: Tensor) -> tuple[Tensor, str]:
     return resampled, f"resampled from {old_rows} x {old_columns} to {rows} x {columns}"
 
 
-def _require_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], report: Report) -> None:
+def _require_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], report: Report, is_embedded: bool) -> None:
     if unexpected := [source for source, name in report.used.items() if name not in own]:
         raise ValueError(f"there is no place for {', '.join(unexpected)}")
-    is_embedded = any(name.startswith("patch_embed.") for name in tensors)
     required = [
         name
         for name in report.initialised
         if not AFTER_BLOCKS.match(name) and (is_embedded or name.startswith("blocks."))
     ]
-    optional = {"pos_embed"} if not {RELATIVE, OVERLAPPING}.isdisjoint(report.dropped.values()) else set()
+    optional = {"pos_embed"} if not {RELATIVE, SPECTROGRAM}.isdisjoint(report.dropped.values()) else set()
     optional |= set(CLASS_TOKEN) if "cls_pos" in own else set()
     if missing := [name for name in required if name not in optional]:
         raise ValueError(f"missing in the file: {', '.join(missing)}")

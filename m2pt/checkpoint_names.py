@@ -1,5 +1,6 @@
 """How other projects name the parts of a transformer around the linear layers of its blocks."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,22 +21,31 @@ class Format:
         blocks: what stands before the number of a block, with the name of its values or qkv; a space; and fc1's.
         renames: the beginning of a name and its replacement; the first that matches is used.
         drops: the beginning of a name and the reason why such an entry is left out, tried before `renames`.
+        outside: the same of names that do not begin with what stands before the whole transformer, tried before
+            `drops`.
     """
 
     name: str
     blocks: str
     renames: tuple[tuple[str, str], ...] = ()
     drops: tuple[tuple[str, str], ...] = ()
+    outside: tuple[tuple[str, str], ...] = ()
 
 
 BLOCK = r"(blocks\.\d+)\."
+ADAPTER = re.compile(BLOCK + r"adapter_layer\.")
 RELATIVE = "relative positions, which timm's VisionTransformer has none of"
 DECODER = (r"(MAE_)?decoder[._]|encoder_to_decoder\.|increase_dim\.", "decoder")
 MASK_TOKEN = (r"(embeddings\.)?(mask_token|masked_spec_embed)", "mask token")
 SPEECH = (
+    (
+        r"(lm_head|proj_out|quantizer|project_(q|hid)|projector|classifier|tdnn|objective)\.|layer_weights"
+        r"|feature_extractor\.(weight|bias)",
+        "head for speech",
+    ),
     (r"feature_extractor\.|feature_projection\.|encoder\.conv[12]\.", "convolutional front end"),
     (r"encoder\.(pos_conv_embed|embed_positions)\.", "positions of the convolutional front end"),
-    (r"lm_head\.|proj_out\.|quantizer\.|project_(q|hid)\.|projector\.|classifier\.|layer_weights", "head for speech"),
+    (r"adapter\.", "adapter after the encoder"),
     DECODER,
     MASK_TOKEN,
 )
@@ -89,11 +99,12 @@ FORMATS = (
             (r"distillation_classifier\.", "head_dist."),
         ),
         drops=(
-            (r".*\brelative_position_bias\.", RELATIVE),
+            (r".*\brelative_position_bias", RELATIVE),
             (r"pooler\.dense\.", "pooler, which timm has none of"),
             DECODER,
             MASK_TOKEN,
         ),
+        outside=((r"(lm_head|layernorm)\.", "head for masked patches"),),
     ),
     Format(
         name="Hugging Face CLIP or SigLIP",

@@ -2,6 +2,7 @@
 tiny width; and those of others that only an auxiliary model is read from."""
 
 import re
+import tracemalloc
 from functools import partial
 
 import pytest
@@ -108,6 +109,10 @@ def vit_like(prefix, is_new, *tokens, positions=5, channels=3):
     return embeddings(prefix, *tokens, positions=positions, channels=channels) | body | norm(f"{prefix}layernorm")
 
 
+def plain(is_new):
+    return vit_like("vit.", is_new, "cls_token")
+
+
 def ast(is_new):
     body = vit_like("audio_spectrogram_transformer.", is_new, "cls_token", "distillation_token", channels=1)
     return body | norm("classifier.layernorm") | linear("classifier.dense", CLASSES, WIDTH)
@@ -118,13 +123,21 @@ def deit(is_new):
     return body | linear("cls_classifier", CLASSES, WIDTH) | linear("distillation_classifier", CLASSES, WIDTH)
 
 
-def beit(is_new):
+def beit(is_new, is_shared=False, head=None):
     names = {"lambda_1": (WIDTH,), "lambda_2": (WIDTH,)}
-    names |= {TABLE if is_new else f"attention.attention.{TABLE}": (12, 2)}
+    shared = {f"beit.shared_position_bias.{TABLE.rpartition('.')[2]}" if is_new else f"beit.encoder.{TABLE}": (12, 2)}
+    if not is_shared:
+        names |= {TABLE if is_new else f"attention.attention.{TABLE}": (12, 2)}
     settings = (NEW if is_new else OLD) | {"more": names, "key_bias": False}
-    body = blocks("beit.layers" if is_new else "beit.encoder.layer", **settings)
-    head = norm("beit.pooler.layernorm") | linear("classifier", CLASSES, WIDTH)
+    body = blocks("beit.layers" if is_new else "beit.encoder.layer", **settings) | (shared if is_shared else {})
+    head = norm("beit.pooler.layernorm") | linear("classifier", CLASSES, WIDTH) if head is None else head
     return embeddings("beit.", "cls_token", "mask_token", positions=0) | body | head
+
+
+def beit_masked(is_new, has_norm):
+    """With `use_mean_pooling` or without, and then with a norm at the end of the transformer."""
+    head = norm("layernorm") | linear("lm_head", 9, WIDTH) | (norm("beit.layernorm") if has_norm else {})
+    return beit(is_new, head=head)
 
 
 def videomae(is_new):
@@ -152,7 +165,7 @@ def siglip(is_new):
     head |= linear(f"{prefix}head.attention.out_proj", WIDTH, WIDTH) | linear(f"{prefix}head.mlp.fc2", WIDTH, HIDDEN)
     return (
         linear(f"{prefix}embeddings.patch_embedding", WIDTH, 3, 16, 16)
-        | {f"{prefix}embeddings.position_embedding.weight": (4, WIDTH)}
+        | {f"{prefix}embeddings.position_embedding.weight": (4, WIDTH), f"{prefix}embeddings.position_ids": (1, 4)}
         | blocks(f"{prefix}encoder.layers", **CLIP)
         | norm(f"{prefix}post_layernorm")
         | norm(f"{prefix}head.layernorm")
@@ -165,7 +178,7 @@ def clip(is_new):
     return (
         linear(f"{prefix}embeddings.patch_embedding", WIDTH, 3, 16, 16, bias=False)
         | {f"{prefix}embeddings.class_embedding": (WIDTH,)}
-        | {f"{prefix}embeddings.position_embedding.weight": (5, WIDTH)}
+        | {f"{prefix}embeddings.position_embedding.weight": (5, WIDTH), f"{prefix}embeddings.position_ids": (1, 5)}
         | norm(f"{prefix}pre_layrnorm")
         | blocks(f"{prefix}encoder.layers", **CLIP)
         | norm(f"{prefix}post_layernorm")
@@ -179,14 +192,35 @@ def both_towers(is_new):
     return text | clip(is_new=False) | texts
 
 
-def wav2vec2(is_new, prefix="wav2vec2."):
+QUANTIZED = {"quantizer.codevectors": (1, 8, 4)} | linear("quantizer.weight_proj", 8, WIDTH)
+PRETRAINING = QUANTIZED | linear("project_hid", 8, WIDTH) | linear("project_q", 8, 8)
+CLASSIFYING = {"layer_weights": (3,)} | linear("projector", 8, WIDTH) | linear("classifier", CLASSES, 8)
+SPEAKERS = (
+    CLASSIFYING | linear("tdnn.0.kernel", 8, 40) | linear("feature_extractor", 8, 16) | {"objective.weight": (8, 2)}
+)
+ADAPTER = {f"wav2vec2.adapter.layers.{i}.conv.{kind}": (8,) for i in range(2) for kind in ("weight", "bias")}
+ADAPTER |= linear("wav2vec2.adapter.proj", 8, WIDTH) | norm("wav2vec2.adapter.proj_layer_norm")
+
+
+def wav2vec2(is_new, prefix="wav2vec2.", head=None):
     front = {f"{prefix}feature_extractor.conv_layers.{i}.conv.weight": (8, 1, 3) for i in range(2)}
     front |= linear(f"{prefix}feature_projection.projection", WIDTH, 8) | {f"{prefix}masked_spec_embed": (WIDTH,)}
     name = f"{prefix}encoder.pos_conv_embed.conv"
     weight = ("parametrizations.weight.original0", "parametrizations.weight.original1")
     front |= {f"{name}.{part}": (WIDTH, 2, 4) for part in (weight if is_new else ("weight_g", "weight_v"))}
     body = blocks(f"{prefix}encoder.layers", **WAV2VEC2) | norm(f"{prefix}encoder.layer_norm")
-    return front | {f"{name}.bias": (WIDTH,)} | body | (linear("lm_head", 9, WIDTH) if prefix else {})
+    head = (linear("lm_head", 9, WIDTH) if prefix else {}) if head is None else head
+    return front | {f"{name}.bias": (WIDTH,)} | body | head
+
+
+def dinov2_classifier(is_new):
+    return dinov2(is_new) | linear("classifier", CLASSES, 2 * WIDTH)
+
+
+def mms(is_new):
+    """Wav2Vec2 with adapters in its blocks."""
+    adapters = {f"wav2vec2.encoder.layers.{i}.adapter_layer.linear_1.weight": (4, WIDTH) for i in range(DEPTH)}
+    return wav2vec2(is_new) | adapters
 
 
 def whisper(is_new, prefix="model."):
@@ -213,18 +247,31 @@ VIT_NAMES = timm_names(*PATCHES, "cls_token", "pos_embed")
 
 # The shapes by name, given whether the names are those of transformers 5, and the timm names expected.
 FILES = {
-    "ViT": (lambda is_new: vit_like("vit.", is_new, "cls_token"), VIT_NAMES),
+    "ViT": (plain, VIT_NAMES),
     "AST": (ast, timm_names(*PATCHES, "cls_token", "dist_token", "pos_embed", norms=("norm", "fc_norm", "head"))),
     "DeiT": (deit, timm_names(*PATCHES, "cls_token", "dist_token", "pos_embed", norms=("norm", "head", "head_dist"))),
     "BEiT": (beit, timm_names(*PATCHES, "cls_token", scales=True, norms=("fc_norm", "head"))),
+    "BEiT, shared positions": (
+        partial(beit, is_shared=True),
+        timm_names(*PATCHES, "cls_token", scales=True, norms=("fc_norm", "head")),
+    ),
+    "BEiT, masked": (partial(beit_masked, has_norm=True), timm_names(*PATCHES, "cls_token", scales=True)),
+    "BEiT, masked, mean": (
+        partial(beit_masked, has_norm=False),
+        timm_names(*PATCHES, "cls_token", scales=True, norms=()),
+    ),
     "VideoMAE": (videomae, timm_names(*PATCHES, norms=("fc_norm",))),
     "DINOv2": (partial(dinov2, registers=False, prefix=""), PLAIN_DINO_NAMES),
     "DINOv2, registers": (dinov2, DINO_NAMES),
+    "DINOv2, classifier": (dinov2_classifier, DINO_NAMES),
     "DINOv2, gated": (partial(dinov2, **GATED), DINO_NAMES),
     "SigLIP": (siglip, timm_names(*PATCHES, "pos_embed", "attn_pool.latent", norms=("norm", *POOL))),
     "CLIP": (clip, CLIP_NAMES),
     "CLIP, both towers": (both_towers, CLIP_NAMES),
     "Wav2Vec2": (wav2vec2, timm_names()),
+    "Wav2Vec2, pretraining": (partial(wav2vec2, head=PRETRAINING), timm_names()),
+    "Wav2Vec2, speakers": (partial(wav2vec2, head=SPEAKERS), timm_names()),
+    "Wav2Vec2, adapter": (partial(wav2vec2, head=ADAPTER), timm_names()),
     "HuBERT": (partial(wav2vec2, prefix=""), timm_names()),
     "Whisper": (whisper, timm_names()),
     "Whisper, bare": (partial(whisper, prefix=""), timm_names()),
@@ -233,11 +280,18 @@ REASONS = {
     "decoder": r"decoder\.|encoder_to_decoder|model\.decoder",
     "mask token": r".*mask_token|.*masked_spec_embed",
     "relative positions, which timm's VisionTransformer has none of": r".*relative_position_bias_table",
+    "head for masked patches": r"lm_head|layernorm",
+    "head for the class token beside the mean of the patches, where timm's is for one of them": r"classifier",
+    "numbers of the positions": r".*embeddings\.position_ids$",
+    "adapter after the encoder": r"wav2vec2\.adapter\.",
     "text tower": r"text_",
     "comparison with texts": r"visual_projection|logit_scale",
-    "convolutional front end": r".*feature_|.*encoder\.conv[12]",
+    "convolutional front end": r"(wav2vec2\.)?feature_(extractor\.conv|projection)|.*encoder\.conv[12]",
     "positions of the convolutional front end": r".*pos_conv_embed|.*embed_positions",
-    "head for speech": r"lm_head|proj_out",
+    "head for speech": (
+        r"lm_head|proj_out|quantizer|project_hid|project_q|layer_weights|projector|classifier|tdnn|objective"
+        r"|feature_extractor\.(weight|bias)$"
+    ),
 }
 
 
@@ -293,19 +347,121 @@ def test_the_linear_layers_of_any_file_are_an_auxiliary_model(case, tmp_path, wr
         assert torch.equal(weight, tensors[f"blocks.{name}.weight"].bfloat16())
 
 
+def sources_of_linear_weights(entries, layers=LAYER_NAMES):
+    """The entries of a file that its linear layers are made of, by the report."""
+    weights = {f"blocks.{i}.{layer}.weight" for i in range(DEPTH) for layer in layers}
+    return {source for source, target in convert_state_dict(entries)[1].used.items() if target in weights}
+
+
 SHAPES = ((), (3,), (1, 1, 3))
 
 
 @pytest.mark.parametrize("spoilt", [*map(torch.ones, SHAPES), torch.ones(2, 2).int()], ids=str)
-def test_an_entry_of_another_shape_is_refused_or_fits_a_model_of_that_shape(case, spoilt):
+def test_a_linear_weight_that_is_no_floating_matrix_is_named(case, spoilt):
     entries, _ = case
-    for name in entries:
-        changed = entries | {name: spoilt}
+    for name in sources_of_linear_weights(entries):
         for read in (convert_state_dict, linear_weights):
-            try:
+            with pytest.raises(ValueError, match=rf"{re.escape(name)}: expected a floating matrix"):
+                read(entries | {name: spoilt})
+
+
+@pytest.mark.parametrize("spoilt", [*map(torch.ones, SHAPES)], ids=str)
+def test_an_entry_of_another_shape_is_refused_or_kept_as_it_is(case, spoilt):
+    entries, _ = case
+    expected = linear_weights(entries)
+    for name in entries.keys() - sources_of_linear_weights(entries):
+        changed = entries | {name: spoilt}
+        found = linear_weights(changed)
+        assert all(torch.equal(found[i][layer], expected[i][layer]) for i in range(DEPTH) for layer in LAYER_NAMES)
+        refused = rf"{re.escape(name)}: expected|expected (parts of one shape.*{re.escape(name)}|a class token)"
+        try:
+            tensors, report = convert_state_dict(changed)
+        except ValueError as error:
+            assert re.search(refused, str(error))
+        else:
+            assert report.used.keys() ^ report.dropped.keys() == entries.keys()
+            target = report.used.get(name)
+            kept = target is not None and not target.startswith("attn_pool.q.")
+            assert not kept or torch.equal(tensors[target].flatten(), spoilt.flatten())
+
+
+@pytest.mark.parametrize("shape", [(WIDTH, 16), (16, WIDTH), (5, WIDTH), (WIDTH, 5), (0, WIDTH)], ids=str)
+def test_the_weight_of_an_attention_that_is_spoilt_is_the_one_that_is_named(case, shape):
+    entries, _ = case
+    names = sources_of_linear_weights(entries, ("attn.qkv", "attn.proj"))
+    assert len(names) == 4 * DEPTH
+    for name in names:
+        for read in (convert_state_dict, linear_weights):
+            with pytest.raises(ValueError, match=rf"{re.escape(name)}: expected shape \(32, 32\)"):
+                read(entries | {name: torch.ones(shape)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_one_byte_are_refused_without_their_scales(case, tmp_path, dtype):
+    entries, _ = case
+    linear = sources_of_linear_weights(entries)
+    for name in sorted(linear)[:: len(linear) - 1]:
+        path = write(entries | {name: entries[name].to(dtype)}, tmp_path / "w.safetensors")
+        for read in (read_checkpoint, load_auxiliary, partial(load_pretrained, vit())):
+            with pytest.raises(ValueError, match=rf"w\.safetensors: .*{re.escape(name)}: expected .* 16 bits.*float8"):
+                read(path)
+    _, report = convert_state_dict(entries)
+    for name in entries.keys() - linear:
+        changed = entries | {name: entries[name].to(dtype)}
+        assert len(linear_weights(changed)) == DEPTH
+        if "class token" in report.dropped.get(name, "class token"):  # used, or left out for its shape
+            with pytest.raises(ValueError, match=rf"{re.escape(name)}: expected .* 16 bits.*float8"):
+                convert_state_dict(changed)
+        else:
+            convert_state_dict(changed)
+
+
+def test_parts_of_different_dtypes_are_refused():
+    entries = random(dinov2(True, **GATED))
+    for part in ("attention.q_proj.weight", "attention.v_proj.bias", "mlp.up_proj.weight"):
+        name = f"dinov2.encoder.layer.1.{part}"
+        changed = entries | {name: entries[name].half()}
+        reads = [convert_state_dict] + [linear_weights] * part.endswith("weight")
+        for read in reads:
+            with pytest.raises(ValueError, match=r"layer\.1\..*: expected .*float.* got torch\.float"):
                 read(changed)
-            except ValueError as error:
-                assert "expected" in str(error)
+    changed = entries | {"dinov2.layernorm.weight": entries["dinov2.layernorm.weight"].half()}
+    assert convert_state_dict(changed)[0]["norm.weight"].dtype == torch.float16
+
+
+def test_adapters_in_the_blocks_are_refused_where_blocks_are_loaded(tmp_path, is_new):
+    path = write(random(mms(is_new)), tmp_path / "mms.pth")
+    for read in (read_checkpoint, partial(load_pretrained, vit())):
+        message = r"mms\.pth: wav2vec2\.encoder\.layers\.0\.adapter_layer\.linear_1\.weight: the blocks have adapters"
+        with pytest.raises(ValueError, match=message):
+            read(path)
+    assert len(load_auxiliary(path).blocks) == DEPTH
+
+
+def test_names_beside_a_bare_transformer_are_not_taken_for_its_own():
+    entries = random(vit_like("", True, "cls_token") | linear("model.classifier", CLASSES, WIDTH))
+    with pytest.raises(ValueError, match=r"unknown entries .*: model\.classifier\.weight, model\.classifier\.bias$"):
+        convert_state_dict(entries)
+    timm = convert_state_dict(random(vit_like("", True, "cls_token")))[0]
+    with pytest.raises(ValueError, match=r"unknown entries .*: model\.head\.weight$"):
+        convert_state_dict(timm | {"model.head.weight": torch.ones(CLASSES, WIDTH)})
+
+
+def test_a_number_of_five_digits_is_no_blocks(tmp_path):
+    entries = random(whisper(True)) | {"model.encoder.layers.99999.self_attn.q_proj.weight": torch.ones(WIDTH, WIDTH)}
+    assert len(load_auxiliary(write(entries, tmp_path / "w.pth")).blocks) == DEPTH
+
+
+def test_a_name_of_very_many_numbers_is_looked_at_in_moderation():
+    name = "0." * 50_000 + "weight"
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="expected transformer blocks") as caught:
+            linear_weights({name: torch.ones(1)})
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("wrapper", ["model.", "backbone.", "model.backbone."])
@@ -467,8 +623,41 @@ def without(name, make=llama):
     return lambda: {key: shape for key, shape in make().items() if not key.startswith(name)}
 
 
+def towers(*prefixes):
+    return lambda: {name: shape for prefix in prefixes for name, shape in blocks(prefix, **CLIP).items()}
+
+
+def gates_in_chunks():
+    """Whose last chunk has no gates, and so looks like another family's."""
+    shapes = blocks("blocks.0", **NEW | GATED)
+    last = {name.replace("blocks.0.0.", "blocks.1.2."): shape for name, shape in shapes.items() if ".0.0." in name}
+    return shapes | {name: shape for name, shape in last.items() if "gate_proj" not in name}
+
+
 REFUSED = {
     "several": (two_encoders, r"expected one transformer, got several: encoder_q\.layers\.\*, encoder_k\.layers\.\*$"),
+    "pictures and sounds": (
+        towers("vision_model.layers", "audio_model.layers", "text_model.layers"),
+        r"expected one transformer, got several: vision_model\.layers\.\*, audio_model\.layers\.\*$",
+    ),
+    "pictures and a language model": (
+        towers("vision_model.layers", "language_model.layers"),
+        r"got several: vision_model\.layers\.\*, language_model\.layers\.\*$",
+    ),
+    "texts and another": (towers("text_model.layers", "model.layers"), r"got several: text_model\.layers\.\*, model"),
+    "no gates in the last chunk": (gates_in_chunks, r"blocks\.2\.mlp\.gate_proj\.weight is missing"),
+    "a gate of twice the rows": (
+        lambda: llama() | {"model.layers.1.mlp.gate_proj.weight": (2 * HIDDEN, WIDTH)},
+        r"layers\.1\.mlp\.gate_proj\.weight: expected shape \(64, 32\), got \(128, 32\)",
+    ),
+    "an output for other heads": (
+        lambda: llama() | {"model.layers.1.self_attn.o_proj.weight": (WIDTH, 20)},
+        r"layers\.1\.self_attn\.o_proj\.weight: expected shape \(32, 32\), got \(32, 20\)",
+    ),
+    "shared values of fewer rows": (
+        lambda: llama() | {"model.layers.1.self_attn.v_proj.weight": (5, WIDTH)},
+        r"layers\.1\.self_attn\.v_proj\.weight: expected shape \(16, 32\), got \(5, 32\)",
+    ),
     "a number twice": (two_chunks, r"blocks\.\*: expected blocks of different numbers, got 1 twice$"),
     "a gap": (without("model.layers.0."), r"model\.layers\.0\.self_attn\.q_proj\.weight is missing"),
     "a chunk less": (
@@ -481,7 +670,11 @@ REFUSED = {
         lambda: llama() | {"model.layers.0.self_attn.q_proj.cross_modal_scale": (1,)},
         "fold it first, with `m2pt merge`",
     ),
-    "no layers": (lambda: norm("model.layers.0.norm"), "expected transformer blocks .*got model.layers.0.norm.weight"),
+    "no layers": (
+        lambda: norm("model.layers.0.norm"),
+        r"named as in a family of m2pt\.families; the names begin with model\.layers\.0\.norm\.weight, model",
+    ),
+    "nothing": (dict, r"a family of m2pt\.families; there is nothing in it$"),
 }
 
 
@@ -506,7 +699,7 @@ SPOILT = {
     ),
     "gate of another shape": (
         lambda: dinov2(True, **GATED) | {"dinov2.encoder.layer.1.mlp.gate_proj.weight": (5, WIDTH)},
-        r"blocks\.1\.mlp\.fc1\.weight: expected parts of one shape",
+        r"dinov2\.encoder\.layer\.1\.mlp\.gate_proj\.weight: expected shape \(64, 32\), got \(5, 32\)",
     ),
 }
 
@@ -532,6 +725,28 @@ def test_the_embedding_of_the_model_stays_where_the_file_has_none(tmp_path, make
         assert torch.equal(value, before[name] if name in report.initialised else tensors[name])
 
 
+def lost(make, *parts):
+    return {name: value for name, value in random(make(True)).items() if not any(part in name for part in parts)}
+
+
+LOST = {
+    "DINOv2": (dinov2, ("patch_embeddings",), partial(vit, reg_tokens=4, no_embed_class=True, init_values=1.0)),
+    "a class token alone": (plain, ("patch_embeddings", "position_embeddings"), vit),
+    "positions alone": (plain, ("patch_embeddings", "cls_token"), vit),
+    "CLIP's norm alone": (clip, ("embeddings",), partial(vit, pre_norm=True)),
+}
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["as published", "converted"])
+@pytest.mark.parametrize("name", LOST)
+def test_a_lost_patch_embedding_is_missed(tmp_path, name, converted):
+    make, parts, build = LOST[name]
+    entries = lost(make, *parts)
+    path = write(convert_state_dict(entries)[0] if converted else entries, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"missing in the file: .*patch_embed\.proj\.weight"):
+        load_pretrained(build(), path)
+
+
 def test_ast_is_loaded_into_the_audio_model(tmp_path):
     """Whose spectrograms are time by frequency, and whose positions are its own."""
     write(random(ast(True)), tmp_path / "ast.pth")
@@ -544,7 +759,7 @@ def test_ast_is_loaded_into_the_audio_model(tmp_path):
     prefix = "audio_spectrogram_transformer."
     assert report.dropped == {
         f"{prefix}embeddings.distillation_token": "the model has no distillation token",
-        f"{prefix}embeddings.position_embeddings": "positions of patches that overlap, frequency by time",
+        f"{prefix}embeddings.position_embeddings": "positions of a spectrogram laid out frequency by time",
         **dict.fromkeys((f"{prefix}layernorm.weight", f"{prefix}layernorm.bias"), "the model has no such layer"),
     }
     patches = {kind: entries[f"{prefix}embeddings.patch_embeddings.projection.{kind}"] for kind in ("weight", "bias")}
@@ -569,8 +784,41 @@ def test_a_distillation_token_is_left_out_with_its_position(tmp_path):
     assert torch.equal(larger.pos_embed[:, 0], positions[:, 0])
 
 
-def test_relative_positions_leave_the_models_own(tmp_path):
-    write(random(beit(False)), tmp_path / "beit.pth")
+def test_a_distilled_model_of_grey_pictures_is_not_taken_for_one_of_spectrograms(tmp_path):
+    shapes = deit(True) | {"deit.embeddings.patch_embeddings.projection.weight": (WIDTH, 1, 16, 16)}
+    write(random(shapes), tmp_path / "deit.pth")
+    entries, model = load_state_dict(tmp_path / "deit.pth"), vit(num_classes=CLASSES, in_chans=1)
+    report = load_pretrained(model, tmp_path / "deit.pth")
+    assert torch.equal(model.patch_embed.proj.weight, entries["deit.embeddings.patch_embeddings.projection.weight"])
+    assert torch.equal(model.pos_embed, entries["deit.embeddings.position_embeddings"][:, [0, 2, 3, 4, 5]])
+    assert report.changed["pos_embed"] == "without the distillation token's" and not report.initialised
+
+
+def test_the_head_for_distillation_leaves_the_other(tmp_path):
+    write(random(deit(True)), tmp_path / "deit.pth")
+    entries = load_state_dict(tmp_path / "deit.pth")
+    model = vit(num_classes=CLASSES)
+    report = load_pretrained(model, tmp_path / "deit.pth")
+    assert torch.equal(model.head.weight, entries["cls_classifier.weight"]) and not report.initialised
+    heads = {name: reason for name, reason in report.dropped.items() if "classifier" in name}
+    assert heads == dict.fromkeys(
+        ("distillation_classifier.weight", "distillation_classifier.bias"), "the model has no such layer"
+    )
+    report = load_pretrained(vit(num_classes=3), tmp_path / "deit.pth")
+    assert report.dropped["cls_classifier.bias"] == "head of other shapes than the model's"
+    assert report.dropped["distillation_classifier.bias"] == "the model has no such layer"
+    report = load_pretrained(vit(), tmp_path / "deit.pth")
+    assert report.dropped["cls_classifier.bias"] == "the model has no such layer"
+    model = vit(VisionTransformerDistilled, num_classes=CLASSES)
+    model.head_dist = nn.Linear(WIDTH, 3)
+    report = load_pretrained(model, tmp_path / "deit.pth")
+    assert report.dropped == dict.fromkeys(heads, "head of other shapes than the model's")
+    assert torch.equal(model.head.weight, entries["cls_classifier.weight"])
+
+
+@pytest.mark.parametrize("make", [beit, partial(beit, is_shared=True)], ids=["of every block", "shared"])
+def test_relative_positions_leave_the_models_own(tmp_path, make, is_new):
+    write(random(make(is_new)), tmp_path / "beit.pth")
     model = vit(num_classes=CLASSES, init_values=1.0, global_pool="avg")
     positions = model.pos_embed.clone()
     report = load_pretrained(model, tmp_path / "beit.pth")
@@ -741,6 +989,27 @@ AUXILIARIES = {
     "CLIP": ("CLIPModel", "CLIPConfig", {"vision_config": PICTURES, "text_config": TEXTS}),
     "SigLIP": ("SiglipModel", "SiglipConfig", {"vision_config": PICTURES, "text_config": TEXTS}),
     "BEiT": ("BeitModel", "BeitConfig", PICTURES | {"use_relative_position_bias": True}),
+    "BEiT, shared positions": (
+        *("BeitForImageClassification", "BeitConfig"),
+        PICTURES | {"use_shared_relative_position_bias": True},
+    ),
+    **{
+        f"BEiT, masked, {mean}": (
+            *("BeitForMaskedImageModeling", "BeitConfig"),
+            PICTURES | {"vocab_size": 9, "use_mask_token": True, "use_mean_pooling": mean},
+        )
+        for mean in (False, True)
+    },
+    "DINOv2, classifier": ("Dinov2ForImageClassification", "Dinov2Config", DINO_CONFIG),
+    "Wav2Vec2, adapters": (
+        *("Wav2Vec2ForCTC", "Wav2Vec2Config"),
+        SPEECH["Wav2Vec2"][2] | {"vocab_size": 9, "add_adapter": True, "adapter_attn_dim": 4},
+    ),
+    "Wav2Vec2, speakers": (
+        *("Wav2Vec2ForXVector", "Wav2Vec2Config"),
+        SPEECH["Wav2Vec2"][2] | {"use_weighted_layer_sum": True},
+    ),
+    "Wav2Vec2, pretraining": ("Wav2Vec2ForPreTraining", "Wav2Vec2Config", SPEECH["Wav2Vec2"][2]),
     "ViT-MAE": ("ViTMAEForPreTraining", "ViTMAEConfig", PICTURES),
     "VideoMAE": ("VideoMAEForPreTraining", "VideoMAEConfig", VIDEO),
     **{name: row[:3] for name, row in (TWINS | SPEECH).items()},
@@ -756,6 +1025,23 @@ def test_what_transformers_writes_is_an_auxiliary_model(tmp_path, auxiliary):
         folder.mkdir()
         again = auxiliary_weights(saved(model, folder, how))
         assert all(torch.equal(again[name], value) for name, value in found.items())
+
+
+CONVERTED = ("BEiT, shared positions", "BEiT, masked, False", "BEiT, masked, True", "DINOv2, classifier")
+CONVERTED += ("Wav2Vec2, speakers", "Wav2Vec2, pretraining")
+
+
+@pytest.mark.parametrize("how", ["torch", "whole"])
+@pytest.mark.parametrize("auxiliary", CONVERTED)
+def test_what_transformers_writes_around_the_blocks_is_known(tmp_path, auxiliary, how):
+    model = hugging_face(*AUXILIARIES[auxiliary])
+    tensors, report = read_checkpoint(saved(model, tmp_path, how))
+    assert all(re.match(REASONS[reason], name) for name, reason in report.dropped.items())
+    expected = {"beit.layernorm": "norm.weight", "layernorm": None}
+    for layer, target in expected.items():
+        if f"{layer}.weight" in model.state_dict():
+            assert report.used.get(f"{layer}.weight") == target
+    assert not any(name.startswith("head.") for name in tensors) or auxiliary == "BEiT, shared positions"
 
 
 def test_a_folder_of_transformers_is_connected(tmp_path):
