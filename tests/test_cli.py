@@ -14,6 +14,9 @@ from m2pt import merge_pathways, reparameterize_aux_into_target_model
 from m2pt.checkpoint_formats import FORMATS
 from m2pt.checkpoints import load_state_dict, merge_state_dict, save_state_dict
 from m2pt.cli import main
+from m2pt.models import create_model
+from m2pt.train import load_recipe
+from m2pt.train.run import create_trained_model
 
 VIT = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 48, "num_heads": 3, "num_classes": 4}
 
@@ -140,6 +143,19 @@ def test_merge_and_convert_say_which_weights_they_took(connected, tmp_path, caps
     expected = plain if "raw" in option else average
     converted = load_state_dict(tmp_path / "timm.safetensors")
     assert all(torch.equal(value, expected[name]) for name, value in converted.items())
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_training_says_once_which_weights_of_an_auxiliary_model_it_took(tmp_path, monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+    aux = create_model("audio", "tiny", num_classes=0, depth=1, embed_dim=16, num_heads=2).state_dict()
+    torch.save({"model": aux, "ema": aux}, tmp_path / "both.pth")
+    torch.save({"model": aux}, tmp_path / "one.pth")
+    settings = {"model.overrides.depth": 1, "model.overrides.embed_dim": 16, "model.overrides.num_heads": 2}
+    for name, said in (("both.pth", "the moving average was taken, not the raw weights\n"), ("one.pth", "")):
+        path = str(tmp_path / name)
+        create_trained_model(load_recipe("tiny_image", settings | {"auxiliary.path": path}), 10, multi_label=False)
+        assert capsys.readouterr().out == (f"{path}: {said}" if said and rank == "0" else "")
 
 
 def test_nothing_is_said_of_weights_where_there_is_no_choice(connected, tmp_path, capsys):

@@ -166,8 +166,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str | os.PathLike, weights: 
     check_weights(weights)
     test_set = _test_set(recipe)
     state_dict, class_names, taken = load_trained(checkpoint, weights)
-    if taken is not None and is_first_process():
-        print(f"{checkpoint}: {TAKEN[taken]}")
+    _say_taken(checkpoint, taken)
     _number_as_trained(test_set, class_names, recipe)
     try:
         plain = build_plain(recipe, test_set.num_classes, deployed(state_dict))
@@ -176,6 +175,12 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str | os.PathLike, weights: 
     with processes() as world:
         batches = test_batches(test_set, recipe, world)
         return evaluate(plain.to(world.device), test_set, batches, metric_of(test_set), recipe.machine, world)
+
+
+def _say_taken(path: str | os.PathLike, taken: Weights | None) -> None:
+    """Print which weights were taken, if the file holds both, in the first of several processes."""
+    if taken is not None and is_first_process():
+        print(f"{path}: {TAKEN[taken]}")
 
 
 def create_trained_model(recipe: Recipe, num_classes: int, multi_label: bool) -> Any:
@@ -190,6 +195,8 @@ def create_trained_model(recipe: Recipe, num_classes: int, multi_label: bool) ->
     module = _initialised(recipe, num_classes)
     if recipe.auxiliary.path:
         aux_models = {path: load_auxiliary(path) for path in recipe.auxiliary.paths}
+        for path, aux_model in aux_models.items():
+            _say_taken(path, aux_model.weights)
         dtype = recipe.auxiliary.dtype
         quantized = dtype in QUANTIZED.values()
         if dtype and not quantized:
