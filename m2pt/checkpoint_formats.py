@@ -437,4 +437,5 @@ def _require_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], repor
         raise ValueError(f"missing in the file: {', '.join(missing)}")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
-            raise ValueError(f"{name}: expected shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}")
+            names = ", ".join(dict.fromkeys([name, *report.sources(name)]))
+            raise ValueError(f"{names}: expected shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}")

@@ -438,10 +438,14 @@ def test_adapters_in_the_blocks_are_refused_where_blocks_are_loaded(tmp_path, is
     assert len(load_auxiliary(path).blocks) == DEPTH
 
 
-def test_names_beside_a_bare_transformer_are_not_taken_for_its_own():
-    entries = random(vit_like("", True, "cls_token") | linear("model.classifier", CLASSES, WIDTH))
+@pytest.mark.parametrize("prefix", ["", "vit.", "module.vit."])
+def test_what_is_wrapped_otherwise_than_the_transformer_is_not_taken_for_its_own(prefix):
+    entries = random(vit_like(prefix, True, "cls_token") | linear("model.classifier", CLASSES, WIDTH))
     with pytest.raises(ValueError, match=r"unknown entries .*: model\.classifier\.weight, model\.classifier\.bias$"):
         convert_state_dict(entries)
+
+
+def test_a_head_that_is_wrapped_beside_bare_blocks_is_unknown():
     timm = convert_state_dict(random(vit_like("", True, "cls_token")))[0]
     with pytest.raises(ValueError, match=r"unknown entries .*: model\.head\.weight$"):
         convert_state_dict(timm | {"model.head.weight": torch.ones(CLASSES, WIDTH)})
@@ -823,6 +827,14 @@ def test_relative_positions_leave_the_models_own(tmp_path, make, is_new):
     positions = model.pos_embed.clone()
     report = load_pretrained(model, tmp_path / "beit.pth")
     assert report.initialised == ["pos_embed"] and torch.equal(model.pos_embed, positions)
+
+
+def test_an_entry_of_another_shape_than_the_models_is_named_as_in_the_file(tmp_path, is_new):
+    path = write(random(plain(is_new)), tmp_path / "w.pth")
+    name = "vit.layers.0.mlp.fc2.weight" if is_new else "vit.encoder.layer.0.output.dense.weight"
+    message = rf"w\.pth: VisionTransformer: blocks\.0\.mlp\.fc2\.weight, {re.escape(name)}: expected shape \(32, 96\)"
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(vit(mlp_ratio=3), path)
 
 
 def test_a_block_that_such_a_file_lacks_is_still_missed(tmp_path):
