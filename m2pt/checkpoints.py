@@ -74,7 +74,8 @@ def read_weights(path: str | os.PathLike, weights: Weights | None = None) -> tup
     check_weights(weights)
     if path.is_dir():
         path = _saved_in(path)
-    return (_read_shards if path.name.endswith(".index.json") else _read_file)(path, weights)
+    read = _read_shards if path.name.endswith(".index.json") else _read_file
+    return read(path, weights)
 
 
 def check_weights(weights: Weights | None) -> None:

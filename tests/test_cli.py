@@ -189,6 +189,10 @@ def test_convert_writes_a_checkpoint_for_timm_and_reports_what_it_left_out(tmp_p
         (["convert", "plain.safetensors", "out.pth"], "ending in .safetensors"),
         (["convert", "connected.safetensors", "out.safetensors"], "fold it first, with `m2pt merge`"),
         (["convert", "other.safetensors", "out.safetensors"], "other.safetensors: expected transformer blocks"),
+        (
+            ["convert", "one_byte.safetensors", "out.safetensors"],
+            "blocks.0.attn.qkv.weight: expected a floating matrix",
+        ),
         (["merge", "missing.pth", "out.safetensors"], "missing.pth: no such file"),
         (["merge", "plain.safetensors", "out.safetensors"], "plain.safetensors: there is no cross_modal_scale in it"),
         (["merge", "plain.safetensors", "connected.safetensors"], "connected.safetensors: it exists"),
@@ -205,6 +209,8 @@ def test_errors_are_one_line(connected, tmp_path, monkeypatch, capsys, arguments
     monkeypatch.chdir(tmp_path)
     save_state_dict(vit().state_dict(), "plain.safetensors")
     save_state_dict(connected.state_dict(), "connected.safetensors")
+    one_byte = {name: value.to(torch.float8_e4m3fn) for name, value in vit().state_dict().items()}
+    save_state_dict(one_byte, "one_byte.safetensors")
     save_state_dict({"conv1.weight": torch.ones(2)}, "other.safetensors")
     files = sorted(tmp_path.iterdir())
     assert main(arguments) == 2
