@@ -149,9 +149,7 @@ def _find_body(model: nn.Module, argument: str) -> str:
     if _is_sequence(model._modules.get("blocks")):
         return "blocks"
     bodies = {name: list(module) for name, module in model.named_modules() if _is_sequence(module)}
-    found = [
-        name for name, blocks in bodies.items() if _is_known(blocks[0]) or (len(blocks) > 1 and _are_equal(blocks))
-    ]
+    found = [name for name, blocks in bodies.items() if _is_known(blocks[0]) or _are_equal(blocks)]
     found = [name for name in found if not any(other != name and _is_inside(name, other) for other in found)]
     found = [name for name in found if "decoder" not in name] or found
     if not found:
