@@ -49,8 +49,8 @@ def check_sample(sample: Sample | None) -> None:
 
 
 def check_calls(model: nn.Module, sample: Sample) -> None:
-    """Run `model` once, evaluating and without `torch.compile`: it has to call every fused layer, and to read no weight
-    of one beside that, but for its dtype, device and sizes.
+    """Run `model` once, evaluating and without `torch.compile`: it has to call every fused layer, and not to compute
+    with the `weight` of one, which it may ask for its dtype, device and sizes.
 
     Training flags, buffers and torch's random numbers are left as they were; lazy modules are built.
 
@@ -105,6 +105,7 @@ class _Watched(FusedCrossModalLinear):
 class _Watch(Tensor):
     """Notes in `_Watch.read` the layer of a weight whose entries are asked for."""
 
+    _is_param = True  # what isinstance(weight, nn.Parameter) looks at
     read: set[nn.Module]
     layer: nn.Module
 

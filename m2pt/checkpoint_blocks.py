@@ -16,6 +16,8 @@ NUMBER = re.compile(r"(?<![^._])\d{1,4}(?=\.)")
 """A block's number is a part of a name, or the end of one: `blocks.3.`, torchvision's `encoder_layer_3.`."""
 MOST_NUMBERS = 8
 """How many numbers of a name are looked at: any of them may be a block's."""
+ENCODER = re.compile(r"(?<![^._])encoder[._](.*\.)?\d+\.")
+"""An entry of an encoder's blocks."""
 CHUNK = re.compile(r"(?<![^.])\d+\.$")
 
 Layers = Mapping[str, tuple[str, ...]]
@@ -48,13 +50,17 @@ def find_body(names: Iterable[str]) -> Body:
     SigLIP).
 
     Raises:
-        ValueError: none, several, two blocks of one number, or the model is connected to an auxiliary one.
+        ValueError: none, several, a decoder beside an encoder of no known family, two blocks of one number, or the
+            model is connected to an auxiliary one.
     """
     names = list(names)
     if any(name.rpartition(".")[2] == "cross_modal_scale" for name in names):
         raise ValueError("the model in it is connected to an auxiliary one: fold it first, with `m2pt merge`")
     bodies = _bodies(names)
-    bodies = [body for body in bodies if "decoder" not in body.prefix] or bodies
+    if encoders := [body for body in bodies if "decoder" not in body.prefix]:
+        bodies = encoders
+    elif bodies and (unknown := [name for name in names if ENCODER.search(name)]):
+        raise ValueError(f"expected an encoder named as in a family of m2pt.families, got {_cut(unknown[0])}")
     if any("vision_model" in body.prefix.split(".") for body in bodies):
         bodies = [body for body in bodies if "text_model" not in body.prefix.split(".")]
     if len(bodies) > 1:

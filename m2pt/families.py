@@ -22,6 +22,7 @@ ATTENTION = (
     _attention("attention.self.{}", "attention.output.dense", *WORDS),  # BERT
     _attention("self_attn.{}_proj", "self_attn.out_proj", *LETTERS),  # SigLIP, CLIP, Whisper
     _attention("self_attn.{}_proj", "self_attn.o_proj", *LETTERS),  # Llama
+    _attention("self_attn.qkv", "self_attn.projection"),  # BLIP's pictures
     _attention("attn.c_attn", "attn.c_proj"),  # GPT-2
     _attention("self_attention.in_proj", "self_attention.out_proj"),  # torchvision's ViT
 )

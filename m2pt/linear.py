@@ -262,13 +262,11 @@ class FusedCrossModalLinear(nn.Linear):
         is_trained, own, others = self.aux_weight.requires_grad, self._parts(), other._parts()
         if other.aux_weight.requires_grad != is_trained:
             raise ValueError(f"is_aux_trainable: expected {is_trained}, as of the auxiliary weights that are there")
-        if self.storage != other.storage and not (
-            self.aux_weight.is_floating_point()
-            and other.aux_weight_scale is None
-            and torch.promote_types(self.aux_weight.dtype, other.aux_weight.dtype) == self.aux_weight.dtype
-        ):
-            stored = f"{self.storage!r}, as of the auxiliary weights that are there, got {other.storage!r}"
-            raise ValueError(f"aux_dtype: expected {stored}")
+        dtypes = self.aux_weight.dtype, other.aux_weight.dtype
+        is_wider = not DTYPES.keys() & {*dtypes} and torch.promote_types(*dtypes) == dtypes[0]
+        if self.storage != other.storage and not is_wider:
+            expected = f"expected {self.storage!r}, as the auxiliary weights there are stored"
+            raise ValueError(f"aux_dtype: {expected}, got {other.storage!r}")
         if any(old.is_equal(new) for old in own for new in others):
             raise ValueError("it is connected to this auxiliary weight already")
         joined = self._with([*own, *others])

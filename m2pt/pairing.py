@@ -73,13 +73,19 @@ def pair_blocks(
             f" {len(aux_blocks)}: choose with blocks='first', 'last', 'even', indices or pairs of indices"
         )
     indices = _block_indices(blocks, len(target_blocks), len(aux_blocks))
-    pairs = [(target_blocks[i], aux_blocks[j]) for i, j in indices]
-    modules = [(target.get_submodule(i), aux.get_submodule(j)) for i, j in pairs]
-    groups = _named_groups(*modules[0], argument, layer_names)
-    return [
-        Pair(i, j, groups or _groups_by_shape(*blocks, f"{argument}: {j}"))
-        for (i, j), blocks in zip(pairs, modules, strict=True)
-    ]
+    places = [(target_blocks[i], aux_blocks[j]) for i, j in indices]
+    modules = [(target.get_submodule(i), aux.get_submodule(j)) for i, j in places]
+    named = _named_groups(*modules[0], *places[0], argument, layer_names)
+    pairs = []
+    for (target_block, aux_block), place in zip(modules, places, strict=True):
+        if named:
+            groups = _named_groups(target_block, aux_block, *place, argument, layer_names) or named
+        else:
+            groups = _groups_by_shape(target_block, aux_block, *place, argument)
+        if not isinstance(layer_names, Mapping):
+            groups = [group._replace(misfit=_misfit(target_block, aux_block, group)) for group in groups]
+        pairs.append(Pair(*place, groups))
+    return pairs
 
 
 def qualified_name(module: nn.Module) -> str:
@@ -149,7 +155,7 @@ def _find_body(model: nn.Module, argument: str) -> str:
     if _is_sequence(model._modules.get("blocks")):
         return "blocks"
     bodies = {name: list(module) for name, module in model.named_modules() if _is_sequence(module)}
-    found = [name for name, blocks in bodies.items() if _is_known(blocks[0]) or _are_equal(blocks)]
+    found = [name for name, blocks in bodies.items() if _layers(blocks[0]) or _are_equal(blocks)]
     found = [name for name in found if not any(other != name and _is_inside(name, other) for other in found)]
     found = [name for name in found if "decoder" not in name] or found
     if not found:
@@ -172,10 +178,6 @@ def _is_sequence(module: Any) -> bool:
 
 def _is_inside(name: str, other: str) -> bool:
     return name.startswith(f"{other}." if other else "")
-
-
-def _is_known(block: nn.Module) -> bool:
-    return bool(layers_of_block(partial(_has_layer, block)))
 
 
 def _are_equal(blocks: Sequence[nn.Module]) -> bool:
@@ -201,7 +203,7 @@ def _block_indices(blocks: Blocks | None, target_depth: int, aux_depth: int) -> 
         places = (_spread(spacing, depth, count) for depth in (target_depth, aux_depth))
         return list(zip(*places, strict=True))
     expected = "blocks: expected 'first', 'last', 'even', indices or pairs of indices, each block of the target once"
-    chosen = blocks if isinstance(blocks, Sequence) else ()
+    chosen = blocks if isinstance(blocks, Sequence) and not isinstance(blocks, bytes) else ()
     pairs = [(block, block) if isinstance(block, int) else _names(block) for block in chosen]
     if not pairs or not all(len(pair) == 2 and all(type(index) is int for index in pair) for pair in pairs):
         raise TypeError(f"{expected}; got {blocks!r}")
@@ -222,22 +224,29 @@ def _spread(spacing: str, depth: int, count: int) -> list[int]:
     return list(range(start, start + count))
 
 
-def _named_groups(target: nn.Module, aux: nn.Module, argument: str, layer_names: LayerNames | None) -> list[Group]:
+def _named_groups(
+    target: nn.Module,
+    aux: nn.Module,
+    target_place: str,
+    aux_place: str,
+    argument: str,
+    layer_names: LayerNames | None,
+) -> list[Group]:
     """The layers of two blocks that belong together by their names; nothing if no names are given or known."""
     if isinstance(layer_names, Mapping):
         return [Group(_names(names), _names(aux_names), _names(names)) for names, aux_names in layer_names.items()]
     known = _known_groups(target, aux)
     if layer_names is None:
         return known
-    named = [Group((name,), (name,), (name,)) for name in layer_names]
-    are_in_aux, are_in_target = (all(_has_layer(block, name) for name in layer_names) for block in (aux, target))
-    if are_in_aux or not are_in_target or not known:
-        return named
+    if missing := [name for name in layer_names if not _has_module(target, name)]:
+        raise ValueError(f"target_model: there is no layer {target_place}.{missing[0]}")
+    if not known or all(_has_layer(aux, name) for name in layer_names):
+        return [Group((name,), (name,), (name,)) for name in layer_names]
     known_names = [name for group in known for name in group.target_names]
     if unknown := [name for name in layer_names if name not in known_names]:
         raise ValueError(
-            f"{argument}: which of its layers belong to {', '.join(unknown)} is not known, say it with a mapping as"
-            f" layer_names; known is that of {', '.join(known_names)}"
+            f"{argument}: which layers of {aux_place} belong to {', '.join(unknown)} is not known, say it with a"
+            f" mapping as layer_names; known is that of {', '.join(known_names)}"
         )
     chosen = [group._replace(chosen=tuple(n for n in group.target_names if n in layer_names)) for group in known]
     return [group for group in chosen if group.chosen]
@@ -245,52 +254,71 @@ def _named_groups(target: nn.Module, aux: nn.Module, argument: str, layer_names:
 
 def _known_groups(target: nn.Module, aux: nn.Module) -> list[Group]:
     """Of two known families. The layers of torch's MultiheadAttention are left out, which reads their weights."""
-    target_layers, aux_layers = (layers_of_block(partial(_has_layer, block)) for block in (target, aux))
+    layers, aux_layers = _layers(target), _layers(aux)
     groups = []
-    for layer in target_layers if aux_layers else ():
-        names, aux_names = target_layers[layer], aux_layers[layer]
+    for layer in layers if aux_layers else ():
+        names, aux_names = layers[layer], aux_layers[layer]
         if isinstance(_parent(target, names[0]), nn.MultiheadAttention):
             continue
-        is_last, aux_is_last = (
-            layer == "mlp.fc1" and _gate_is_last(*own) for own in ((target, names), (aux, aux_names))
-        )
         if len(names) == len(aux_names):
-            misfit = "the rows of the gate come last in one of them" if is_last != aux_is_last else ""
-            groups += [Group((own,), (aux_own,), (own,), misfit) for own, aux_own in zip(names, aux_names, strict=True)]
-        elif len(names) > len(aux_names):
-            names = names[::-1] if aux_is_last else names
-            groups.append(Group(names, aux_names, names, _misfit(aux, aux_layers, target, names)))
+            groups += [Group((name,), (aux_name,), (name,)) for name, aux_name in zip(names, aux_names, strict=True)]
         else:
-            aux_names = aux_names[::-1] if is_last else aux_names
-            groups.append(Group(names, aux_names, names, _misfit(target, target_layers, aux, aux_names)))
+            names = names[::-1] if _gate_is_last(aux, aux_names) else names
+            aux_names = aux_names[::-1] if _gate_is_last(target, names) else aux_names
+            groups.append(Group(names, aux_names, names))
     return groups
 
 
-def _misfit(whole: nn.Module, layers: Layers, block: nn.Module, parts: Names) -> str:
-    """Why layers do not make up the one of another block, whatever their rows add up to; nothing if they do."""
-    rows = [_shape(block, part)[0] for part in parts]
-    if len(set(rows)) > 1:
-        return f"expected as many rows in each, got {', '.join(map(str, rows))}"
-    is_gated = _shape(whole, layers["mlp.fc1"][0])[0] == 2 * _shape(whole, layers["mlp.fc2"][0])[1]
-    return "" if is_gated or len(parts) != 2 else "a gated MLP and one without a gate"
+def _misfit(target: nn.Module, aux: nn.Module, group: Group) -> str:
+    """Why layers do not belong together, whatever their shapes; nothing if they may."""
+    sides = (target, group.target_names), (aux, group.aux_names)
+    if len(group.target_names) != len(group.aux_names):
+        block, names = max(sides, key=lambda side: len(side[1]))
+        rows = [_shape(block, name)[0] for name in names if _has_layer(block, name)]
+        if len(set(rows)) > 1:
+            return f"expected as many rows in each, got {', '.join(map(str, rows))}"
+    gated = [_is_gated(*side) for side in sides]
+    if None not in gated and gated[0] != gated[1]:
+        return "a gated MLP and one without a gate"
+    if len(group.target_names) == len(group.aux_names) and _gate_is_last(*sides[0]) != _gate_is_last(*sides[1]):
+        return "the rows of the gate come last in one of them"
+    return ""
+
+
+def _is_gated(block: nn.Module, names: Names) -> bool | None:
+    """Whether the first layers of a known MLP hold a gate too; None of other layers."""
+    layers = _layers(block)
+    if not layers or set(names) != set(layers["mlp.fc1"]):
+        return None
+    return sum(_shape(block, name)[0] for name in names) == 2 * _shape(block, layers["mlp.fc2"][0])[1]
+
+
+def _layers(block: nn.Module) -> Layers:
+    return layers_of_block(partial(_has_layer, block))
 
 
 def _gate_is_last(block: nn.Module, names: Names) -> bool:
-    """Whether a gated layer holds the rows of its gate behind the others, as timm's GluMlp may."""
-    return bool(getattr(_parent(block, names[0]), "gate_last", False))
+    """Whether the first layer of an MLP holds the rows of its gate behind the others, as timm's GluMlp may."""
+    is_first = names == ("mlp.fc1",) and _has_module(block, "mlp")
+    return is_first and bool(getattr(block.get_submodule("mlp"), "gate_last", False))
 
 
 def _parent(block: nn.Module, name: str) -> nn.Module:
     return block.get_submodule(name.rpartition(".")[0])
 
 
-def _groups_by_shape(target: nn.Module, aux: nn.Module, place: str) -> list[Group]:
+def _groups_by_shape(
+    target: nn.Module, aux: nn.Module, target_place: str, aux_place: str, argument: str
+) -> list[Group]:
     """Layers of the same names; or, where names differ, of shapes that only one layer of either block has."""
     shapes, aux_shapes = _linear_shapes(target), _linear_shapes(aux)
-    if shapes and shapes.keys() == aux_shapes.keys():
+    for where, found in ((f"target_model: {target_place}", shapes), (f"{argument}: {aux_place}", aux_shapes)):
+        if not found:
+            raise ValueError(f"{where}: there are no linear layers inside")
+    if shapes.keys() == aux_shapes.keys():
         return [Group((name,), (name,), (name,)) for name in shapes]
     alike = {
-        shape: [[name for name in own if own[name] == shape] for own in (shapes, aux_shapes)]
+        shape: [[name for name in found if found[name] == shape] for found in (shapes, aux_shapes)]
         for shape in dict.fromkeys(shapes.values())
     }
     clear = {
@@ -298,8 +326,6 @@ def _groups_by_shape(target: nn.Module, aux: nn.Module, place: str) -> list[Grou
         for names, aux_names in alike.values()
         if len(names) == len(aux_names) == 1 and not any(map(_is_interleaved, (names[0], aux_names[0])))
     }
-    if not shapes or not aux_shapes:
-        raise ValueError(f"{place}: there are no linear layers in it, or in the target's block")
     if len(clear) < len(shapes):
         unclear = "; ".join(
             f"{shape}: target {', '.join(names)}, auxiliary {', '.join(aux_names) or 'none'}"
@@ -307,8 +333,8 @@ def _groups_by_shape(target: nn.Module, aux: nn.Module, place: str) -> list[Grou
             if names[0] not in clear
         )
         raise ValueError(
-            f"{place}: which of its layers belong to the target's is not clear, say it with layer_names; clear are"
-            f" {clear}, the others by shape: {unclear}"
+            f"{argument}: {aux_place}: which of its layers belong to the target's is not clear, say it with"
+            f" layer_names; clear are {clear}, the others by shape: {unclear}"
         )
     return [Group((name,), (aux_name,), (name,)) for name, aux_name in clear.items()]
 
@@ -328,13 +354,18 @@ def _shape(block: nn.Module, name: str) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
-def _has_layer(block: nn.Module, name: str) -> bool:
-    if in_projection(block, name) is not None:
-        return True
+def _has_module(block: nn.Module, name: str) -> bool:
     try:
-        layer, _ = unwrapped(block.get_submodule(name), name)
+        block.get_submodule(name)
     except AttributeError:
         return False
+    return True
+
+
+def _has_layer(block: nn.Module, name: str) -> bool:
+    if not _has_module(block, name):
+        return in_projection(block, name) is not None
+    layer, _ = unwrapped(block.get_submodule(name), name)
     return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 

@@ -180,7 +180,7 @@ def describe_pathways(model: nn.Module) -> str:
 
     It tells the layer; the auxiliary model and its layers whose weights were read, with `[rows]` behind one that was
     divided; how the weight is stored and whether it is trained; the scale and whether it is trained; and whether the
-    layer has been called so far, other than in compiled code. As by `cross_modal_scales`, every process has to call
+    layer has been called since, other than in compiled code. As by `cross_modal_scales`, every process has to call
     this.
 
     Raises:

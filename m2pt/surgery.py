@@ -202,7 +202,7 @@ def _connections(
             raise ValueError(f"{argument}: {joined} is target_model's own weight")
         if len({weight.device for weight in weights}) > 1:
             raise ValueError(f"{argument}: {joined} are on different devices")
-        expected, got = _shape(layer.weight for _, layer in targets), _shape(weights)
+        expected, got = _joined_shape(layer.weight for _, layer in targets), _joined_shape(weights)
         if group.misfit or expected != got:
             where = f"{joined} and target_model's {', '.join(group.target_names)}: {group.misfit}"
             shapes = f"{joined} has weight shape {got}, expected {expected} as in target_model"
@@ -220,7 +220,7 @@ def _connections(
                 yield place, Connection(layer, argument, Auxiliary(name, layers), weight)
 
 
-def _shape(weights: Iterable[Tensor]) -> tuple[int, int] | list[tuple[int, ...]]:
+def _joined_shape(weights: Iterable[Tensor]) -> tuple[int, int] | list[tuple[int, ...]]:
     """Of their rows one after the other; of each weight where the numbers of columns differ."""
     shapes = [tuple(weight.shape) for weight in weights]
     columns = {shape[1] for shape in shapes}

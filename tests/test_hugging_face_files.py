@@ -648,6 +648,10 @@ REFUSED = {
         towers("vision_model.layers", "language_model.layers"),
         r"got several: vision_model\.layers\.\*, language_model\.layers\.\*$",
     ),
+    "a decoder beside an unknown encoder": (
+        lambda: towers("decoder.layers")() | {"encoder.layers.0.mixer.weight": (3, 3)},
+        r"expected an encoder named as in a family of m2pt\.families, got encoder\.layers\.0\.mixer\.weight$",
+    ),
     "texts and another": (towers("text_model.layers", "model.layers"), r"got several: text_model\.layers\.\*, model"),
     "no gates in the last chunk": (gates_in_chunks, r"blocks\.2\.mlp\.gate_proj\.weight is missing"),
     "a gate of twice the rows": (
@@ -1062,3 +1066,25 @@ def test_a_folder_of_transformers_is_connected(tmp_path):
     target = reparameterize_aux_into_target_model(vit(), aux)
     expected = load_state_dict(tmp_path)["encoder.layer.1.output.dense.weight"]
     assert torch.equal(target.blocks[1].mlp.fc2.aux_weight, expected)
+
+
+def test_the_vision_tower_of_blip_is_meant_and_not_the_decoder_of_its_texts(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    size = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 2, "intermediate_size": HIDDEN}
+    text = size | {
+        "vocab_size": 50,
+        "encoder_hidden_size": WIDTH,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    text |= {"sep_token_id": 2, "pad_token_id": 0}
+    config = transformers.BlipConfig(vision_config=size | {"image_size": 32, "patch_size": 16}, text_config=text)
+    model = transformers.BlipForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    found = load_auxiliary(tmp_path)
+    blocks = model.vision_model.encoder.layers
+    assert len(found.blocks) == DEPTH
+    assert torch.equal(found.blocks[1].attn.qkv.weight, blocks[1].self_attn.qkv.weight)
+    assert torch.equal(found.blocks[1].attn.proj.weight, blocks[1].self_attn.projection.weight)

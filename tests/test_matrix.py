@@ -31,6 +31,12 @@ def configuration(tmp_path, monkeypatch):
     return file
 
 
+def test_a_target_says_which_blocks_its_auxiliary_models_reach(configuration):
+    text = configuration.read_text()
+    configuration.write_text(f'{text}\nreplaced.auxiliary.blocks = "even"')
+    assert load_matrix(configuration).targets["point"].auxiliary.blocks == "even"
+
+
 def test_matrix_trains_compares_and_is_not_repeated(configuration, tmp_path, monkeypatch, capsys):
     out, trained = tmp_path / "out", []
 

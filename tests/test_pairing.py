@@ -135,7 +135,7 @@ def test_names_that_one_side_lacks_are_refused():
     target, aux = vit(), separate()
     for block in target.blocks:
         block.attn.norm = nn.Linear(3, 3)
-    message = r"^aux_model: which of its layers belong to attn.norm is not known, .*; known is that of attn.qkv, "
+    message = r"^aux_model: which layers of encoder.layers.0 belong to attn.norm is not known, .*; known is that of"
     with unchanged(target, aux), pytest.raises(ValueError, match=message):
         reparameterize_aux_into_target_model(target, aux, layer_names=("attn.qkv", "attn.norm"))
 
@@ -415,7 +415,12 @@ class Asks(Norm):
     def forward(self, x):
         weight = self.fc.weight
         assert weight.shape == weight.size() == (8, 8) and weight.dim() == weight.ndim == 2 and len(weight) == 8
-        assert weight.is_floating_point() and weight.device.type == "cpu" and not weight.is_cuda
+        assert (
+            isinstance(weight, nn.Parameter)
+            and weight.is_floating_point()
+            and weight.device.type == "cpu"
+            and not weight.is_cuda
+        )
         return self.fc(x.to(weight.dtype))
 
 
@@ -455,6 +460,40 @@ def test_a_gated_layer_is_not_one_without_a_gate():
     )
     with unchanged(target, aux), pytest.raises(ValueError, match=message):
         reparameterize_aux_into_target_model(target, aux)
+
+
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+@pytest.mark.parametrize("layer_names", [None, LAYERS, ("mlp.fc1",)])
+def test_gates_are_compared_in_every_block_however_layers_are_named(layer_names):
+    target, aux = vit(mlp_layer=GluMlp), vit(mlp_layer=GluMlp)
+    aux.blocks[1].mlp.gate_last = False
+    with (
+        unchanged(target, aux),
+        pytest.raises(ValueError, match=r"^aux_model: blocks.1.mlp.fc1 .*: the rows of the gate"),
+    ):
+        reparameterize_aux_into_target_model(target, aux, layer_names=layer_names)
+    target, aux = vit(mlp_ratio=4), vit(mlp_layer=SwiGLUPacked, mlp_ratio=4)
+    with (
+        unchanged(target, aux),
+        pytest.raises(ValueError, match=r"^aux_model: .*fc1: a gated MLP and one without a gate"),
+    ):
+        reparameterize_aux_into_target_model(target, aux, layer_names=layer_names)
+
+
+def test_rows_are_compared_in_every_block():
+    target, aux = vit(), grouped((48, 48, 48))
+    aux["layers"][1] = grouped((96, 24, 24))["layers"][1]
+    message = r"^aux_model: layers.1.self_attn.q_proj \+ .*: expected as many rows in each, got 96, 24, 24"
+    with unchanged(target, aux), pytest.raises(ValueError, match=message):
+        reparameterize_aux_into_target_model(target, aux, layer_names=("attn.qkv",))
+
+
+def test_a_name_that_the_target_lacks_is_the_one_named():
+    target, aux = vit(), separate()
+    with unchanged(target, aux), pytest.raises(ValueError, match=r"^target_model: there is no layer blocks.0.mlp.fc3$"):
+        reparameterize_aux_into_target_model(target, aux, layer_names=("attn.qkv", "mlp.fc3"))
 
 
 def test_the_gate_may_come_last():
@@ -572,13 +611,16 @@ def test_an_error_names_the_auxiliary_model_at_fault():
         reparameterize_aux_into_target_model(target, {"odd": aux["odd"]})
 
 
-@pytest.mark.parametrize("first, second", [("bfloat16", None), (None, "int8"), ("int8", None), ("int8", "int4")])
+DIFFERENT = [("bfloat16", None), (None, "int8"), ("int8", None), ("int8", "int4"), ("float8_e4m3fn", "bfloat16")]
+
+
+@pytest.mark.parametrize("first, second", DIFFERENT)
 def test_a_further_model_is_stored_as_the_others(first, second):
     target, aux = (vit(seed, embed_dim=64, num_heads=4) for seed in range(2))
     reparameterize_aux_into_target_model(target, aux, aux_dtype=first)
     other = vit(2, embed_dim=64, num_heads=4)
     expected, got = first or "float32", second or "float32"
-    message = rf"^aux_model: blocks.0.attn.qkv: aux_dtype: expected '{expected}', as of .*, got '{got}'$"
+    message = rf"^aux_model: blocks.0.attn.qkv: aux_dtype: expected '{expected}', as .*, got '{got}'$"
     with unchanged(target, other), pytest.raises(ValueError, match=message):
         reparameterize_aux_into_target_model(target, other, aux_dtype=second)
     reparameterize_aux_into_target_model(target, other, aux_dtype=first)
@@ -700,7 +742,7 @@ def test_a_body_without_linear_layers_is_named():
     aux = vit()
     with (
         unchanged(target, aux),
-        pytest.raises(ValueError, match=r"^aux_model: blocks.0: there are no linear layers in it"),
+        pytest.raises(ValueError, match=r"^target_model: blocks.0: there are no linear layers inside"),
     ):
         reparameterize_aux_into_target_model(target, aux)
 

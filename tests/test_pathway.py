@@ -186,6 +186,10 @@ def drop_last_layer(model):
     del model.blocks[1].mlp.fc2
 
 
+def drop_last_mlp(model):
+    del model.blocks[1].mlp
+
+
 def drop_last_block(model):
     model.blocks = model.blocks[:-1]
 
@@ -243,6 +247,8 @@ def parametrize_last_layer(model):
         ("aux", drop_last_block, "aux_model: expected 2 blocks in 'blocks' .*got 1"),
         ("target", drop_last_layer, f"target_model: .*{LAST}"),
         ("aux", drop_last_layer, f"aux_model: .*{LAST}"),
+        ("target", drop_last_mlp, "target_model: there is no layer blocks.1.mlp.fc1"),
+        ("aux", drop_last_mlp, "aux_model: there is no layer blocks.1.mlp.fc1"),
         ("target", drop_body, "target_model: VisionTransformer has no sequence of equal blocks"),
         ("aux", drop_body, "aux_model: VisionTransformer has no sequence of equal blocks"),
         ("target", empty_body, "target_model: VisionTransformer has no sequence of equal blocks"),
@@ -284,8 +290,9 @@ def parametrize_last_layer(model):
 def test_models_that_do_not_fit_are_refused_and_left_as_they_were(broken, damage, message):
     models = {"target": vit(0), "aux": vit(1)}
     damage(models[broken])
-    with unchanged(*models.values()), pytest.raises(ValueError, match=f"^{message}"):
-        reparameterize_aux_into_target_model(*models.values())
+    for layer_names in (None, LAYERS):
+        with unchanged(*models.values()), pytest.raises(ValueError, match=f"^{message}"):
+            reparameterize_aux_into_target_model(*models.values(), layer_names)
 
 
 def torch_encoder():

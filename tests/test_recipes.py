@@ -202,7 +202,6 @@ def test_an_assignment_needs_key_and_value(text):
         ({"run.seed": -1}, ValueError, "^run.seed: expected 0 or more"),
         ({"pretraining.decoder_depth": 2}, ValueError, "^pretraining.mask_ratio: missing"),
         ({"auxiliary.dtype": "float16"}, ValueError, "^auxiliary.path: missing"),
-        ({"auxiliary.blocks": "even"}, ValueError, "^auxiliary.path: missing"),
         ({"auxiliary.path": "a", "auxiliary.blocks": "odd"}, ValueError, "^auxiliary.blocks: expected one of '', "),
         ({"auxiliary.path": 5}, TypeError, "^auxiliary.path: expected str, got 5"),
         ({"auxiliary.path": ["a", 5]}, ValueError, "^auxiliary.path: expected a path or a list of different ones"),

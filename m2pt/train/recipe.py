@@ -57,8 +57,8 @@ class Auxiliary:
     blocks: Literal["", "first", "last", "even"] = ""
 
     def __post_init__(self) -> None:
-        if not self.path and (self.modality or self.dtype or self.trainable or self.blocks):
-            raise ValueError("path: missing, but modality, dtype, trainable or blocks is given")
+        if not self.path and (self.modality or self.dtype or self.trainable):
+            raise ValueError("path: missing, but modality, dtype or trainable is given")
         if not all(isinstance(path, str) and path for path in self.paths) or len(set(self.paths)) < len(self.paths):
             raise ValueError(f"path: expected a path or a list of different ones, got {self.path!r}")
 
