@@ -17,6 +17,7 @@ from .hooks import check_no_hooks, check_no_tensor_hooks, has_forward_hooks
 from .linear import Auxiliary, FusedCrossModalLinear, is_plain_linear
 from .pairing import (
     Blocks,
+    Group,
     LayerNames,
     Pair,
     in_projection,
@@ -192,32 +193,38 @@ def _connections(
     target: nn.Module, aux: nn.Module, argument: str, name: str, pair: Pair
 ) -> Iterator[tuple[str, Connection]]:
     """The layers of a block that are to be connected, by their places."""
-    fitting, misfit = [], ""
+    fitting, misfits = [], []
     for group in pair.groups:
-        targets = [_target_layer(target, f"{pair.target_block}.{own}") for own in group.target_names]
-        aux_places = [f"{pair.aux_block}.{own}" for own in group.aux_names]
-        weights = [_aux_weight(aux, argument, place) for place in aux_places]
-        joined = " + ".join(aux_places)
-        if any(weight is layer.weight for weight in weights for _, layer in targets):
-            raise ValueError(f"{argument}: {joined} is target_model's own weight")
-        if len({weight.device for weight in weights}) > 1:
-            raise ValueError(f"{argument}: {joined} are on different devices")
-        expected, got = _joined_shape(layer.weight for _, layer in targets), _joined_shape(weights)
-        if group.misfit or expected != got:
-            where = f"{joined} and target_model's {', '.join(group.target_names)}: {group.misfit}"
-            shapes = f"{joined} has weight shape {got}, expected {expected} as in target_model"
-            misfit = misfit or f"{argument}: {where if group.misfit else shapes}"
+        targets = [_target_layer(target, f"{pair.target_block}.{layer}") for layer in group.target_names]
+        aux_places = [f"{pair.aux_block}.{layer}" for layer in group.aux_names]
+        weights = [(place, _aux_weight(aux, argument, place)) for place in aux_places]
+        if misfit := _misfit(group, [layer for _, layer in targets], weights):
+            misfits.append(misfit)
         else:
-            fitting.append((group, targets, list(zip(aux_places, weights, strict=True))))
-    if misfit:
-        fit = ", ".join(own for group, *_ in fitting for own in group.target_names)
-        raise ValueError(f"{misfit}; {f'what fits in this block: {fit}' if fit else 'no layer of this block fits'}")
+            fitting.append((group, targets, weights))
+    if misfits:
+        fit = ", ".join(layer for group, *_ in fitting for layer in group.target_names)
+        remedy = f"what fits in this block: {fit}" if fit else "no layer of this block fits"
+        raise ValueError(f"{argument}: {misfits[0]}; {remedy}")
     for group, targets, weights in fitting:
         stops = accumulate(len(layer.weight) for _, layer in targets)
-        for own, (place, layer), stop in zip(group.target_names, targets, stops, strict=True):
-            if own in group.chosen:
-                layers, weight = _rows(weights, stop - len(layer.weight), stop)
-                yield place, Connection(layer, argument, Auxiliary(name, layers), weight)
+        for target_name, (place, layer), stop in zip(group.target_names, targets, stops, strict=True):
+            if target_name in group.chosen:
+                read_from, weight = _rows(weights, stop - len(layer.weight), stop)
+                yield place, Connection(layer, argument, Auxiliary(name, read_from), weight)
+
+
+def _misfit(group: Group, layers: Sequence[nn.Linear], weights: Sequence[tuple[str, Tensor]]) -> str:
+    """Why the layers of the target cannot get the rows of these weights; nothing if they can."""
+    joined = " + ".join(place for place, _ in weights)
+    if any(weight is layer.weight for _, weight in weights for layer in layers):
+        return f"{joined} is target_model's own weight"
+    if len({weight.device for _, weight in weights}) > 1:
+        return f"{joined} are on different devices"
+    if group.misfit:
+        return f"{joined} and target_model's {', '.join(group.target_names)}: {group.misfit}"
+    expected, got = _joined_shape(layer.weight for layer in layers), _joined_shape(weight for _, weight in weights)
+    return "" if got == expected else f"{joined} has weight shape {got}, expected {expected} as in target_model"
 
 
 def _joined_shape(weights: Iterable[Tensor]) -> tuple[int, int] | list[tuple[int, ...]]:
@@ -231,14 +238,14 @@ def _rows(weights: Sequence[tuple[str, Tensor]], start: int, stop: int) -> tuple
     """Some rows of weights, one after the other, and what they are called; a view unless they are of several."""
     names, parts, first = [], [], 0
     for place, weight in weights:
-        own = slice(max(start - first, 0), min(stop - first, len(weight)))
+        rows = slice(max(start - first, 0), min(stop - first, len(weight)))
         first += len(weight)
-        if own == slice(0, len(weight)):
+        if rows == slice(0, len(weight)):
             names.append(place)
             parts.append(weight)
-        elif own.start < own.stop:
-            names.append(f"{place}[{own.start}:{own.stop}]")
-            parts.append(weight[own])
+        elif rows.start < rows.stop:
+            names.append(f"{place}[{rows.start}:{rows.stop}]")
+            parts.append(weight[rows])
     return " + ".join(names), parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
