@@ -24,7 +24,8 @@ WEIGHT_READERS = {
 }
 """Modules that are known to read the weights of some of their layers, TransformerEncoderLayer only in evaluation.
 
-Named, so that nothing has to be imported. They are refused at once; `check_calls` and `watch_calls` find all others.
+Named, so that nothing has to be imported. They are refused at once; `check_calls` finds all others, and `watch_calls`
+those that do not call a layer.
 """
 
 PROJECTIONS = ("qkv", "query", "key", "value")

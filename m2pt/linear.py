@@ -29,6 +29,11 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
+def kept(tensor: Tensor) -> str:
+    """Whether training changes it, in a word."""
+    return "trained" if tensor.requires_grad else "frozen"
+
+
 def merged_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_scale: Tensor | None = None) -> Tensor:
     """`weight + scale * aux_weight`, of all auxiliary models, summed in float32 and rounded once to weight's dtype.
 
@@ -172,9 +177,8 @@ class FusedCrossModalLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Sizes, what the auxiliary weights were read from and how they are stored, and what is trained."""
         models = ", ".join(dict.fromkeys(auxiliary.model for auxiliary in self.auxiliaries))
-        kept = "trained" if self.aux_weight.requires_grad else "frozen"
-        scale = "trained" if self.cross_modal_scale.requires_grad else "frozen"
-        return f"{super().extra_repr()}, aux_weight=[{models}] {self.storage} {kept}, cross_modal_scale={scale}"
+        aux_weight = f"[{models}] {self.storage} {kept(self.aux_weight)}"
+        return f"{super().extra_repr()}, aux_weight={aux_weight}, cross_modal_scale={kept(self.cross_modal_scale)}"
 
     @property
     def storage(self) -> str:
@@ -276,21 +280,16 @@ class FusedCrossModalLinear(nn.Linear):
     @torch.no_grad()
     def without(self, indices: Collection[int]) -> nn.Linear:
         """This layer without some of its auxiliary weights; a plain `nn.Linear` if none is left."""
-        kept = [part for i, part in enumerate(self._parts()) if i not in indices]
-        return self._with(kept) if kept else self.plain()
+        others = [part for i, part in enumerate(self._parts()) if i not in indices]
+        return self._with(others) if others else self.plain()
 
     def _parts(self) -> list[_Part]:
+        def each(tensor: Tensor | None) -> list[Any]:
+            return [tensor] * n if n == 1 or tensor is None else list(tensor)
+
         n = len(self.auxiliaries)
-        stored = (
-            [(self.aux_weight, self.aux_weight_scale)]
-            if n == 1
-            else [
-                (self.aux_weight[i], None if self.aux_weight_scale is None else self.aux_weight_scale[i])
-                for i in range(n)
-            ]
-        )
-        rest = zip(stored, self.cross_modal_scale, self.auxiliaries, strict=True)
-        return [_Part(*matrix, scale, auxiliary) for matrix, scale, auxiliary in rest]
+        stored = each(self.aux_weight), each(self.aux_weight_scale)
+        return [_Part(*own) for own in zip(*stored, self.cross_modal_scale, self.auxiliaries, strict=True)]
 
     def _with(self, parts: Sequence[_Part]) -> "FusedCrossModalLinear":
         layer = FusedCrossModalLinear(

@@ -12,7 +12,7 @@ from m2pt_kernels.divided import flattened_modules, fsdp_modules, is_divided, wh
 
 from .calls import stop_watching
 from .checks import check_kind, check_module
-from .linear import FusedCrossModalLinear
+from .linear import FusedCrossModalLinear, kept
 
 GATHER = (
     "gather its state dict with torch.distributed.checkpoint.state_dict.get_model_state_dict(model,"
@@ -180,8 +180,8 @@ def describe_pathways(model: nn.Module) -> str:
 
     It tells the layer; the auxiliary model and its layers whose weights were read, with `[rows]` behind one that was
     divided; how the weight is stored and whether it is trained; the scale and whether it is trained; and whether the
-    layer has been called since, other than in compiled code. As by `cross_modal_scales`, every process has to call
-    this.
+    layer has been called since it was connected, other than in compiled code. As by `cross_modal_scales`, every process
+    has to call this.
 
     Raises:
         TypeError: `model` is no module.
@@ -190,16 +190,12 @@ def describe_pathways(model: nn.Module) -> str:
     scales = iter(cross_modal_scales(model).values())
     lines = ["| layer | auxiliary model | read from | aux_weight | cross_modal_scale | called |", "|---" * 6 + "|"]
     for name, layer in fused_layers(model):
-        stored = f"{layer.storage}, {_kept(layer.aux_weight)}"
+        stored = f"{layer.storage}, {kept(layer.aux_weight)}"
         called = "yes" if layer.is_called else "not yet"
         for auxiliary in layer.auxiliaries:
-            scale = f"{next(scales):+.4f}, {_kept(layer.cross_modal_scale)}"
+            scale = f"{next(scales):+.4f}, {kept(layer.cross_modal_scale)}"
             lines.append(f"| {name} | {auxiliary.model} | {auxiliary.layers} | {stored} | {scale} | {called} |")
     return "\n".join(lines)
-
-
-def _kept(tensor: Tensor) -> str:
-    return "trained" if tensor.requires_grad else "frozen"
 
 
 def scale_table(model: nn.Module) -> str:
