@@ -4,7 +4,7 @@ Then the scales get no gradient, and merging changes what the model computes.
 """
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .linear import FusedCrossModalLinear
+from m2pt_kernels.divided import whole
+
+from .linear import FusedCrossModalLinear, is_plain_linear
+from .replacement import has_pathway
 
 Sample = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -24,8 +27,8 @@ WEIGHT_READERS = {
 }
 """Modules that are known to read the weights of some of their layers, TransformerEncoderLayer only in evaluation.
 
-Named, so that nothing has to be imported. They are refused at once; `check_calls` finds all others, and `watch_calls`
-those that do not call a layer.
+Named, so that nothing has to be imported. They are refused at once; `check_calls` finds all others, and
+`watch_pathways` those that do not call a layer.
 """
 
 PROJECTIONS = ("qkv", "query", "key", "value")
@@ -142,34 +145,68 @@ def _reads(model: nn.Module) -> Iterator[set[nn.Module]]:
             layer.__class__ = FusedCrossModalLinear
 
 
-def watch_calls(model: nn.Module) -> None:
-    """Warn once, when the first forward pass of `model` in training mode ends, of the fused layers not called so far.
+def watch_pathways(model: nn.Module) -> None:
+    """Warn once, when the first forward pass of `model` in training mode ends, of pathways that have no effect.
 
-    Nothing of that is left afterwards. What `torch.compile` compiles is not watched.
+    Those are layers not called so far, layers that were replaced since, and scales that are zero and frozen. Nothing of
+    that is left afterwards. What `torch.compile` compiles is not watched.
     """
-    if _warn_of_uncalled not in model._forward_hooks.values():
-        model.register_forward_hook(_warn_of_uncalled)
+    stop_watching(model)
+    model.register_forward_hook(_Watcher([name for name, layer in model.named_modules() if _is_fused(layer)]))
 
 
 def stop_watching(model: nn.Module) -> None:
-    """Undo `watch_calls`."""
+    """Undo `watch_pathways`."""
     for key, hook in list(model._forward_hooks.items()):
-        if hook is _warn_of_uncalled:
+        if isinstance(hook, _Watcher):
             model._forward_hooks.pop(key, None)
 
 
-def _warn_of_uncalled(model: nn.Module, arguments: Any, output: Any) -> None:
-    if torch.compiler.is_compiling() or not model.training:
-        return
-    stop_watching(model)
-    compiled = {inner for module in model.modules() if _is_compiled(module) for inner in module.modules()}
-    if names := [name for name, layer in model.named_modules() if _is_uncalled(layer) and layer not in compiled]:
-        warnings.warn(_description(model, names), stacklevel=2)
+class _Watcher:
+    """The forward hook of a model that was connected in these places."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def __call__(self, model: nn.Module, arguments: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not model.training:
+            return
+        stop_watching(model)
+        layers = {name: layer for name, layer in model.named_modules() if _is_fused(layer)}
+        compiled = {inner for module in model.modules() if _is_compiled(module) for inner in module.modules()}
+        if uncalled := [name for name, layer in layers.items() if _is_uncalled(layer) and layer not in compiled]:
+            warnings.warn(_description(model, uncalled), stacklevel=2)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        lost = [name for name in self.names if name in modules and _is_without_pathway(modules[name])]
+        if lost:
+            warnings.warn(
+                f"{', '.join(lost)}: replaced since they were connected: their pathways are lost", stacklevel=2
+            )
+        if frozen := [name for name, layer in layers.items() if _is_frozen_at_zero(layer)]:
+            remedy = "set requires_grad of every cross_modal_scale, and only then make the optimizer"
+            warnings.warn(f"{', '.join(frozen)}: cross_modal_scale is zero and frozen: {remedy}", stacklevel=2)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return isinstance(module, FusedCrossModalLinear)
+
+
+def _is_without_pathway(module: nn.Module) -> bool:
+    """Whether it has none, and is not what merging leaves."""
+    return not has_pathway(module) and not is_plain_linear(module)
+
+
+def _is_frozen_at_zero(layer: nn.Module) -> bool:
+    """Whether its auxiliary weight has no effect and will have none; not known of what FSDP1 has flattened."""
+    scale = layer._parameters.get("cross_modal_scale")
+    if scale is None or scale.requires_grad or scale.is_meta:
+        return False
+    return not whole(scale.detach()).any()
 
 
 def _is_uncalled(module: nn.Module) -> bool:
     """Whether it is a fused layer that has not noted a call, as its own forward would have done."""
-    return isinstance(module, FusedCrossModalLinear) and not module.is_called and "forward" not in vars(module)
+    return _is_fused(module) and not module.is_called and "forward" not in vars(module)
 
 
 def _is_compiled(module: nn.Module) -> bool:

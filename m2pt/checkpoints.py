@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checks import check_state_dict, checked_path, one_of
@@ -93,11 +93,21 @@ def _saved_in(folder: Path) -> Path:
 def _read_file(path: Path, weights: Weights | None) -> tuple[dict[str, Tensor], Weights | None]:
     if path.suffix != ".safetensors":
         return state_dict_in(load_torch(path), path, weights)
-    with _reading(path):
-        state_dict = load_file(path)
+    state_dict, _ = read_safetensors(path)
     if weights == "ema":
         raise ValueError(f"{path}: {NO_AVERAGE}")
     return state_dict, None
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a `.safetensors` file, on the CPU, and its metadata.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged or of another format.
+    """
+    with _reading(path), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.offset_keys()}, file.metadata() or {}
 
 
 def _read_shards(index: Path, weights: Weights | None) -> tuple[dict[str, Tensor], Weights | None]:
@@ -278,10 +288,12 @@ def checked_target(path: str | os.PathLike) -> Path:
     return path
 
 
-def save_state_dict(state_dict: dict[str, Tensor], path: str | os.PathLike) -> None:
+def save_state_dict(
+    state_dict: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> None:
     """Write a `.safetensors` file, whole or not at all.
 
-    Tensors that share memory, such as tied weights, are written once each.
+    Tensors that share memory, such as tied weights, are written once each. `metadata` is written beside them.
 
     Raises:
         TypeError: `state_dict` holds something else than named tensors, or `path` is no path.
@@ -294,7 +306,7 @@ def save_state_dict(state_dict: dict[str, Tensor], path: str | os.PathLike) -> N
     tensors = _without_sharing(state_dict)
     try:
         with written_whole(path) as temporary:
-            save_file(tensors, temporary)
+            save_file(tensors, temporary, metadata)
     except KeyError as error:
         raise ValueError(f"state_dict: safetensors has no dtype {error}") from error
 

@@ -29,6 +29,15 @@ def check_kind(kind: Any, expected: str, **arguments: Any) -> None:
             raise TypeError(f"{name}: expected {expected}, got {value!r}")
 
 
+def check_readable(argument: str, tensor: Tensor) -> None:
+    """Raise a TypeError for a tensor of a class that neither torch nor this package defines, as quantised ones are."""
+    if type(tensor).__module__.split(".")[0] not in ("torch", __package__):
+        kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+        raise TypeError(
+            f"{argument}: expected a plain tensor, got a {kind}: connect first, merge, and quantise what results"
+        )
+
+
 def check_sizes(**sizes: int) -> None:
     """Raise a TypeError for what is no integer, and a ValueError for one below zero."""
     check_kind(SupportsIndex, "an integer", **sizes)

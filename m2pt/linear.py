@@ -3,17 +3,25 @@
 from collections.abc import Collection, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeGuard
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn import functional as F
 
 from m2pt_kernels import combined_weight, cross_modal_linear, quantize
 from m2pt_kernels.checks import GEMM_DTYPES, check_tensor
 from m2pt_kernels.divided import check_whole
 from m2pt_kernels.quantization import DTYPES
 
-from .checks import check_kind, check_sizes
+from .checks import check_kind, check_readable, check_sizes
 from .hooks import check_no_hooks, check_no_tensor_hooks
+
+STAYS_FROZEN = (
+    "aux_weight: something has set its requires_grad, but it was connected as frozen and stays so; connect with"
+    " is_aux_trainable=True to train it"
+)
 
 _OPERANDS = itemgetter("weight", "aux_weight", "cross_modal_scale", "bias", "aux_weight_scale")
 
@@ -29,9 +37,22 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-def kept(tensor: Tensor) -> str:
-    """Whether training changes it, in a word."""
-    return "trained" if tensor.requires_grad else "frozen"
+def kept(is_trained: bool) -> str:
+    """Whether training changes something, in a word."""
+    return "trained" if is_trained else "frozen"
+
+
+@torch.compiler.assume_constant_result
+def _is_in_onnx_export() -> bool:
+    """As torch's own, also in a strict export, where that is taken to be false."""
+    return torch.onnx.is_in_onnx_export()
+
+
+def _check_traceable(input: Any) -> None:
+    """Raise a TypeError for what records plain operators only: the ONNX exporter and `torch.fx`."""
+    recorder = "torch.fx" if isinstance(input, Proxy) else "ONNX" * _is_in_onnx_export()
+    if recorder:
+        raise TypeError(f"{recorder} knows no FusedCrossModalLinear: merge_pathways(model) first")
 
 
 def merged_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_scale: Tensor | None = None) -> Tensor:
@@ -76,7 +97,7 @@ class Auxiliary(NamedTuple):
     layers: str
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What a layer has of one auxiliary model."""
 
     data: Tensor
@@ -84,7 +105,7 @@ class _Part(NamedTuple):
     scale: Tensor
     auxiliary: Auxiliary
 
-    def is_equal(self, other: "_Part") -> bool:
+    def is_equal(self, other: "Part") -> bool:
         """Whether both stand for the same auxiliary weight; not known on the meta device."""
         matrices = ((self.data, other.data), (self.aux_weight_scale, other.aux_weight_scale))
         return not self.data.is_meta and all(a is b or torch.equal(a, b) for a, b in matrices)
@@ -105,20 +126,29 @@ class FusedCrossModalLinear(nn.Linear):
             Its storage is shared where it already lies on the layer's device, so loading a checkpoint into this layer
             writes to both. A sequence of such weights, of n > 1 auxiliary models, is copied into one tensor
             (n, out_features, in_features).
-        is_aux_trainable: whether `aux_weight` gets a gradient. The auxiliary model's own flag is left alone.
+        is_aux_trainable: whether `aux_weight` gets a gradient. If not, it stays frozen whatever asks for one later,
+            such as `model.requires_grad_(True)`. The auxiliary model's own flag is left alone.
 
     `cross_modal_scale` has shape (1,) or (n,), starts at zero and is trainable. State-dict names: `weight`,
     `bias`, `aux_weight`, `cross_modal_scale`; and `aux_weight_scale` once `quantize_aux` has made `aux_weight` small.
 
     Raises:
         TypeError: `aux_weight` missing or not such a tensor, `origin_layer` not a plain `nn.Linear`, a size that is no
-            integer, or `is_aux_trainable` that is no bool.
+            integer, `is_aux_trainable` that is no bool, or a weight of another package's class, such as torchao's.
         ValueError: `aux_weight` or `origin_layer` of another shape or divided among processes, `aux_weight` sparse,
             nested or without data, hooks on `origin_layer`, which would be lost, or a size below zero.
     """
 
     is_called = False
     """Whether it has been called, other than in compiled code."""
+
+    is_enabled = True
+    """Whether the auxiliary weights take part; `disabled_pathways` leaves them out for a while."""
+
+    is_aux_trainable = False
+    """Whether `aux_weight` may get a gradient."""
+
+    _is_said_frozen = False
 
     auxiliaries: tuple[Auxiliary, ...]
     """What each auxiliary weight was read from, as surgery notes it; a state dict does not hold that."""
@@ -156,29 +186,51 @@ class FusedCrossModalLinear(nn.Linear):
         aux_weights = [each.detach().to(self.weight.device) for each in aux_weights]
         stored = aux_weights[0] if len(aux_weights) == 1 else torch.stack(aux_weights)
         self.aux_weight = nn.Parameter(stored, requires_grad=is_aux_trainable)
+        self.is_aux_trainable = is_aux_trainable
         self.register_buffer("aux_weight_scale", None)
         self.auxiliaries = tuple(Auxiliary(f"aux_weight[{i}]", "") for i in range(len(aux_weights)))
         self.cross_modal_scale = nn.Parameter(self.weight.new_zeros(len(aux_weights)))
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling:  # nn.Module's __setattr__ takes thirty times as long, and its __getattr__ ten times
+            self.__dict__["is_called"] = True
+        if not self.is_enabled:
+            return F.linear(input, self.weight, self.bias)
+        if is_compiling or torch.jit.is_tracing() or isinstance(input, Proxy):
+            _check_traceable(input)
             return cross_modal_linear(input, *self._operands())
-        # nn.Module's __setattr__ takes thirty times as long, and its __getattr__ ten times.
-        self.__dict__["is_called"] = True
         try:
             operands = _OPERANDS({**self._buffers, **self._parameters})
         except KeyError:  # of a weight that is computed, as by a parametrization
             operands = self._operands()
+        if operands[1].requires_grad and not self.is_aux_trainable:
+            self._say_frozen()
+            operands = self._operands()
         return cross_modal_linear(input, *operands)
 
     def _operands(self) -> tuple[Any, ...]:
-        return self.weight, self.aux_weight, self.cross_modal_scale, self.bias, self.aux_weight_scale
+        aux_weight = self.aux_weight
+        if aux_weight.requires_grad and not self.is_aux_trainable:
+            aux_weight = aux_weight.detach()
+        return self.weight, aux_weight, self.cross_modal_scale, self.bias, self.aux_weight_scale
+
+    def _say_frozen(self) -> None:
+        if not self._is_said_frozen:
+            self._is_said_frozen = True
+            warn(STAYS_FROZEN, stacklevel=2)
+
+    @property
+    def is_aux_trained(self) -> bool:
+        """Whether `aux_weight` gets a gradient."""
+        return self.is_aux_trainable and self.aux_weight.requires_grad
 
     def extra_repr(self) -> str:
         """Sizes, what the auxiliary weights were read from and how they are stored, and what is trained."""
         models = ", ".join(dict.fromkeys(auxiliary.model for auxiliary in self.auxiliaries))
-        aux_weight = f"[{models}] {self.storage} {kept(self.aux_weight)}"
-        return f"{super().extra_repr()}, aux_weight={aux_weight}, cross_modal_scale={kept(self.cross_modal_scale)}"
+        aux_weight = f"[{models}] {self.storage} {kept(self.is_aux_trained)}"
+        scale = kept(self.cross_modal_scale.requires_grad)
+        return f"{super().extra_repr()}, aux_weight={aux_weight}, cross_modal_scale={scale}"
 
     @property
     def storage(self) -> str:
@@ -213,7 +265,7 @@ class FusedCrossModalLinear(nn.Linear):
     def quantized_aux(self, dtype: str) -> tuple[Tensor, Tensor | None]:
         """What `quantize_aux(dtype)` would store: `aux_weight` and `aux_weight_scale`; errors as there."""
         check_whole("aux_weight", self.aux_weight)
-        if self.aux_weight.requires_grad:
+        if self.is_aux_trained:
             raise ValueError("aux_weight: expected a frozen one to quantise, this one is trainable")
         if self.aux_weight_scale is not None:
             raise ValueError(f"aux_weight: it is stored as {self.storage} already")
@@ -225,6 +277,12 @@ class FusedCrossModalLinear(nn.Linear):
         if dtype not in DTYPES.values():
             raise ValueError(f"dtype: expected one of bfloat16, {', '.join(DTYPES.values())}, got {dtype!r}")
         return quantize(self.aux_weight, dtype)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module; a TypeError for a parameter of a class that the kernels cannot read."""
+        if param is not None:
+            check_readable(name, param)
+        super().register_parameter(name, param)
 
     def _apply(self, fn, recurse=True):
         quantized = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -263,8 +321,8 @@ class FusedCrossModalLinear(nn.Linear):
             ValueError: `other` has an auxiliary weight that is here already, trains its weights where this one does
                 not, or stores them in another way.
         """
-        is_trained, own, others = self.aux_weight.requires_grad, self._parts(), other._parts()
-        if other.aux_weight.requires_grad != is_trained:
+        is_trained, own, others = self.is_aux_trained, self.parts(), other.parts()
+        if other.is_aux_trained != is_trained:
             raise ValueError(f"is_aux_trainable: expected {is_trained}, as of the auxiliary weights that are there")
         dtypes = self.aux_weight.dtype, other.aux_weight.dtype
         is_wider = not DTYPES.keys() & {*dtypes} and torch.promote_types(*dtypes) == dtypes[0]
@@ -280,25 +338,28 @@ class FusedCrossModalLinear(nn.Linear):
     @torch.no_grad()
     def without(self, indices: Collection[int]) -> nn.Linear:
         """This layer without some of its auxiliary weights; a plain `nn.Linear` if none is left."""
-        others = [part for i, part in enumerate(self._parts()) if i not in indices]
+        others = [part for i, part in enumerate(self.parts()) if i not in indices]
         return self._with(others) if others else self.plain()
 
-    def _parts(self) -> list[_Part]:
+    def parts(self) -> list[Part]:
+        """What it has of each auxiliary model."""
+
         def each(tensor: Tensor | None) -> list[Any]:
             return [tensor] * n if n == 1 or tensor is None else list(tensor)
 
         n = len(self.auxiliaries)
         stored = each(self.aux_weight), each(self.aux_weight_scale)
-        return [_Part(*own) for own in zip(*stored, self.cross_modal_scale, self.auxiliaries, strict=True)]
+        return [Part(*own) for own in zip(*stored, self.cross_modal_scale, self.auxiliaries, strict=True)]
 
-    def _with(self, parts: Sequence[_Part]) -> "FusedCrossModalLinear":
+    def _with(self, parts: Sequence[Part]) -> "FusedCrossModalLinear":
         layer = FusedCrossModalLinear(
             self.in_features, self.out_features, origin_layer=self.plain(), aux_weight=self.weight
         )
         weights, weight_scales, scales, layer.auxiliaries = zip(*parts, strict=True)
         together = (lambda tensors: tensors[0].clone()) if len(parts) == 1 else torch.stack
-        is_trained = self.aux_weight.requires_grad
-        layer._store(together(weights), None if weight_scales[0] is None else together(weight_scales), is_trained)
+        scales_of_rows = None if weight_scales[0] is None else together(weight_scales)
+        layer._store(together(weights), scales_of_rows, self.is_aux_trained)
+        layer.is_aux_trainable = self.is_aux_trainable
         layer.cross_modal_scale = nn.Parameter(torch.stack(scales), self.cross_modal_scale.requires_grad)
         return layer
 

@@ -1,6 +1,8 @@
 """What is done with a connected model: look at it, store it small, train what should be trained, fold it away."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from m2pt_kernels.divided import flattened_modules, fsdp_modules, is_divided, wh
 from .calls import stop_watching
 from .checks import check_kind, check_module
 from .linear import FusedCrossModalLinear, kept
+from .replacement import put
 
 GATHER = (
     "gather its state dict with torch.distributed.checkpoint.state_dict.get_model_state_dict(model,"
@@ -73,7 +76,7 @@ def quantization_errors(model: nn.Module, dtype: str, *inputs: Tensor) -> Quanti
     require_whole(model, "ask before dividing the model")
     stored, errors = {}, {}
     for layer, (name, *_) in places(model).items():
-        _require_data(layer)
+        require_data(layer)
         try:
             data, scale = layer.quantized_aux(dtype)
         except ValueError as error:
@@ -114,10 +117,28 @@ def merge_pathways(model: nn.Module) -> nn.Module:
     for layer, names in layers.items():
         merged = layer.merge()
         for name in names:
-            model.set_submodule(name, merged)
+            put(model, name, merged)
     for module in model.modules():
         stop_watching(module)
     return model
+
+
+@contextmanager
+def disabled_pathways(model: nn.Module) -> Iterator[None]:
+    """Inside the block the fused layers compute `x weight^T + bias`, as plain linear layers do, bit for bit.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: no fused layer below `model`.
+    """
+    were_enabled = {layer: layer.is_enabled for _, layer in fused_layers(model)}
+    try:
+        for layer in were_enabled:
+            layer.is_enabled = False
+        yield
+    finally:
+        for layer, was_enabled in were_enabled.items():
+            layer.is_enabled = was_enabled
 
 
 def fused_layers(model: nn.Module) -> list[tuple[str, FusedCrossModalLinear]]:
@@ -141,7 +162,7 @@ def require_whole(model: nn.Module, remedy: str) -> None:
             raise ValueError(f"{name}: divided among processes: {remedy}")
 
 
-def _require_data(layer: FusedCrossModalLinear) -> None:
+def require_data(layer: FusedCrossModalLinear) -> None:
     if layer.weight.is_meta:
         raise ValueError("model: expected one with data, this one is on the meta device")
 
@@ -169,7 +190,7 @@ def cross_modal_scales(model: nn.Module) -> dict[str, float]:
     if flattened_modules(model.modules()):
         raise ValueError(f"model: FullyShardedDataParallel has divided it: {GATHER}, which has the scales")
     for name, layer in layers:
-        _require_data(layer)
+        require_data(layer)
         several = whole(layer.cross_modal_scale.detach()).tolist()
         scales |= {name if len(several) == 1 else f"{name}[{i}]": scale for i, scale in enumerate(several)}
     return scales
@@ -190,10 +211,10 @@ def describe_pathways(model: nn.Module) -> str:
     scales = iter(cross_modal_scales(model).values())
     lines = ["| layer | auxiliary model | read from | aux_weight | cross_modal_scale | called |", "|---" * 6 + "|"]
     for name, layer in fused_layers(model):
-        stored = f"{layer.storage}, {kept(layer.aux_weight)}"
+        stored = f"{layer.storage}, {kept(layer.is_aux_trained)}"
         called = "yes" if layer.is_called else "not yet"
         for auxiliary in layer.auxiliaries:
-            scale = f"{next(scales):+.4f}, {kept(layer.cross_modal_scale)}"
+            scale = f"{next(scales):+.4f}, {kept(layer.cross_modal_scale.requires_grad)}"
             lines.append(f"| {name} | {auxiliary.model} | {auxiliary.layers} | {stored} | {scale} | {called} |")
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Surgery: connect auxiliary models to a target model, and take them out again."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple
@@ -11,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from m2pt_kernels.divided import is_divided
 
-from .calls import Sample, check_calls, check_sample, is_known_to_read, stop_watching, watch_calls
-from .checks import check_kind, check_module
+from .calls import Sample, check_calls, check_sample, is_known_to_read, stop_watching, watch_pathways
+from .checks import check_kind, check_module, check_readable
 from .hooks import check_no_hooks, check_no_tensor_hooks, has_forward_hooks
 from .linear import Auxiliary, FusedCrossModalLinear, is_plain_linear
 from .pairing import (
@@ -27,6 +28,7 @@ from .pairing import (
     unwrapped,
 )
 from .pathway import GATHER, places, require_whole
+from .replacement import put
 
 AuxModels = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
 
@@ -54,7 +56,8 @@ def reparameterize_aux_into_target_model(
 
     A layer whose weight its parent reads without calling the layer would not be connected: some such modules are known
     and refused, and a `sample` shows any other. Without a sample, the first forward pass of the target in training mode
-    warns of layers that have not been called; that of a compiled target does not.
+    warns of layers that have not been called; that of a compiled target does not. It also warns of layers that were
+    replaced since, and of scales that something has frozen at zero.
 
     Args:
         target_model: the model to improve.
@@ -93,7 +96,7 @@ def reparameterize_aux_into_target_model(
         for pair in pair_blocks(target_model, model, argument, layer_names, main_body_name, blocks):
             for place, connection in _connections(target_model, model, argument, name, pair):
                 connections.setdefault(place, []).append(connection)
-    _require_used_once(target_model, {place: own[0].layer for place, own in connections.items()})
+    require_used_once(target_model, {place: own[0].layer for place, own in connections.items()})
     fused = {}
     for place, own in connections.items():
         try:
@@ -101,11 +104,10 @@ def reparameterize_aux_into_target_model(
         except (TypeError, ValueError) as error:
             arguments = " and ".join(connection.argument for connection in own)
             raise type(error)(f"{arguments}: {place}: {error}") from None
-    with _replaced(target_model, fused):
+    with replaced(target_model, fused):
         if sample is not None:
             check_calls(target_model, sample)
-    if sample is None:
-        watch_calls(target_model)
+    watch_pathways(target_model)
     return target_model
 
 
@@ -137,22 +139,43 @@ def remove_auxiliary(model: nn.Module, name: str) -> nn.Module:
             or inside DistributedDataParallel, or has hooks, which would be lost. The model is as it was.
     """
     check_kind(str, "the name of an auxiliary model", name=name)
+    if not _without(model, lambda auxiliary: auxiliary.model == name):
+        raise ValueError(f"name: expected one of {', '.join(_auxiliary_names(model))}; got {name!r}")
+    return model
+
+
+def disconnect_pathways(model: nn.Module) -> nn.Module:
+    """Turn every fused layer into the plain `nn.Linear` it would be without its auxiliary weights, in place.
+
+    Nothing is folded: the model computes bit for bit what it computes in `disabled_pathways`, with the same parameters
+    as weights and biases.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError, ValueError: as `remove_auxiliary`.
+    """
+    _without(model, lambda auxiliary: True)
+    return model
+
+
+def _without(model: nn.Module, is_removed: Callable[[Auxiliary], bool]) -> bool:
+    """Take auxiliary weights out of a model; whether there were any."""
     require_whole(model, "remove auxiliary models before dividing the model")
     replacements: dict[str, nn.Module] = {}
     for layer, (place, *more) in places(model).items():
-        if indices := [i for i, auxiliary in enumerate(layer.auxiliaries) if auxiliary.model == name]:
+        if indices := [i for i, auxiliary in enumerate(layer.auxiliaries) if is_removed(auxiliary)]:
             if type(layer) is not FusedCrossModalLinear:
                 raise ValueError(f"{place} is a {qualified_name(layer)}, expected a plain FusedCrossModalLinear")
             _check_replaceable(model, place, place)
             replacements |= dict.fromkeys((place, *more), layer.without(indices))
-    if not replacements:
-        raise ValueError(f"name: expected one of {', '.join(_auxiliary_names(model))}; got {name!r}")
-    with _replaced(model, replacements):
+    with replaced(model, replacements):
         pass
     if not _auxiliary_names(model):
         for module in model.modules():
             stop_watching(module)
-    return model
+    return bool(replacements)
 
 
 def _auxiliary_names(model: nn.Module) -> list[str]:
@@ -195,7 +218,7 @@ def _connections(
     """The layers of a block that are to be connected, by their places."""
     fitting, misfits = [], []
     for group in pair.groups:
-        targets = [_target_layer(target, f"{pair.target_block}.{layer}") for layer in group.target_names]
+        targets = [target_layer(target, f"{pair.target_block}.{layer}") for layer in group.target_names]
         aux_places = [f"{pair.aux_block}.{layer}" for layer in group.aux_names]
         weights = [(place, _aux_weight(aux, argument, place)) for place in aux_places]
         if misfit := _misfit(group, [layer for _, layer in targets], weights):
@@ -249,10 +272,26 @@ def _rows(weights: Sequence[tuple[str, Tensor]], start: int, stop: int) -> tuple
     return " + ".join(names), parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _target_layer(model: nn.Module, place: str) -> tuple[str, nn.Linear]:
+def weight_at(model: nn.Module, argument: str, layers: str) -> Tensor:
+    """The auxiliary weight that was read from layers as `Auxiliary` names them.
+
+    Raises:
+        ValueError: there is no such layer, or none that could be connected.
+    """
+    parts = []
+    for each in layers.split(" + "):
+        place, start, stop = re.fullmatch(r"(.*?)(?:\[(\d+):(\d+)\])?", each).groups()
+        weight = _aux_weight(model, argument, place)
+        parts.append(weight if start is None else weight[int(start) : int(stop)])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def target_layer(model: nn.Module, place: str) -> tuple[str, nn.Linear]:
+    """A layer of the target that may be connected, and its place inside a wrapper; or a ValueError."""
     layer, place = _layer(model, "target_model", place)
     if type(layer) is not FusedCrossModalLinear and not is_plain_linear(layer):
         raise ValueError(_unfit("target_model", place, layer))
+    check_readable(f"target_model: {place}.weight", layer.weight)
     _check_replaceable(model, place, f"target_model: {place}")
     called = place
     while called:
@@ -288,6 +327,7 @@ def _aux_weight(model: nn.Module, argument: str, place: str) -> Tensor:
         raise ValueError(_unfit(argument, place, layer))
     if has_forward_hooks(layer):
         raise ValueError(f"{argument}: {place} has forward hooks, which may change what it computes: remove them first")
+    check_readable(f"{argument}: {place}.weight", layer.weight)
     return layer.weight.t().contiguous() if is_conv1d(layer) else layer.weight
 
 
@@ -309,7 +349,7 @@ def _unfit(argument: str, place: str, layer: nn.Module) -> str:
     return f"{argument}: {place} is a {qualified_name(layer)}{added}, expected a plain nn.Linear"
 
 
-def _require_used_once(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+def require_used_once(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
     """Raise a ValueError for a layer that the model has in another place too, which would keep the old one."""
     chosen = set(layers.values())
     seen: dict[nn.Module, str] = {}
@@ -337,17 +377,17 @@ def _connected(
 
 
 @contextmanager
-def _replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+def replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Put layers in their places; if that fails, or the block does, all is as it was."""
     before = {place: model.get_submodule(place) for place in layers}
     called = {module: module.is_called for module in model.modules() if isinstance(module, FusedCrossModalLinear)}
     try:
         for place, layer in layers.items():
-            model.set_submodule(place, layer)
+            put(model, place, layer)
         yield
     except BaseException:
         for place, layer in before.items():
-            model.set_submodule(place, layer)
+            put(model, place, layer)
         for layer, is_called in called.items():
             layer.is_called = is_called
         raise

@@ -323,7 +323,7 @@ def test_failed_write_leaves_the_folder_as_it_was(tmp_path, monkeypatch, existin
         save_state_dict(weights(), path)
     before = listing(tmp_path)
 
-    def fail_midway(tensors, filename):
+    def fail_midway(tensors, filename, *metadata):
         Path(filename).write_bytes(b"half")
         raise error
 

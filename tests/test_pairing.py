@@ -18,6 +18,7 @@ from m2pt import (
     quantize_aux,
     remove_auxiliary,
     reparameterize_aux_into_target_model,
+    surgery,
 )
 
 DEPTH = 2
@@ -662,15 +663,15 @@ def test_a_failed_sample_leaves_what_was_called_as_it_was():
 
 def test_an_interrupted_removal_leaves_everything_as_it_was(monkeypatch):
     target = reparameterize_aux_into_target_model(vit(0), vit(1))
-    places, original = [], nn.Module.set_submodule
+    places, original = [], surgery.put
 
-    def interrupted(self, place, *arguments):
+    def interrupted(model, place, *arguments):
         places.append(place)
         if len(places) == 3:
             raise KeyboardInterrupt
-        original(self, place, *arguments)
+        original(model, place, *arguments)
 
-    monkeypatch.setattr(nn.Module, "set_submodule", interrupted)
+    monkeypatch.setattr(surgery, "put", interrupted)
     with unchanged(target), pytest.raises(KeyboardInterrupt):
         remove_auxiliary(target, "VisionTransformer")
 

@@ -40,7 +40,7 @@ from m2pt.train.engine import Trainer, evaluate
 from m2pt.train.files import load_trained
 from m2pt.train.log import read_log
 from m2pt.train.metrics import Metric, mean_average_precision, mious, part_ious, top_accuracies
-from m2pt.train.optimization import create_loss, create_mixing, create_optimizer, create_scheduler, parameter_groups
+from m2pt.train.optimization import create_loss, create_mixing, create_optimizer, create_scheduler, scaled_groups
 from m2pt.train.recipe import Machine
 
 OTHER = {"image": "audio", "audio": "point", "point": "video", "video": "image"}
@@ -558,7 +558,7 @@ def test_optimizer_groups(folder):
     model = connected_model(folder)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     rates, decays = {}, {}
-    for group in parameter_groups(model, recipe):
+    for group in scaled_groups(model, recipe):
         for parameter in group["params"]:
             rates[names[id(parameter)]], decays[names[id(parameter)]] = group["lr_scale"], group["weight_decay"]
     assert rates.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -6,19 +6,18 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from ..checks import require
+from ..groups import parameter_groups
 from .recipe import Loss, Recipe
 
 
 def create_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """timm's optimizer over what is trainable, each layer with its learning rate.
-
-    Vectors have no weight decay, and neither have the cross-modal scales, which are vectors too.
 
     Raises:
         ImportError: the optimizer's package is not installed.
@@ -34,32 +33,19 @@ def create_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
             module,
             opt=settings.name,
             lr=recipe.learning_rate,
-            param_group_fn=lambda model: parameter_groups(model, recipe),
+            param_group_fn=lambda model: scaled_groups(model, recipe),
             **settings.options,
         )
     except AssertionError as error:  # timm's for a missing GPU
         raise ValueError(f"optimizer.name: {settings.name}: {error}") from None
 
 
-def parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """timm's groups with layer decay, and the cross-modal scales apart from the others of their block."""
+def scaled_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """`m2pt.parameter_groups` as timm's schedulers take them: with a factor of the learning rate, `lr_scale`."""
     settings = recipe.optimizer
-    scales = {id(p) for name, p in module.named_parameters() if name.endswith("cross_modal_scale")}
-    decay: dict[str, Any] = {"weight_decay": settings.weight_decay}
-    if (no_weight_decay := getattr(module, "no_weight_decay", None)) is not None:
-        decay["no_weight_decay_list"] = no_weight_decay()
-    if settings.layer_decay == 1:
-        whole = param_groups_weight_decay(module, **decay)
-    else:
-        whole = param_groups_layer_decay(module, layer_decay=settings.layer_decay, **decay)
-    groups = []
-    for group in whole:
-        rate = group.get("lr_scale", 1.0)
-        own = [p for p in group["params"] if id(p) in scales]
-        others = [p for p in group["params"] if id(p) not in scales]
-        groups.append(group | {"params": others, "lr_scale": rate})
-        groups.append(group | {"params": own, "lr_scale": rate * settings.scale_learning_rate})
-    groups = [group for group in groups if group["params"]]
+    groups = parameter_groups(module, 1.0, settings.weight_decay, settings.scale_learning_rate, settings.layer_decay)
+    for group in groups:
+        group["lr_scale"] = group.pop("lr")
     if settings.name == "lars":  # matrices adapt even without weight decay, vectors never (MAE's linear probe)
         groups = [group | {"always_adapt": all(p.ndim > 1 for p in group["params"])} for group in groups]
     return groups

@@ -1,0 +1,62 @@
+"""What an optimizer trains at which rate and with which weight decay."""
+
+from typing import Any
+
+from torch import nn
+
+from .checks import check_module, check_not_negative
+from .linear import FusedCrossModalLinear
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, scale_lr: float | None = None, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters of a model as an optimizer takes them: `AdamW(parameter_groups(model, 1e-3, 0.05))`.
+
+    Vectors, such as biases and the cross-modal scales, have no weight decay, and neither has what the model's own
+    `no_weight_decay()` names, as timm's models do.
+
+    Args:
+        model: with a pathway or without.
+        lr: the learning rate.
+        weight_decay: of matrices and what has more dimensions.
+        scale_lr: the learning rate of the cross-modal scales; None for `lr`.
+        layer_decay: factor of a block's learning rates over those of the next (BEiT, ICLR 2022).
+
+    Returns:
+        A group for each learning rate and weight decay. Frozen parameters are in none.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: a rate below zero, or not finite; `layer_decay` not in (0, 1].
+    """
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay  # takes longer than all of m2pt
+
+    check_module("model", model)
+    scale_lr = lr if scale_lr is None else scale_lr
+    check_not_negative(lr=lr, weight_decay=weight_decay, scale_lr=scale_lr)
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay: expected a number in (0, 1], got {layer_decay!r}")
+    decay: dict[str, Any] = {"weight_decay": weight_decay, "no_weight_decay_list": _without_decay(model)}
+    if layer_decay == 1:
+        blocks = param_groups_weight_decay(model, **decay)
+    else:
+        blocks = param_groups_layer_decay(model, layer_decay=layer_decay, **decay)
+    layers = [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]
+    scales = {id(layer.cross_modal_scale) for layer in layers}
+    frozen = {id(layer.aux_weight) for layer in layers if not layer.is_aux_trainable}
+    groups = []
+    for block in blocks:
+        rate = block.pop("lr_scale", 1.0)
+        own = [p for p in block["params"] if id(p) in scales]
+        others = [p for p in block["params"] if id(p) not in scales | frozen]
+        groups += [block | {"params": others, "lr": lr * rate}, block | {"params": own, "lr": scale_lr * rate}]
+    return [group for group in groups if group["params"]]
+
+
+def _without_decay(model: nn.Module, prefix: str = "") -> set[str]:
+    """The names of parameters that the model itself excludes from weight decay, or the models inside it."""
+    if callable(own := getattr(model, "no_weight_decay", None)):
+        return {f"{prefix}{name}" for name in own()}
+    inner = (_without_decay(child, f"{prefix}{name}.") for name, child in model.named_children())
+    return set().union(*inner)

@@ -1,0 +1,217 @@
+"""A pathway in a small file: scales, and what the auxiliary weights were read from, but not these themselves."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from m2pt_kernels.checks import GEMM_DTYPES
+from m2pt_kernels.quantization import DTYPES
+
+from .calls import watch_pathways
+from .checkpoints import TORCH_WRAPPING, checked_target, read_safetensors, save_state_dict
+from .checks import check_module, checked_path
+from .linear import Auxiliary, FusedCrossModalLinear
+from .pathway import places, require_data, require_whole
+from .surgery import AuxModels, replaced, require_used_once, target_layer, weight_at
+
+ENTRY, VERSION = "m2pt_pathway", 1
+"""The entry of the file's metadata that tells of the pathway, in JSON, and its version."""
+SCALE, AUX_WEIGHT = ".cross_modal_scale", ".aux_weight"
+OWN = (SCALE, AUX_WEIGHT, ".aux_weight_scale")
+"""The entries of a state dict that a pathway adds to a layer."""
+STORAGES = (*DTYPES.values(), *(str(dtype).removeprefix("torch.") for dtype in GEMM_DTYPES))
+
+
+def save_pathway(model: nn.Module, path: str | os.PathLike, include_base: bool = False) -> None:
+    """Write the pathways of a connected model to a `.safetensors` file, whole or not at all, without frozen W_aux.
+
+    The file holds the scales and, if they may be trained, the auxiliary weights, by their names in the state dict. Its
+    metadata tell from which layers of which auxiliary models the weights were read, how they are stored, and the
+    SHA-256 of each model's, as stored. `load_pathway` needs the auxiliary models to put it together again.
+
+    Args:
+        model: a connected model. What torch wraps around it, and peft around its layers, is left out of the names.
+        path: ends in `.safetensors`.
+        include_base: also write all other entries of the model's state dict. Without them it is up to the caller to
+            keep the target's own weights.
+
+    Raises:
+        TypeError: `model` is no module, or `path` no path.
+        ValueError: no fused layer below `model`, one that is divided among processes, has no data, or was not connected
+            by surgery, so that nothing tells what a frozen auxiliary weight was read from; or another ending.
+        OSError: there is a folder of that name, the folder is missing or cannot be written, or the disk is full.
+    """
+    path = checked_target(path)
+    require_whole(model, "gather it first")
+    layers = {names[0]: layer for layer, names in places(model).items()}
+    for layer in layers.values():
+        require_data(layer)
+    wrapping = re.findall(TORCH_WRAPPING, next(iter(layers)))[0]
+    inside = {re.sub(r"(\.base_layer)+$", "", name.removeprefix(wrapping)): layer for name, layer in layers.items()}
+    tensors = {name.removeprefix(wrapping): tensor for name, tensor in _base(model).items()} if include_base else {}
+    for name, layer in inside.items():
+        tensors[f"{name}{SCALE}"] = layer.cross_modal_scale
+        if layer.is_aux_trainable:
+            tensors[f"{name}{AUX_WEIGHT}"] = layer.aux_weight
+        elif not all(auxiliary.layers for auxiliary in layer.auxiliaries):
+            raise ValueError(f"{name}: it is not known what its auxiliary weight was read from: connect by surgery")
+    described = {
+        name: {"storage": layer.storage, "auxiliaries": [list(auxiliary) for auxiliary in layer.auxiliaries]}
+        for name, layer in inside.items()
+    }
+    content = {"version": VERSION, "layers": described, "sha256": _digests(inside.values())}
+    save_state_dict(tensors, path, {ENTRY: json.dumps(content)})
+
+
+def _base(model: nn.Module) -> dict[str, Tensor]:
+    """The entries of the model's state dict but those of its pathways."""
+    own = {f"{name}{kind}" for names in places(model).values() for name in names for kind in OWN}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+
+
+def _digests(layers: Iterable[FusedCrossModalLinear]) -> dict[str, str]:
+    """By auxiliary model the SHA-256 of its frozen weights as the layers store them, one layer after the other."""
+    digests: dict[str, Any] = {}
+    for layer in layers:
+        for part in layer.parts() if not layer.is_aux_trainable else ():
+            digest = digests.setdefault(part.auxiliary.model, hashlib.sha256())
+            for tensor in (part.data, part.aux_weight_scale):
+                if tensor is not None:
+                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return {model: digest.hexdigest() for model, digest in digests.items()}
+
+
+def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.PathLike) -> nn.Module:
+    """Connect a model as the one that `save_pathway` wrote, in place, with its scales.
+
+    Args:
+        model: the target with weights of its own, which the file replaces if it has them. It is not connected yet, and
+            has layers of the same names.
+        aux_model: the auxiliary model; a sequence of several, in the order of the file; or a mapping by their names
+            there. None if the file holds all auxiliary weights, because they were trained.
+        path: the file.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: an argument of another type.
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged or of another kind; the model does not fit it; or an auxiliary model has other
+            weights than the one in the file, by their SHA-256. The model is as it was.
+    """
+    check_module("model", model)
+    path = checked_path("path", path)
+    tensors, content = _read(path)
+    aux_models = _named(aux_model, [*content["sha256"]])
+    layers: dict[str, FusedCrossModalLinear] = {}
+    for name, described in content["layers"].items():
+        place, layer = target_layer(model, name)
+        if isinstance(layer, FusedCrossModalLinear):
+            raise ValueError(f"model: {name} is connected already: disconnect_pathways first")
+        try:
+            layers[place] = _layer(layer, name, described, tensors, aux_models)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    require_used_once(model, {place: model.get_submodule(place) for place in layers})
+    for aux_name, digest in _digests(layers.values()).items():
+        if digest != (expected := content["sha256"][aux_name]):
+            raise ValueError(
+                f"aux_model: the weights of {aux_name!r} are others than those in {path}: their SHA-256 is"
+                f" {digest}, expected {expected}"
+            )
+    own = {f"{name}{kind}" for name in content["layers"] for kind in OWN}
+    base = {name: tensor for name, tensor in tensors.items() if name not in own}
+    if base:
+        _check_base(model, base, path)
+    with replaced(model, layers):
+        model.load_state_dict(base, strict=False)
+    watch_pathways(model)
+    return model
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and what it tells of the pathways, once that is known to be complete."""
+    tensors, metadata = read_safetensors(path)
+    try:
+        content = json.loads(metadata[ENTRY])
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}")
+        models = {str(model) for model in content["sha256"]}
+        for name, described in content["layers"].items():
+            described["auxiliaries"] = [Auxiliary(*map(str, auxiliary)) for auxiliary in described["auxiliaries"]]
+            if tensors[f"{name}{SCALE}"].shape != (len(described["auxiliaries"]),):
+                raise ValueError(f"the shape of {name}{SCALE}")
+            if f"{name}{AUX_WEIGHT}" not in tensors and models.isdisjoint(a.model for a in described["auxiliaries"]):
+                raise ValueError(f"nothing for {name}{AUX_WEIGHT}")
+            if described["storage"] not in STORAGES:
+                raise ValueError(f"storage {described['storage']!r}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a file of save_pathway, version {VERSION} ({error!r})") from None
+    return tensors, content
+
+
+def _named(aux_model: AuxModels | None, names: Sequence[str]) -> Mapping[str, nn.Module]:
+    """The auxiliary models by the names in the file."""
+    expected = f"expected {', '.join(names) or 'none'}"
+    if isinstance(aux_model, Mapping):
+        if aux_model.keys() != set(names):
+            raise ValueError(f"aux_model: {expected}, got {', '.join(map(str, aux_model))}")
+        models = dict(aux_model)
+    else:
+        several = [] if aux_model is None else [aux_model] if isinstance(aux_model, nn.Module) else [*aux_model]
+        if len(several) != len(names):
+            raise ValueError(f"aux_model: {expected}, got {len(several)} models")
+        models = dict(zip(names, several, strict=True))
+    for name, model in models.items():
+        check_module(f"aux_model {name!r}", model)
+    return models
+
+
+def _layer(
+    layer: nn.Linear,
+    name: str,
+    described: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    aux_models: Mapping[str, nn.Module],
+) -> FusedCrossModalLinear:
+    auxiliaries, storage = described["auxiliaries"], described["storage"]
+    trained = tensors.get(f"{name}{AUX_WEIGHT}")
+    if trained is None:
+        weights = [weight_at(aux_models[each.model], f"aux_model {each.model!r}", each.layers) for each in auxiliaries]
+    else:
+        weights = [trained] if trained.dim() == 2 else [*trained]
+    if storage not in DTYPES.values():
+        weights = [weight.to(getattr(torch, storage)) for weight in weights]
+    fused = FusedCrossModalLinear(
+        layer.in_features,
+        layer.out_features,
+        origin_layer=layer,
+        aux_weight=weights,
+        is_aux_trainable=trained is not None,
+    )
+    fused.auxiliaries = tuple(auxiliaries)
+    if storage in DTYPES.values():
+        fused.quantize_aux(storage)
+    with torch.no_grad():
+        fused.cross_modal_scale.copy_(tensors[f"{name}{SCALE}"])
+    return fused
+
+
+def _check_base(model: nn.Module, base: Mapping[str, Tensor], path: Path) -> None:
+    """That the model has the entries of the file, of the same shapes, and no others."""
+    own = model.state_dict()
+    if differing := sorted(own.keys() ^ base.keys()):
+        raise ValueError(f"model: {', '.join(differing[:5])}: only the model has it, or only {path}")
+    for name, tensor in base.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(
+                f"model: {name}: expected shape {tuple(tensor.shape)} as in {path}, got {tuple(own[name].shape)}"
+            )

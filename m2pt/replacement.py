@@ -1,0 +1,41 @@
+"""Whether what takes the place of a module keeps its pathways: conversions of linear layers would lose them."""
+
+from warnings import warn
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from .linear import FusedCrossModalLinear
+
+
+def has_pathway(module: nn.Module) -> bool:
+    """Whether it is or has a fused layer, or is code made from one, which keeps the names of parameters."""
+    return any(isinstance(each, FusedCrossModalLinear) for each in module.modules()) or any(
+        name.rpartition(".")[2] == "cross_modal_scale" for name, _ in module.named_parameters()
+    )
+
+
+def put(model: nn.Module, place: str, module: nn.Module) -> None:
+    """Set a submodule, whether or not that takes a pathway away."""
+    parent, _, name = place.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module
+
+
+def _keep_pathway(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Raise a ValueError where another module would take the place of a fused layer, and warn if of one that has any.
+
+    torch calls it before a module is set as an attribute or added to another, of all modules.
+    """
+    if module is None or name not in parent._modules:
+        return
+    before = parent._modules[name]
+    if before is None or not has_pathway(before) or has_pathway(module):
+        return
+    what = f"{name} of {type(parent).__name__}: {type(module).__name__}"
+    if isinstance(before, FusedCrossModalLinear):
+        remedy = "leave it out of the conversion, or merge_pathways(model) or disconnect_pathways(model) first"
+        raise ValueError(f"{what} would replace a FusedCrossModalLinear and lose its pathway: {remedy}")
+    warn(f"{what} replaces a {type(before).__name__} with pathways and has none", stacklevel=3)
+
+
+register_module_module_registration_hook(_keep_pathway)
