@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from m2pt_kernels.divided import whole
 
 from .linear import FusedCrossModalLinear, is_plain_linear
-from .replacement import has_pathway
+from .replacement import bypasses, has_pathway, is_dora
 
 Sample = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -24,6 +24,8 @@ WEIGHT_READERS = {
     "torch.nn.modules.transformer.TransformerEncoderLayer": ("linear1", "linear2"),
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
     "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": ("qkv", "proj"),
+    "peft.tuners.hira.layer.Linear": ("base_layer",),
+    "peft.tuners.peanut.layer.Linear": ("base_layer",),
 }
 """Modules that are known to read the weights of some of their layers, TransformerEncoderLayer only in evaluation.
 
@@ -39,7 +41,7 @@ def is_known_to_read(parent: nn.Module, layer_name: str) -> bool:
     """Whether a module is known to read the weight of its layer without calling it."""
     if layer_name in PROJECTIONS and getattr(parent, "q_bias", None) is not None:
         return not getattr(parent, "qkv_bias_separate", False)
-    if layer_name == "base_layer" and len(getattr(parent, "lora_magnitude_vector", ())):  # peft's DoRA
+    if layer_name == "base_layer" and (is_dora(parent) or bypasses(parent)):
         return True
     names = (f"{base.__module__}.{base.__qualname__}" for base in type(parent).__mro__)
     return any(layer_name in WEIGHT_READERS.get(name, ()) for name in names)

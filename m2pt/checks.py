@@ -16,6 +16,11 @@ from m2pt_kernels.checks import check_tensor
 from m2pt_kernels.divided import check_whole
 
 
+def qualified_name(value: Any) -> str:
+    """Its class with the module that defines it."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def check_module(argument: str, module: nn.Module) -> None:
     """Raise a TypeError unless it is a module."""
     if not isinstance(module, nn.Module):
@@ -32,10 +37,8 @@ def check_kind(kind: Any, expected: str, **arguments: Any) -> None:
 def check_readable(argument: str, tensor: Tensor) -> None:
     """Raise a TypeError for a tensor of a class that neither torch nor this package defines, as quantised ones are."""
     if type(tensor).__module__.split(".")[0] not in ("torch", __package__):
-        kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
-        raise TypeError(
-            f"{argument}: expected a plain tensor, got a {kind}: connect first, merge, and quantise what results"
-        )
+        remedy = "connect unquantised layers, and quantise what merging leaves"
+        raise TypeError(f"{argument}: expected a plain tensor, got a {qualified_name(tensor)}: {remedy}")
 
 
 def check_sizes(**sizes: int) -> None:

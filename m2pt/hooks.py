@@ -25,8 +25,9 @@ def has_forward_hooks(layer: nn.Module) -> bool:
 
 
 def check_no_hooks(name: str, layer: nn.Module) -> None:
-    """Raise a ValueError for a layer with hooks of any kind."""
-    _check_none(name, [what for kind, what in KINDS.items() if getattr(layer, kind)])
+    """Raise a ValueError for a layer with hooks of any kind, or a forward that is not its class's."""
+    own = ["a forward of its own"] * ("forward" in vars(layer))
+    _check_none(name, own + [what for kind, what in KINDS.items() if getattr(layer, kind)])
 
 
 def check_no_tensor_hooks(name: str, parameter: Tensor) -> None:

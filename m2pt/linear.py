@@ -265,6 +265,8 @@ class FusedCrossModalLinear(nn.Linear):
     def quantized_aux(self, dtype: str) -> tuple[Tensor, Tensor | None]:
         """What `quantize_aux(dtype)` would store: `aux_weight` and `aux_weight_scale`; errors as there."""
         check_whole("aux_weight", self.aux_weight)
+        if "aux_weight" not in self._parameters | self._buffers:
+            raise ValueError("aux_weight: it is computed from other tensors, as by pruning: make it permanent first")
         if self.is_aux_trained:
             raise ValueError("aux_weight: expected a frozen one to quantise, this one is trainable")
         if self.aux_weight_scale is not None:

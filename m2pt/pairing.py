@@ -88,11 +88,6 @@ def pair_blocks(
     return pairs
 
 
-def qualified_name(module: nn.Module) -> str:
-    """Its class with the module that defines it."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
 def unwrapped(module: nn.Module, place: str) -> tuple[nn.Module, str]:
     """The layer inside wrappers that call it as their `base_layer`, as peft's LoRA does, and its dotted name."""
     while not isinstance(module, nn.Linear) and isinstance(inner := getattr(module, "base_layer", None), nn.Module):

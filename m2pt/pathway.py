@@ -12,8 +12,8 @@ from torch.func import functional_call
 from m2pt_kernels import dequantize
 from m2pt_kernels.divided import flattened_modules, fsdp_modules, is_divided, whole
 
-from .calls import stop_watching
-from .checks import check_kind, check_module
+from .calls import is_known_to_read, stop_watching
+from .checks import check_kind, check_module, qualified_name
 from .linear import FusedCrossModalLinear, kept
 from .replacement import put
 
@@ -104,12 +104,16 @@ def merge_pathways(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: `model` is no module.
         ValueError: no fused layer below `model`, one that is divided among processes, a merged weight that is not
-            finite, or hooks on a layer or its weight, which would be lost (the message names the layer; the model is
-            as it was).
+            finite, a layer whose weight is read beside calls, as by peft's DoRA, or hooks on a layer or its weight,
+            which would be lost (the message names the layer; the model is as it was).
     """
     require_whole(model, f"{GATHER}, and merge that with m2pt.checkpoints.merge_state_dict")
     layers = places(model)
     for layer, (name, *_) in layers.items():
+        parent, _, own_name = name.rpartition(".")
+        if is_known_to_read(around := model.get_submodule(parent), own_name):
+            reader = qualified_name(around)
+            raise ValueError(f"{name}: {reader} reads its weight: merging would change what that computes")
         try:
             layer.merge()
         except ValueError as error:

@@ -118,8 +118,8 @@ def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.P
             raise ValueError(f"model: {name} is connected already: disconnect_pathways first")
         try:
             layers[place] = _layer(layer, name, described, tensors, aux_models)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"model: {place}: {error}") from None
     require_used_once(model, {place: model.get_submodule(place) for place in layers})
     for aux_name, digest in _digests(layers.values()).items():
         if digest != (expected := content["sha256"][aux_name]):
@@ -144,13 +144,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         content = json.loads(metadata[ENTRY])
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}")
-        models = {str(model) for model in content["sha256"]}
-        for name, described in content["layers"].items():
+        digests, layers = dict(content["sha256"]), dict(content["layers"])
+        if not layers:
+            raise ValueError("no layers")
+        for name, described in layers.items():
             described["auxiliaries"] = [Auxiliary(*map(str, auxiliary)) for auxiliary in described["auxiliaries"]]
             if tensors[f"{name}{SCALE}"].shape != (len(described["auxiliaries"]),):
                 raise ValueError(f"the shape of {name}{SCALE}")
-            if f"{name}{AUX_WEIGHT}" not in tensors and models.isdisjoint(a.model for a in described["auxiliaries"]):
-                raise ValueError(f"nothing for {name}{AUX_WEIGHT}")
+            if not (f"{name}{AUX_WEIGHT}" in tensors or all(a.model in digests for a in described["auxiliaries"])):
+                raise ValueError(f"the weights of {name}")
             if described["storage"] not in STORAGES:
                 raise ValueError(f"storage {described['storage']!r}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:

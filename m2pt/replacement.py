@@ -7,12 +7,31 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from .linear import FusedCrossModalLinear
 
+BYPASSING = ("hra", "shira", "supertuning", "frod")
+"""The methods of peft whose layers multiply with the weight of the layer inside and do not call it."""
+MULTIPLYING = ("oft", "boft", "ia3", "road", "deft")
+"""Those that merge by multiplying the weight, as DoRA does too."""
+
 
 def has_pathway(module: nn.Module) -> bool:
     """Whether it is or has a fused layer, or is code made from one, which keeps the names of parameters."""
     return any(isinstance(each, FusedCrossModalLinear) for each in module.modules()) or any(
         name.rpartition(".")[2] == "cross_modal_scale" for name, _ in module.named_parameters()
     )
+
+
+def bypasses(wrapper: nn.Module) -> bool:
+    """Whether it is known not to call its `base_layer`."""
+    return _method(wrapper) in BYPASSING or getattr(wrapper, "miss_fn", None) == "bat"
+
+
+def is_dora(wrapper: nn.Module) -> bool:
+    return bool(len(getattr(wrapper, "lora_magnitude_vector", ())))
+
+
+def _method(wrapper: nn.Module) -> str:
+    """The name of peft's method, if it is a layer of one."""
+    return type(wrapper).__module__.removeprefix("peft.tuners.").removesuffix(".layer")
 
 
 def put(model: nn.Module, place: str, module: nn.Module) -> None:
@@ -29,13 +48,21 @@ def _keep_pathway(parent: nn.Module, name: str, module: nn.Module | None) -> Non
     if module is None or name not in parent._modules:
         return
     before = parent._modules[name]
-    if before is None or not has_pathway(before) or has_pathway(module):
+    if before is None or not has_pathway(before):
         return
     what = f"{name} of {type(parent).__name__}: {type(module).__name__}"
-    if isinstance(before, FusedCrossModalLinear):
-        remedy = "leave it out of the conversion, or merge_pathways(model) or disconnect_pathways(model) first"
-        raise ValueError(f"{what} would replace a FusedCrossModalLinear and lose its pathway: {remedy}")
-    warn(f"{what} replaces a {type(before).__name__} with pathways and has none", stacklevel=3)
+    if not has_pathway(module):
+        if isinstance(before, FusedCrossModalLinear):
+            remedy = "leave it out of the conversion, or merge_pathways(model) or disconnect_pathways(model) first"
+            raise ValueError(f"{what} would replace a FusedCrossModalLinear and lose its pathway: {remedy}")
+        warn(f"{what} replaces a {type(before).__name__} with pathways and has none", stacklevel=3)
+    elif isinstance(before, FusedCrossModalLinear):
+        if bypasses(module):
+            raise ValueError(f"{what} would not call the FusedCrossModalLinear inside: merge_pathways(model) first")
+        before.is_called = False  # by what is around it now
+    elif getattr(before, "merged", False) and (_method(before) in MULTIPLYING or is_dora(before)):
+        remedy = "unmerge_adapter(), then merge_pathways(model), and only then merge"
+        raise ValueError(f"{what} had its weight multiplied by the adapter, but not its auxiliary weight: {remedy}")
 
 
 register_module_module_registration_hook(_keep_pathway)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from m2pt_kernels.divided import is_divided
 
 from .calls import Sample, check_calls, check_sample, is_known_to_read, stop_watching, watch_pathways
-from .checks import check_kind, check_module, check_readable
+from .checks import check_kind, check_module, check_readable, qualified_name
 from .hooks import check_no_hooks, check_no_tensor_hooks, has_forward_hooks
 from .linear import Auxiliary, FusedCrossModalLinear, is_plain_linear
 from .pairing import (
@@ -24,7 +24,6 @@ from .pairing import (
     in_projection,
     is_conv1d,
     pair_blocks,
-    qualified_name,
     unwrapped,
 )
 from .pathway import GATHER, places, require_whole

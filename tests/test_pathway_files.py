@@ -1,0 +1,272 @@
+"""Files of pathways: they make the same model again from the target and the auxiliary model, or say why not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_hugging_face_models import PICTURE, SIZE, hugging_face
+from test_pathway import connected, fused_layers, images, unchanged, vit
+from torch import nn
+
+from m2pt import (
+    describe_pathways,
+    load_pathway,
+    quantize_aux,
+    reparameterize_aux_into_target_model,
+    save_pathway,
+)
+from m2pt.pathway_files import ENTRY
+
+STORAGES = ("int8", "int4", "float8_e4m3fn", "bfloat16")
+
+
+def randomised(model):
+    """Scales that are not zero."""
+    for layer in fused_layers(model).values():
+        nn.init.normal_(layer.cross_modal_scale)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        output = model.eval()(images())
+    return getattr(output, "logits", output)
+
+
+def content_of(path):
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()[ENTRY])  # noqa: SIM118
+
+
+def rewrite(path, tensors, content):
+    save_file(tensors, path, {ENTRY: content if isinstance(content, str) else json.dumps(content)})
+
+
+def wide(seed):
+    return vit(seed, embed_dim=64, num_heads=2)
+
+
+def hugging_face_vit(seed):
+    return hugging_face("ViTForImageClassification", **SIZE, **PICTURE)(seed)
+
+
+def timm_of_its_size(seed):
+    return vit(seed, embed_dim=32, num_heads=2, mlp_ratio=2, depth=2)
+
+
+def text(seed):
+    return hugging_face("GPT2Model", n_embd=32, n_layer=2, n_head=2, n_inner=64, vocab_size=11)(seed)
+
+
+CASES = {
+    "as it is": (vit, {"vit": vit}, {}),
+    "two models": (vit, {"one": vit, "two": vit}, {}),
+    "two models, int8": (wide, {"one": wide, "two": wide}, {"aux_dtype": "int8"}),
+    **{storage: (wide, {"aux": wide}, {"aux_dtype": storage}) for storage in STORAGES},
+    "some layers of other blocks": (vit, {"vit": vit}, {"blocks": [(0, 1)], "layer_names": ["mlp.fc1"]}),
+    "rows that are joined": (timm_of_its_size, {"hf": hugging_face_vit}, {}),
+    "rows that are divided": (hugging_face_vit, {"timm": timm_of_its_size}, {}),
+    "transposed": (hugging_face_vit, {"gpt": text}, {"layer_names": {"mlp.fc1": "mlp.c_fc"}}),
+    "trained": (vit, {"vit": vit}, {"is_aux_trainable": True}),
+}
+
+
+@pytest.mark.parametrize("include_base", [False, True])
+@pytest.mark.parametrize("target,aux,options", CASES.values(), ids=CASES)
+def test_a_pathway_comes_back_bit_for_bit(tmp_path, target, aux, options, include_base):
+    models = {name: build(10 + i) for i, (name, build) in enumerate(aux.items())}
+    model = randomised(reparameterize_aux_into_target_model(target(0), models, **options))
+    path, is_trained = tmp_path / "pathway.safetensors", "is_aux_trainable" in options
+    if is_trained:
+        with torch.no_grad():
+            model.blocks[0].attn.qkv.aux_weight.data = model.blocks[0].attn.qkv.aux_weight + 1
+    with unchanged(model):
+        save_pathway(model, path, include_base)
+    other = None if is_trained else {name: build(10 + i) for i, (name, build) in enumerate(aux.items())}
+    loaded = load_pathway(target(7 if include_base else 0), other, path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert describe_pathways(loaded) == describe_pathways(model).replace("| not yet |", "| yes |")
+    assert {name: layer.is_aux_trainable for name, layer in fused_layers(loaded).items()} == dict.fromkeys(
+        fused_layers(model), is_trained
+    )
+    names = {name.rpartition(".")[2] for name in content_of(path)[0]}
+    assert ("aux_weight" in names) == is_trained and ("weight" in names) == include_base
+    save_pathway(loaded, tmp_path / "again.safetensors", include_base)
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_a_model_that_was_cast_is_stored_as_it_computes(tmp_path, cast):
+    model = getattr(connected(), cast)()
+    save_pathway(model, tmp_path / "pathway.safetensors", include_base=True)
+    loaded = load_pathway(getattr(vit(0), cast)(), vit(1), tmp_path / "pathway.safetensors")
+    assert fused_layers(loaded)["blocks.0.attn.qkv"].storage == str(next(model.parameters()).dtype)[6:]
+    with torch.no_grad():
+        got, want = (each.eval()(images().to(next(model.parameters()).dtype)) for each in (loaded, model))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("aux", [vit(1), [vit(1)], {"VisionTransformer": vit(1)}], ids=["model", "list", "mapping"])
+def test_auxiliary_models_are_given_as_to_surgery(tmp_path, aux):
+    model = connected()
+    save_pathway(model, tmp_path / "pathway.safetensors")
+    assert torch.equal(logits(load_pathway(vit(0), aux, tmp_path / "pathway.safetensors")), logits(model))
+
+
+def test_the_file_is_small_and_readable_by_others(tmp_path):
+    path = tmp_path / "pathway.safetensors"
+    save_pathway(quantize_aux(connected(), "int8"), path)
+    tensors, content = content_of(path)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        f"{layer}.cross_modal_scale": (1,) for layer in fused_layers(connected())
+    }
+    assert content["layers"]["blocks.1.mlp.fc2"] == {
+        "storage": "int8",
+        "auxiliaries": [["VisionTransformer", "blocks.1.mlp.fc2"]],
+    }
+    assert len(content["sha256"]["VisionTransformer"]) == 64 and path.stat().st_size < 2500
+
+
+def test_wrappers_are_left_out_of_the_names(tmp_path):
+    path, wrapped_path = tmp_path / "pathway.safetensors", tmp_path / "wrapped.safetensors"
+    save_pathway(connected(), path, include_base=True)
+    save_pathway(torch.compile(connected(), backend="eager"), wrapped_path, include_base=True)
+    assert wrapped_path.read_bytes() == path.read_bytes()
+
+
+def test_the_target_may_be_inside_a_larger_model(tmp_path):
+    path = tmp_path / "pathway.safetensors"
+    save_pathway(nn.Sequential(connected()), path)
+    model = load_pathway(nn.Sequential(vit(0)), vit(1), path)
+    assert torch.equal(logits(model), logits(connected()))
+
+
+def changed_weight(model):
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight[-1, -1] += 1e-6
+    return model
+
+
+def smaller(model):
+    model.blocks[1].mlp.fc1 = nn.Linear(48, 100)
+    return model
+
+
+def connected_already(model):
+    return reparameterize_aux_into_target_model(model, vit(3))
+
+
+REFUSED = {
+    "another model": (vit(0), vit(2), r"^aux_model: the weights of 'VisionTransformer' are others than those in "),
+    "one weight": (vit(0), changed_weight(vit(1)), r"^aux_model: the weights of 'VisionTransformer' are others"),
+    "a shallow one": (vit(0), vit(1, depth=1), r"^model: blocks.1.attn.qkv: aux_model .*: there is no layer blocks.1"),
+    "a shallow target": (vit(0, depth=1), vit(1), r"^target_model: there is no layer blocks.1.attn.qkv$"),
+    "another shape": (smaller(vit(0)), vit(1), r"^model: blocks.1.mlp.fc1: aux_weight: expected shape \(100, 48\)"),
+    "none": (vit(0), None, "^aux_model: expected VisionTransformer, got 0 models$"),
+    "two": (vit(0), [vit(1), vit(2)], "^aux_model: expected VisionTransformer, got 2 models$"),
+    "another name": (vit(0), {"audio": vit(1)}, "^aux_model: expected VisionTransformer, got audio$"),
+    "connected already": (connected_already(vit(0)), vit(1), r"^model: blocks.0.attn.qkv is connected already: disc"),
+    "no module": (vit(0), ["audio.pth"], "^aux_model 'VisionTransformer': expected a torch.nn.Module, got str$"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target,aux,message", REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused_and_the_model_is_as_it_was(tmp_path, target, aux, message):
+    save_pathway(connected(), tmp_path / "pathway.safetensors")
+    with unchanged(target), pytest.raises((TypeError, ValueError), match=message):
+        load_pathway(target, aux, tmp_path / "pathway.safetensors")
+
+
+def test_another_target_than_the_one_in_the_file_is_refused(tmp_path):
+    path = tmp_path / "pathway.safetensors"
+    save_pathway(connected(), path, include_base=True)
+    target = vit(0, num_classes=7)
+    with (
+        unchanged(target),
+        pytest.raises(ValueError, match=r"^model: head.*: expected shape \(5,.* got \(7"),
+    ):
+        load_pathway(target, vit(1), path)
+    target = vit(0, class_token=False, global_pool="avg")
+    message = r"^model: cls_token, fc_norm.bias, .*: only the model has it, or only "
+    with unchanged(target), pytest.raises(ValueError, match=message):
+        load_pathway(target, vit(1), path)
+
+
+def damaged(change):
+    def damage(path):
+        tensors, content = content_of(path)
+        rewrite(path, tensors, change(tensors, content) or content)
+
+    return damage
+
+
+DAMAGED = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "no pathway": lambda path: save_file({"x": torch.ones(1)}, path),
+    "no JSON": damaged(lambda tensors, content: "{"),
+    "a list": damaged(lambda tensors, content: "[]"),
+    "a later version": damaged(lambda tensors, content: content | {"version": 2}),
+    "no layers": damaged(lambda tensors, content: content | {"layers": {}}),
+    "layers that are none": damaged(lambda tensors, content: content | {"layers": 3}),
+    "a scale is missing": damaged(lambda tensors, content: tensors.pop("blocks.1.mlp.fc1.cross_modal_scale") and None),
+    "two scales": damaged(
+        lambda tensors, content: tensors.update({"blocks.1.mlp.fc1.cross_modal_scale": torch.ones(2)})),
+    "another storage": damaged(
+        lambda tensors, content: content["layers"]["blocks.1.mlp.fc1"].update({"storage": "qint8"})),
+    "no digest": damaged(lambda tensors, content: content | {"sha256": {}}),
+    "a digest of another model": damaged(lambda tensors, content: content | {"sha256": {"audio": "0" * 64}}),
+    "an auxiliary of three": damaged(
+        lambda tensors, content: content["layers"]["blocks.1.mlp.fc1"].update({"auxiliaries": [["a", "b", "c"]]})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_files_are_refused(tmp_path, damage):
+    path = tmp_path / "pathway.safetensors"
+    save_pathway(connected(), path)
+    damage(path)
+    target = vit(0)
+    with unchanged(target), pytest.raises(ValueError, match=f"^{path}: "):
+        load_pathway(target, vit(1), path)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing.safetensors: no such file"):
+        load_pathway(vit(0), vit(1), tmp_path / "nothing.safetensors")
+    with pytest.raises(TypeError, match=r"^path: expected a path, got 3"):
+        load_pathway(vit(0), vit(1), 3)
+
+
+def own_layer():
+    model = connected()
+    layer = model.blocks[0].attn.qkv
+    layer.auxiliaries = tuple(auxiliary._replace(layers="") for auxiliary in layer.auxiliaries)
+    return model
+
+
+UNSAVED = {
+    "no pathway": (vit, "^model: there is no FusedCrossModalLinear"),
+    "not by surgery": (own_layer, "^blocks.0.attn.qkv: it is not known what its auxiliary weight was read from"),
+    "no data": (lambda: connected().to("meta"), "^model: expected one with data"),
+}
+
+
+@pytest.mark.parametrize("build,message", UNSAVED.values(), ids=UNSAVED)
+def test_what_cannot_be_saved_leaves_no_file(tmp_path, build, message):
+    with pytest.raises(ValueError, match=message):
+        save_pathway(build(), tmp_path / "pathway.safetensors")
+    with pytest.raises(ValueError, match=r"expected a name ending in .safetensors"):
+        save_pathway(connected(), tmp_path / "pathway.pth")
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_a_loaded_model_is_watched_and_trained_like_a_connected_one(tmp_path):
+    save_pathway(reparameterize_aux_into_target_model(vit(0), vit(1)), tmp_path / "pathway.safetensors")
+    model = load_pathway(vit(0), vit(1), tmp_path / "pathway.safetensors")
+    for layer in fused_layers(model).values():
+        layer.cross_modal_scale.requires_grad_(False)
+    with pytest.warns(UserWarning, match="cross_modal_scale is zero and frozen"):
+        model.train()(images())
