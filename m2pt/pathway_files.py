@@ -66,7 +66,7 @@ def save_pathway(model: nn.Module, path: str | os.PathLike, include_base: bool =
         name: {"storage": layer.storage, "auxiliaries": [list(auxiliary) for auxiliary in layer.auxiliaries]}
         for name, layer in inside.items()
     }
-    content = {"version": VERSION, "layers": described, "sha256": _digests(inside.values())}
+    content = {"version": VERSION, "layers": described, "sha256": digests(model)}
     save_state_dict(tensors, path, {ENTRY: json.dumps(content)})
 
 
@@ -76,8 +76,23 @@ def _base(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in own}
 
 
-def _digests(layers: Iterable[FusedCrossModalLinear]) -> dict[str, str]:
+def frozen_entries(model: nn.Module) -> set[str]:
+    """The names in the model's state dict of auxiliary weights that are not trained; none without a pathway."""
+    return {
+        f"{name}.{entry}"
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, FusedCrossModalLinear) and not layer.is_aux_trainable
+        for entry in ("aux_weight", "aux_weight_scale")
+        if getattr(layer, entry) is not None
+    }
+
+
+def digests(model: nn.Module) -> dict[str, str]:
     """By auxiliary model the SHA-256 of its frozen weights as the layers store them, one layer after the other."""
+    return _digests(places(model))
+
+
+def _digests(layers: Iterable[FusedCrossModalLinear]) -> dict[str, str]:
     digests: dict[str, Any] = {}
     for layer in layers:
         for part in layer.parts() if not layer.is_aux_trainable else ():

@@ -46,6 +46,7 @@ SMALLEST = [
     "machine.checkpoint_activations=true",
     "machine.offload_activations=true",
 ]
+WITHOUT_AUX = "auxiliary.in_checkpoints=false"
 MOMENTUM = ["optimizer.options.momentum=0.9", "run.checkpoint_steps=1"]
 
 
@@ -71,6 +72,8 @@ def folder(tmp_path_factory):
         with interrupted(4):
             assert main(command(folder, "resumed_one", *MOMENTUM)) == 130
         shutil.copytree(folder / "resumed_one", folder / "resumed_fsdp")
+        with interrupted(4):
+            assert main(command(folder, "resumed_without_aux", *MOMENTUM, WITHOUT_AUX)) == 130
         assert main([*command(folder, "resumed_one", *MOMENTUM), "--resume"]) == 0
     decoder = ["pretraining.decoder_width=48", "pretraining.decoder_depth=1", "pretraining.decoder_heads=3"]
     pretraining = ["pretrain", "pretrain_point", "--data", str(folder / "point"), "--out", str(folder / "mae")]
@@ -80,6 +83,7 @@ def folder(tmp_path_factory):
         command(folder, "fsdp_inside", *UNCLIPPED, *SMALLEST),
         command(folder, "fsdp_bfloat16", "machine.sharding=fsdp", "machine.precision=bfloat16"),
         [*command(folder, "resumed_fsdp", *MOMENTUM, "machine.sharding=fsdp"), "--resume"],
+        [*command(folder, "resumed_without_aux", *MOMENTUM, "machine.sharding=fsdp", WITHOUT_AUX), "--resume"],
         [*pretraining, *assignments("point"), *decoder],
     )
     return folder
@@ -139,6 +143,16 @@ def test_shards_continue_what_one_process_began(folder):
     assert two["optimizer"]["state"].keys() == one["optimizer"]["state"].keys() != set()
     for name, state in one["optimizer"]["state"].items():
         torch.testing.assert_close(two["optimizer"]["state"][name], state, rtol=1e-5, atol=1e-6)
+
+
+def test_shards_continue_without_the_auxiliary_weights_in_the_checkpoint(folder):
+    whole, without = (checkpoint(folder / name) for name in ("resumed_fsdp", "resumed_without_aux"))
+    for part in ("model", "ema"):
+        left_out = whole[part].keys() - without[part].keys()
+        assert left_out == {name for name in whole[part] if name.endswith(".aux_weight")} != set()
+        assert all(torch.equal(value, whole[part][name]) for name, value in without[part].items())
+    merged = (load_state_dict(folder / name / "merged.safetensors") for name in ("resumed_fsdp", "resumed_without_aux"))
+    torch.testing.assert_close(*merged, rtol=0, atol=0)
 
 
 AUXILIARY = ["frozen", "trained", "bfloat16", "int8", "int4", "float8_e4m3fn"]

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import shutil
 import sys
 
 import numpy as np
@@ -171,6 +172,67 @@ def test_resumed_training_is_the_same_bit_for_bit(modality, stop, tmp_path):
     assert_equal(checkpoint(whole), checkpoint(parts))
     assert_equal(load_state_dict(whole / "merged.safetensors"), load_state_dict(parts / "merged.safetensors"))
     assert log_without(whole, "samples_per_second") == log_without(parts, "samples_per_second")
+
+
+@pytest.mark.parametrize("storage", ["", "int8"])
+def test_checkpoints_may_leave_the_auxiliary_weights_out(folder, tmp_path, storage, capsys):
+    """A resumed run ends as one that was not interrupted, and `m2pt eval` finds the weights in their own file."""
+    settings = ["run.ema_decay=0.5", "run.checkpoint_steps=1", f"auxiliary.dtype={storage}"]
+    without = [*settings, "auxiliary.in_checkpoints=false"]
+    whole = run("image", folder, tmp_path / "whole", *settings)
+    with interrupted(3):
+        parts = run("image", folder, tmp_path / "parts", *without, code=130)
+    run("image", folder, parts, *without, "--resume")
+    state, expected = checkpoint(parts), checkpoint(whole)
+    assert expected["step"] == 4 and "auxiliary" not in expected
+    for part in ("model", "ema"):
+        left_out = expected[part].keys() - state[part].keys()
+        assert left_out == {name for name in expected[part] if "aux_weight" in name.rpartition(".")[2]} != set()
+        assert_equal(state[part], {name: expected[part][name] for name in state[part]})
+    assert_equal(state["optimizer"], expected["optimizer"])
+    assert_equal(load_state_dict(whole / "merged.safetensors"), load_state_dict(parts / "merged.safetensors"))
+
+    evaluation = [f"--recipe={RECIPES['image']}", *arguments("image", folder)[1:], f"auxiliary.dtype={storage}"]
+    evaluation.append(f"auxiliary.path={folder / 'audio.safetensors'}")
+    said = []
+    for out in (whole, parts):
+        capsys.readouterr()
+        assert main(["eval", str(out / "last.pth"), *evaluation]) == 0
+        said.append(capsys.readouterr().out.replace(str(out), ""))
+    assert said[0] == said[1]
+
+
+def test_other_auxiliary_weights_than_those_left_out_are_refused(folder, tmp_path, capsys):
+    aux = shutil.copy(folder / "audio.safetensors", tmp_path / "audio.safetensors")
+    settings = [f"auxiliary.path={aux}", "auxiliary.in_checkpoints=false"]
+    out = run("image", folder, tmp_path / "run", *settings)
+    weights = load_state_dict(aux)
+    weights["blocks.1.mlp.fc2.weight"][0, 0] += 1
+    save_state_dict(weights, aux)
+    digest, modality = checkpoint(out)["auxiliary"][str(aux)], f"auxiliary.modality={OTHER['image']}"
+    evaluation = [f"--recipe={RECIPES['image']}", *arguments("image", folder)[1:]]
+    for command, status in (
+        (["eval", str(out / "last.pth"), *evaluation, settings[0]], 2),
+        (["train", *arguments("image", folder), "--out", str(out), *settings, modality, "--resume"], 2),
+    ):
+        assert main(command) == status
+        error = capsys.readouterr().err
+        assert "auxiliary.path: these are other weights than those that the checkpoint leaves out" in error
+        assert f"expected {digest}" in error
+    assert main(["eval", str(out / "last.pth"), f"--recipe={RECIPES['image']}", f"--data={folder / 'image'}"]) == 2
+    assert main(["merge", str(out / "last.pth"), str(tmp_path / "merged.safetensors")]) == 2
+    assert "blocks.0.attn.qkv.aux_weight is missing" in capsys.readouterr().err
+    run("image", folder, tmp_path / "trained", "--train-aux", *settings, code=2)
+    assert "in_checkpoints: expected true with trainable" in capsys.readouterr().err
+
+
+def test_a_run_begun_before_a_setting_existed_is_resumed(folder, tmp_path):
+    out = run("image", folder, tmp_path / "run", "schedule.epochs=1")
+    state = torch.load(out / "last.pth", weights_only=True)
+    for key in ("blocks", "in_checkpoints"):
+        del state["recipe"]["auxiliary"][key]
+    torch.save(state, out / "last.pth")
+    run("image", folder, out, "schedule.epochs=1", "--resume")
 
 
 def test_steps_inside_backward_are_the_same_bit_for_bit_and_may_be_switched_on_later(folder, tmp_path):

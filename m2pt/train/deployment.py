@@ -1,5 +1,6 @@
 """From a trained state dict to a plain model: pathways merged, the probe's normalisation folded."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -9,6 +10,8 @@ from ..checkpoints import merge_state_dict
 from ..models import create_model
 from .recipe import Recipe
 
+AUXILIARY = "auxiliary"
+"""The entry of a checkpoint that leaves out auxiliary weights: the SHA-256 of each model's."""
 PROBE_EPS = 1e-6
 TRAINING_ONLY = ("drop_path_rate", "time_masking", "frequency_masking")
 
@@ -25,6 +28,15 @@ def probe_head(head: nn.Module) -> nn.Sequential:
         )
     nn.init.trunc_normal_(head.weight, std=0.01)
     return nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False, eps=PROBE_EPS), head)
+
+
+def check_auxiliary(digests: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Raise a ValueError unless the auxiliary weights are those that a checkpoint leaves out, by their SHA-256."""
+    if [*digests.values()] != [*expected.values()]:
+        raise ValueError(
+            "auxiliary.path: these are other weights than those that the checkpoint leaves out: their SHA-256 is"
+            f" {', '.join(digests.values())}, expected {', '.join(expected.values())}"
+        )
 
 
 def deployed(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -23,7 +24,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset
 
 from ..optimizer_in_backward import step_in_backward
+from ..pathway_files import digests, frozen_entries
 from .batches import derived_seed, running, samples_of, to_device
+from .deployment import AUXILIARY, check_auxiliary
 from .distributed import World, distribute, shard, synchronised
 from .metrics import Metric
 from .optimization import create_mixing, create_optimizer, create_scheduler
@@ -104,6 +107,9 @@ class Trainer:
         )
         if recipe.machine.compile:
             module.compile()
+        self.without: set[str] = set()
+        if not recipe.auxiliary.in_checkpoints:
+            self.without, self.digests = frozen_entries(module), digests(module)
         self.model = distribute(module, recipe.machine, world, has_unused_parameters)
         if self.ema is not None and sharded:
             shard(self.ema.module, recipe.machine)
@@ -260,19 +266,35 @@ class Trainer:
             raise FloatingPointError(f"step {self.step}: {damaged or 'a weight'} is not finite")
         model, optimizer = get_state_dict(self.module, self.optimizer, options=WHOLE)
         state = {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict(), "step": self.step}
-        return state if self.ema is None else state | {"ema": get_model_state_dict(self.ema.module, options=WHOLE)}
+        if self.ema is not None:
+            state["ema"] = get_model_state_dict(self.ema.module, options=WHOLE)
+        if not self.without:
+            return state
+        for part in {"model", "ema"} & state.keys():
+            state[part] = {name: value for name, value in state[part].items() if name not in self.without}
+        return state | {AUXILIARY: self.digests}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state, whatever the number of processes that saved it."""
-        set_state_dict(
+        """Continue from a state, whatever the number of processes that saved it.
+
+        Raises:
+            ValueError: it leaves out auxiliary weights, and these are others.
+        """
+        options = WHOLE
+        if self.without:
+            check_auxiliary(self.digests, state[AUXILIARY])
+            options = replace(WHOLE, strict=False)
+        found = set_state_dict(
             self.module,
             self.optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
-            options=WHOLE,
+            options=options,
         )
+        if {*found.missing_keys, *found.unexpected_keys} - self.without:
+            raise ValueError(str(found))
         if self.ema is not None:
-            set_model_state_dict(self.ema.module, state["ema"], options=WHOLE)
+            set_model_state_dict(self.ema.module, state["ema"], options=options)
         self.scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
 

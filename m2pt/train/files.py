@@ -4,14 +4,15 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checkpoints import Weights, check_weights, load_torch, read_weights, state_dict_in, written_whole
 from ..data.common import read_json
-from .recipe import Recipe
+from .deployment import AUXILIARY
+from .recipe import Recipe, with_defaults
 
 CHECKPOINT = "last.pth"
 REPLACEABLE = ("machine.", "data.root", "data.on_error")
@@ -51,7 +52,11 @@ def load_checkpoint(folder: Path, recipe: Recipe, class_names: Sequence[str] | N
     state = load_torch(path)
     if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) and state[part] for part in PARTS):
         raise ValueError(f"{path}: expected the state of a run, with {', '.join(PARTS)}")
-    saved, given = flat(state["recipe"]), flat(recipe.as_dict())
+    try:
+        saved = flat(with_defaults(state["recipe"]))
+    except (TypeError, ValueError):
+        saved = flat(state["recipe"])
+    given = flat(recipe.as_dict())
     differing = [
         f"{key} is {given.get(key)!r}, was {saved.get(key)!r}"
         for key in sorted(saved.keys() | given.keys())
@@ -67,11 +72,20 @@ def load_checkpoint(folder: Path, recipe: Recipe, class_names: Sequence[str] | N
     return state
 
 
-def load_trained(
-    path: str | os.PathLike, weights: Weights | None = None
-) -> tuple[dict[str, Tensor], list[str] | None, Weights | None]:
-    """The weights to evaluate in a run's checkpoint or a merged file; the names of their classes, if they are there or
-    in the JSON file beside; and which weights these are, if the file holds their moving average too.
+class Trained(NamedTuple):
+    """What is evaluated."""
+
+    state_dict: dict[str, Tensor]
+    class_names: list[str] | None
+    """If they are in the file or in the JSON file beside."""
+    taken: Weights | None
+    """Which weights these are, if the file holds their moving average too."""
+    digests: dict[str, str] | None
+    """Of the auxiliary weights that the file leaves out."""
+
+
+def load_trained(path: str | os.PathLike, weights: Weights | None = None) -> Trained:
+    """The weights to evaluate in a run's checkpoint or a merged file.
 
     Args:
         path: a torch file or `.safetensors`.
@@ -85,10 +99,13 @@ def load_trained(
     check_weights(weights)
     if path.suffix == ".safetensors":
         state_dict, taken = read_weights(path, weights)
-        return state_dict, _class_names_beside(path.with_suffix(".json")), taken
+        return Trained(state_dict, _class_names_beside(path.with_suffix(".json")), taken, None)
     content = load_torch(path)
     state_dict, taken = state_dict_in(content, path, weights)
-    return state_dict, _class_names_in(content, path), taken
+    digests = content.get(AUXILIARY) if isinstance(content, dict) else None
+    if not isinstance(digests, (dict, type(None))):
+        raise ValueError(f"{path}: expected the SHA-256 of auxiliary models as {AUXILIARY}, got {digests!r}")
+    return Trained(state_dict, _class_names_in(content, path), taken, digests)
 
 
 def _class_names_beside(path: Path) -> list[str] | None:

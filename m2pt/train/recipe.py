@@ -48,6 +48,8 @@ class Auxiliary:
         trainable: whether its weights are trained too, as in the published code.
         blocks: which blocks are connected, of models whose depths differ: "first", "last" or "even", see
             `m2pt.reparameterize_aux_into_target_model`.
+        in_checkpoints: whether `last.pth` holds its frozen weights. If not, they are read from `path` on resuming and
+            for an evaluation, and must be the same, by their SHA-256.
     """
 
     path: str | list[str] = ""
@@ -55,10 +57,13 @@ class Auxiliary:
     dtype: Literal["", "float32", "bfloat16", "float16", "int8", "int4", "float8_e4m3fn"] = ""
     trainable: bool = False
     blocks: Literal["", "first", "last", "even"] = ""
+    in_checkpoints: bool = True
 
     def __post_init__(self) -> None:
         if not self.path and (self.modality or self.dtype or self.trainable):
             raise ValueError("path: missing, but modality, dtype or trainable is given")
+        if self.trainable and not self.in_checkpoints:
+            raise ValueError("in_checkpoints: expected true with trainable: no other file has the trained weights")
         if not all(isinstance(path, str) and path for path in self.paths) or len(set(self.paths)) < len(self.paths):
             raise ValueError(f"path: expected a path or a list of different ones, got {self.path!r}")
 
@@ -305,6 +310,15 @@ def load_recipe(recipe: str, replaced: Mapping[str, Any] | None = None) -> Recip
         replaced = {}
     check_kind(str, "a name or a path", recipe=recipe)
     return _build_replaced(_read(recipe), replaced)
+
+
+def with_defaults(table: dict[str, Any]) -> dict[str, Any]:
+    """What `Recipe.as_dict` gave, of this version or an earlier one, with what has been added since.
+
+    Raises:
+        TypeError, ValueError: it is no recipe of this version.
+    """
+    return _build(Recipe, table, "").as_dict()
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

@@ -5,10 +5,10 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.utils import random_seed
@@ -23,8 +23,9 @@ from ..checks import checked_path
 from ..data import create_dataset
 from ..data.common import Samples, missing, some
 from ..models import MaskedAutoencoder, create_model
+from ..pathway_files import digests, frozen_entries
 from .batches import pass_size, running, samples_of, steps_per_epoch, test_batches, training_batches
-from .deployment import build_plain, deployed, description, probe_head
+from .deployment import build_plain, check_auxiliary, deployed, description, probe_head
 from .distributed import World, is_first_process, processes, termination
 from .engine import Trainer, classification_objective, evaluate
 from .files import CHECKPOINT, CLASS_NAMES, load_checkpoint, load_trained, save_checkpoint, write_json
@@ -165,9 +166,12 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str | os.PathLike, weights: 
     checkpoint = _checked(recipe, checkpoint, "checkpoint")
     check_weights(weights)
     test_set = _test_set(recipe)
-    state_dict, class_names, taken = load_trained(checkpoint, weights)
-    _say_taken(checkpoint, taken)
-    _number_as_trained(test_set, class_names, recipe)
+    trained = load_trained(checkpoint, weights)
+    _say_taken(checkpoint, trained.taken)
+    _number_as_trained(test_set, trained.class_names, recipe)
+    state_dict = trained.state_dict
+    if trained.digests is not None:
+        state_dict = state_dict | _auxiliary_weights(recipe, test_set.num_classes, trained.digests)
     try:
         plain = build_plain(recipe, test_set.num_classes, deployed(state_dict))
     except ValueError as error:
@@ -175,6 +179,16 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str | os.PathLike, weights: 
     with processes() as world:
         batches = test_batches(test_set, recipe, world)
         return evaluate(plain.to(world.device), test_set, batches, metric_of(test_set), recipe.machine, world)
+
+
+def _auxiliary_weights(recipe: Recipe, num_classes: int, expected: Mapping[str, str]) -> dict[str, Tensor]:
+    """What a checkpoint leaves out, by its names in the state dict, from the files of the auxiliary models."""
+    if not recipe.auxiliary.path:
+        raise ValueError("auxiliary.path: missing, and the checkpoint leaves out auxiliary weights")
+    module = _connected(_created(recipe, num_classes), recipe)
+    check_auxiliary(digests(module), expected)
+    left_out = frozen_entries(module)
+    return {name: tensor for name, tensor in module.state_dict().items() if name in left_out}
 
 
 def _say_taken(path: str | os.PathLike, taken: Weights | None) -> None:
@@ -194,21 +208,7 @@ def create_trained_model(recipe: Recipe, num_classes: int, multi_label: bool) ->
     random_seed(recipe.run.seed)
     module = _initialised(recipe, num_classes)
     if recipe.auxiliary.path:
-        aux_models = {path: load_auxiliary(path) for path in recipe.auxiliary.paths}
-        for path, aux_model in aux_models.items():
-            _say_taken(path, aux_model.weights)
-        dtype = recipe.auxiliary.dtype
-        quantized = dtype in QUANTIZED.values()
-        if dtype and not quantized:
-            for aux_model in aux_models.values():
-                aux_model.to(getattr(torch, dtype))
-        reparameterize_aux_into_target_model(
-            module,
-            aux_models,
-            is_aux_trainable=recipe.auxiliary.trainable,
-            aux_dtype=dtype if quantized else None,
-            blocks=recipe.auxiliary.blocks or None,
-        )
+        _connected(module, recipe)
     if recipe.model.trainable == "head":
         module.head = probe_head(module.head)
         module.requires_grad_(False)
@@ -218,12 +218,33 @@ def create_trained_model(recipe: Recipe, num_classes: int, multi_label: bool) ->
     return module
 
 
+def _connected(module: nn.Module, recipe: Recipe) -> nn.Module:
+    aux_models = {path: load_auxiliary(path) for path in recipe.auxiliary.paths}
+    for path, aux_model in aux_models.items():
+        _say_taken(path, aux_model.weights)
+    dtype = recipe.auxiliary.dtype
+    quantized = dtype in QUANTIZED.values()
+    if dtype and not quantized:
+        for aux_model in aux_models.values():
+            aux_model.to(getattr(torch, dtype))
+    return reparameterize_aux_into_target_model(
+        module,
+        aux_models,
+        is_aux_trainable=recipe.auxiliary.trainable,
+        aux_dtype=dtype if quantized else None,
+        blocks=recipe.auxiliary.blocks or None,
+    )
+
+
+def _created(recipe: Recipe, num_classes: int) -> Any:
+    model = recipe.model
+    return create_model(model.modality, model.size, model.task, num_classes=num_classes, **model.overrides)
+
+
 def _initialised(recipe: Recipe, num_classes: int) -> Any:
-    settings = recipe.model
-    arguments = (settings.modality, settings.size, settings.task)
-    model = cast(Any, create_model(*arguments, num_classes=num_classes, **settings.overrides))
-    if settings.init:
-        report = load_pretrained(model, settings.init)
+    model = _created(recipe, num_classes)
+    if recipe.model.init:
+        report = load_pretrained(model, recipe.model.init)
         if is_first_process():
             print(report)
     if recipe.machine.checkpoint_activations:
