@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_hugging_face_models import PICTURE, SIZE, hugging_face
 from test_pathway import connected, fused_layers, images, unchanged, vit
 from torch import nn
 
@@ -50,7 +49,8 @@ def wide(seed):
 
 
 def hugging_face_vit(seed):
-    return hugging_face("ViTForImageClassification", **SIZE, **PICTURE)(seed)
+    models = pytest.importorskip("test_hugging_face_models", exc_type=ImportError)
+    return models.hugging_face("ViTForImageClassification", **models.SIZE, **models.PICTURE)(seed)
 
 
 def timm_of_its_size(seed):
@@ -58,7 +58,8 @@ def timm_of_its_size(seed):
 
 
 def text(seed):
-    return hugging_face("GPT2Model", n_embd=32, n_layer=2, n_head=2, n_inner=64, vocab_size=11)(seed)
+    models = pytest.importorskip("test_hugging_face_models", exc_type=ImportError)
+    return models.hugging_face("GPT2Model", n_embd=32, n_layer=2, n_head=2, n_inner=64, vocab_size=11)(seed)
 
 
 CASES = {
