@@ -7,17 +7,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_pathway import connected, fused_layers, images, unchanged, vit
+from test_pathway import PLACES, connected, fused_layers, images, unchanged, vit
 from torch import nn
 
 from m2pt import (
     describe_pathways,
+    freeze_for_linear_probe,
     load_pathway,
     quantize_aux,
     reparameterize_aux_into_target_model,
     save_pathway,
 )
-from m2pt.pathway_files import ENTRY
+from m2pt.pathway_files import ENTRY, frozen_entries
 
 STORAGES = ("int8", "int4", "float8_e4m3fn", "bfloat16")
 
@@ -271,3 +272,65 @@ def test_a_loaded_model_is_watched_and_trained_like_a_connected_one(tmp_path):
         layer.cross_modal_scale.requires_grad_(False)
     with pytest.warns(UserWarning, match="cross_modal_scale is zero and frozen"):
         model.train()(images())
+
+
+def test_weights_that_were_trained_are_in_the_file_even_if_they_are_frozen_now(tmp_path):
+    model = freeze_for_linear_probe(connected(is_aux_trainable=True))
+    save_pathway(model, tmp_path / "pathway.safetensors")
+    assert torch.equal(logits(load_pathway(vit(0), None, tmp_path / "pathway.safetensors")), logits(model))
+
+
+def test_quantised_weights_with_the_same_codes_and_other_scales_are_other_weights(tmp_path):
+    save_pathway(quantize_aux(connected(), "int8"), tmp_path / "pathway.safetensors")
+    with pytest.raises(ValueError, match=r"^aux_model: the weights of 'VisionTransformer' are others"):
+        load_pathway(vit(0), doubled(vit(1)), tmp_path / "pathway.safetensors")
+
+
+def doubled(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 2
+    return model
+
+
+class Wrapper(nn.Module):
+    """A layer that calls another, as peft's do."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, input):
+        return self.base_layer(input)
+
+
+def wrapped(model):
+    for name in PLACES[::3]:
+        model.set_submodule(name, Wrapper(model.get_submodule(name)))
+    return model
+
+
+@pytest.mark.parametrize("saved", [wrapped, lambda model: model], ids=["wrapped", "bare"])
+@pytest.mark.parametrize("target", [wrapped, lambda model: model], ids=["into wrapped", "into bare"])
+def test_wrappers_of_layers_are_left_out_of_the_names(tmp_path, saved, target):
+    save_pathway(saved(connected()), tmp_path / "pathway.safetensors")
+    model = load_pathway(target(vit(0)), vit(1), tmp_path / "pathway.safetensors")
+    assert torch.equal(logits(model), logits(connected()))
+
+
+def test_a_layer_that_the_target_uses_twice_is_refused(tmp_path):
+    save_pathway(connected(), tmp_path / "pathway.safetensors")
+    target = vit(0)
+    target.blocks[1].attn.proj = target.blocks[0].attn.proj
+    with unchanged(target), pytest.raises(ValueError, match=r"blocks.1.attn.proj is blocks.0.attn.proj, used twice"):
+        load_pathway(target, vit(1), tmp_path / "pathway.safetensors")
+
+
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_frozen_entries_are_those_of_the_state_dict(storage):
+    model = connected()
+    if storage:
+        quantize_aux(model, storage)
+    kinds = ("aux_weight", "aux_weight_scale")
+    assert frozen_entries(model) == {name for name in model.state_dict() if name.rpartition(".")[2] in kinds} != set()
+    assert frozen_entries(connected(is_aux_trainable=True)) == frozen_entries(vit(0)) == set()
