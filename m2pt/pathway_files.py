@@ -66,7 +66,7 @@ def save_pathway(model: nn.Module, path: str | os.PathLike, include_base: bool =
         name: {"storage": layer.storage, "auxiliaries": [list(auxiliary) for auxiliary in layer.auxiliaries]}
         for name, layer in inside.items()
     }
-    content = {"version": VERSION, "layers": described, "sha256": digests(model)}
+    content = {"version": VERSION, "layers": described, "sha256": digests(inside.values())}
     save_state_dict(tensors, path, {ENTRY: json.dumps(content)})
 
 
@@ -87,20 +87,16 @@ def frozen_entries(model: nn.Module) -> set[str]:
     }
 
 
-def digests(model: nn.Module) -> dict[str, str]:
+def digests(layers: Iterable[FusedCrossModalLinear]) -> dict[str, str]:
     """By auxiliary model the SHA-256 of its frozen weights as the layers store them, one layer after the other."""
-    return _digests(places(model))
-
-
-def _digests(layers: Iterable[FusedCrossModalLinear]) -> dict[str, str]:
-    digests: dict[str, Any] = {}
+    hashes: dict[str, Any] = {}
     for layer in layers:
         for part in layer.parts() if not layer.is_aux_trainable else ():
-            digest = digests.setdefault(part.auxiliary.model, hashlib.sha256())
+            own = hashes.setdefault(part.auxiliary.model, hashlib.sha256())
             for tensor in (part.data, part.aux_weight_scale):
                 if tensor is not None:
-                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return {model: digest.hexdigest() for model, digest in digests.items()}
+                    own.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return {model: own.hexdigest() for model, own in hashes.items()}
 
 
 def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.PathLike) -> nn.Module:
@@ -136,7 +132,7 @@ def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.P
         except (TypeError, ValueError) as error:
             raise type(error)(f"model: {place}: {error}") from None
     require_used_once(model, {place: model.get_submodule(place) for place in layers})
-    for aux_name, digest in _digests(layers.values()).items():
+    for aux_name, digest in digests(layers.values()).items():
         if digest != (expected := content["sha256"][aux_name]):
             raise ValueError(
                 f"aux_model: the weights of {aux_name!r} are others than those in {path}: their SHA-256 is"

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset
 
 from ..optimizer_in_backward import step_in_backward
+from ..pathway import places
 from ..pathway_files import digests, frozen_entries
 from .batches import derived_seed, running, samples_of, to_device
 from .deployment import AUXILIARY, check_auxiliary
@@ -109,7 +110,7 @@ class Trainer:
             module.compile()
         self.without: set[str] = set()
         if not recipe.auxiliary.in_checkpoints:
-            self.without, self.digests = frozen_entries(module), digests(module)
+            self.without, self.digests = frozen_entries(module), digests(places(module))
         self.model = distribute(module, recipe.machine, world, has_unused_parameters)
         if self.ema is not None and sharded:
             shard(self.ema.module, recipe.machine)

@@ -23,6 +23,7 @@ from ..checks import checked_path
 from ..data import create_dataset
 from ..data.common import Samples, missing, some
 from ..models import MaskedAutoencoder, create_model
+from ..pathway import places
 from ..pathway_files import digests, frozen_entries
 from .batches import pass_size, running, samples_of, steps_per_epoch, test_batches, training_batches
 from .deployment import build_plain, check_auxiliary, deployed, description, probe_head
@@ -186,7 +187,7 @@ def _auxiliary_weights(recipe: Recipe, num_classes: int, expected: Mapping[str, 
     if not recipe.auxiliary.path:
         raise ValueError("auxiliary.path: missing, and the checkpoint leaves out auxiliary weights")
     module = _connected(_created(recipe, num_classes), recipe)
-    check_auxiliary(digests(module), expected)
+    check_auxiliary(digests(places(module)), expected)
     left_out = frozen_entries(module)
     return {name: tensor for name, tensor in module.state_dict().items() if name in left_out}
 

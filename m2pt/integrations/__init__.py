@@ -1,0 +1,1 @@
+"""Pathways inside other libraries' training loops."""

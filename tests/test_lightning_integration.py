@@ -1,0 +1,373 @@
+"""The Lightning callback in Lightning's own trainer, in one process and in two."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from test_extras import run as run_without
+from timm.models.vision_transformer import VisionTransformer
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from m2pt import cross_modal_scales, merge_pathways, parameter_groups
+from m2pt.checkpoints import load_state_dict, save_state_dict
+
+lightning = pytest.importorskip("lightning.pytorch")
+
+from lightning.pytorch import callbacks  # noqa: E402
+from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
+
+from m2pt.integrations.lightning import PathwayCallback  # noqa: E402
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "lightning_module.py"
+PROGRAM = "import sys; from test_lightning_integration import two_processes; two_processes(sys.argv[1])"
+
+
+def vit(channels=3, seed=0):
+    torch.manual_seed(seed)
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    return VisionTransformer(img_size=16, patch_size=8, in_chans=channels, num_classes=3, **sizes)
+
+
+def pathway(seed=1, **options):
+    return PathwayCallback(vit(1, seed), **options)
+
+
+class Classifier(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = vit()
+        self.optimizers_made = 0
+
+    def training_step(self, batch, index):
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def validation_step(self, batch, index):
+        self.log("accuracy", (self.model(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        self.optimizers_made += 1
+        return torch.optim.SGD(parameter_groups(self.model, lr=0.1, weight_decay=0.05, scale_lr=1.0), momentum=0.9)
+
+
+class LateClassifier(Classifier):
+    """Makes its model in `configure_model`."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = None
+
+    def configure_model(self):
+        if self.model is None:
+            self.model = vit()
+
+
+class ConnectedClassifier(Classifier):
+    """Connects its model itself, and so does what `load_from_checkpoint` makes."""
+
+    def configure_model(self):
+        pathway(save_aux_weights=False).connect(self)
+
+
+class ShardedClassifier(Classifier):
+    """FSDP2."""
+
+    def configure_model(self):
+        pathway().connect(self)
+        if not isinstance(self.model, FSDPModule):
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+
+def batches(ranks=1, rank=0):
+    """Batches of 4, divided among processes."""
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(12, 3, 16, 16, generator=generator), torch.arange(12) % 3)
+    return DataLoader(data, 4 // ranks, sampler=DistributedSampler(data, ranks, rank, shuffle=False))
+
+
+def trainer(*own, epochs=2, **settings):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    settings = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, **quiet, **settings}
+    return lightning.Trainer(max_epochs=epochs, callbacks=[*own], **settings)
+
+
+def fitted(callback, *others, module=None, ckpt_path=None, **settings):
+    module = module or Classifier()
+    own = trainer(callback, *others, **settings)
+    own.fit(module, batches(), batches(), ckpt_path=ckpt_path)
+    return module, own
+
+
+def saving(folder):
+    return callbacks.ModelCheckpoint(folder, filename="last", save_top_k=1, enable_version_counter=False)
+
+
+def interrupted(folder, callback, **settings):
+    """The checkpoint of a run that ended after one of two epochs."""
+    fitted(callback, saving(folder), epochs=1, enable_checkpointing=True, **settings)
+    return folder / "last.ckpt"
+
+
+def ours(warnings):
+    return [str(each.message) for each in warnings if re.search("pathway|aux_weight|scale", str(each.message))]
+
+
+@pytest.mark.parametrize("kind", [Classifier, LateClassifier])
+def test_fit_validate_and_test_connect_once_and_before_the_optimizer(kind, recwarn):
+    callback, module = pathway(), kind()
+    own = trainer(callback)
+    own.validate(module, batches(), verbose=False)
+    layer = module.model.blocks[0].attn.qkv
+    own.fit(module, batches())
+    own.test(module, batches(), verbose=False)
+    assert module.model.blocks[0].attn.qkv is layer and module.optimizers_made == 1
+    assert torch.equal(layer.aux_weight, vit(1, 1).blocks[0].attn.qkv.weight)
+    assert len(cross_modal_scales(module.model)) == 8 and all(cross_modal_scales(module.model).values())
+    assert not ours(recwarn)
+
+
+def test_every_epoch_logs_the_range_of_the_scales(tmp_path):
+    best = callbacks.ModelCheckpoint(tmp_path, monitor="cross_modal_scale/min", mode="min")
+    module, own = fitted(pathway(), best, enable_checkpointing=True)
+    scales = torch.tensor([*cross_modal_scales(module.model).values()])
+    logged = {name: value for name, value in own.callback_metrics.items() if name.startswith("cross_modal_scale")}
+    expected = {"min": scales.min(), "mean": scales.mean(), "max": scales.max()}
+    torch.testing.assert_close(logged, {f"cross_modal_scale/{name}": value for name, value in expected.items()})
+    assert best.best_model_score == scales.min() < scales.max()
+
+
+def test_a_compiled_model_is_exported_under_plain_names(tmp_path):
+    module = Classifier()
+    module.model = torch.compile(module.model, backend="eager")
+    fitted(pathway(export_path=tmp_path / "merged.safetensors"), module=module)
+    vit().load_state_dict(load_state_dict(tmp_path / "merged.safetensors"))
+
+
+def test_the_merged_model_is_exported_and_training_can_go_on(tmp_path):
+    export = tmp_path / "merged.safetensors"
+    module, _ = fitted(pathway(export_path=export))
+    plain, images = vit(), batches().dataset.tensors[0]
+    plain.load_state_dict(load_state_dict(export))
+    torch.testing.assert_close(plain(images), module.model(images))
+    before = cross_modal_scales(module.model)
+    fitted(pathway(export_path=export), module=module)
+    assert cross_modal_scales(module.model) != before
+    assert not torch.equal(load_state_dict(export)["head.weight"], plain.head.weight)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("storage", ["whole", "left out", "left out, int8", "left out, trained"])
+def test_a_resumed_run_is_the_undisturbed_one(tmp_path, storage, precision):
+    settings = {
+        "save_aux_weights": storage == "whole",
+        "aux_dtype": "int8" if "int8" in storage else None,
+        "is_aux_trainable": "trained" in storage,
+    }
+    undisturbed, _ = fitted(pathway(**settings), precision=precision)
+    path = interrupted(tmp_path, pathway(**settings), precision=precision)
+    resumed, _ = fitted(pathway(**settings), ckpt_path=path, precision=precision)
+    assert resumed.model.state_dict().keys() == undisturbed.model.state_dict().keys()
+    for name, value in undisturbed.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    saved = torch.load(path, weights_only=True)["state_dict"]["model.blocks.0.attn.qkv.aux_weight"]
+    assert saved.shape == ((32,) if storage in ("left out", "left out, int8") else (96, 32))
+
+
+def test_auxiliary_weights_that_were_left_out_have_to_be_the_same(tmp_path):
+    path = interrupted(tmp_path, pathway(save_aux_weights=False))
+    with pytest.raises(ValueError, match=r"aux_model: model.blocks.0.attn.qkv.aux_weight is another than"):
+        fitted(pathway(seed=2, save_aux_weights=False), ckpt_path=path)
+
+
+@pytest.mark.parametrize("save_aux_weights", [True, False])
+def test_the_checkpoint_says_whether_auxiliary_weights_are_in_it(tmp_path, save_aux_weights):
+    path = interrupted(tmp_path, pathway(save_aux_weights=save_aux_weights))
+    module, _ = fitted(pathway(save_aux_weights=not save_aux_weights), ckpt_path=path)
+    undisturbed, _ = fitted(pathway())
+    for name, value in undisturbed.model.state_dict().items():
+        assert torch.equal(value, module.model.state_dict()[name]), name
+
+
+def test_modules_that_connect_themselves_load_from_a_checkpoint(tmp_path):
+    path = interrupted(tmp_path, pathway(save_aux_weights=False), module=ConnectedClassifier())
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    module = ConnectedClassifier.load_from_checkpoint(path, map_location="cpu")
+    assert {f"model.{name}.cross_modal_scale": scale for name, scale in cross_modal_scales(module.model).items()} == {
+        name: value.item() for name, value in saved.items() if name.endswith("cross_modal_scale")
+    }
+    assert torch.equal(module.model.blocks[1].mlp.fc1.aux_weight, vit(1, 1).blocks[1].mlp.fc1.weight)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        Classifier.load_from_checkpoint(path, map_location="cpu")
+
+
+def test_a_merged_module_is_saved_as_a_plain_one():
+    module, _ = fitted(pathway(save_aux_weights=False), epochs=1)
+    connected = module.state_dict()
+    merge_pathways(module.model)
+    assert module.state_dict().keys() == Classifier().state_dict().keys()
+    module.load_state_dict(module.state_dict())
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        module.load_state_dict(connected)
+
+
+def averaging(kind):
+    if kind == "SWA":
+        return callbacks.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)
+    return callbacks.EMAWeightAveraging(decay=0.5)
+
+
+@pytest.mark.parametrize("kind", ["SWA", "EMA"])
+@pytest.mark.parametrize("module", [Classifier, LateClassifier])
+def test_averages_of_weights_have_the_pathway(tmp_path, recwarn, kind, module):
+    export = tmp_path / "merged.safetensors"
+    plainly, _ = fitted(pathway(save_aux_weights=False), module=module())
+    averaged, _ = fitted(pathway(save_aux_weights=False, export_path=export), averaging(kind), module=module())
+    assert cross_modal_scales(averaged.model) != cross_modal_scales(plainly.model)
+    assert all(cross_modal_scales(averaged.model).values())
+    for name, value in averaged.model.state_dict().items():
+        if name.endswith("aux_weight"):
+            assert torch.equal(value, vit(1, 1).get_parameter(name.replace("aux_weight", "weight")))
+    merged = merge_pathways(deepcopy(averaged.model)).state_dict()
+    assert all(torch.equal(value, merged[name]) for name, value in load_state_dict(export).items())
+    assert not ours(recwarn)
+
+
+@pytest.mark.parametrize("save_aux_weights", [True, False])
+def test_a_run_with_averages_is_resumed(tmp_path, save_aux_weights):
+    settings = {"save_aux_weights": save_aux_weights}
+    undisturbed, _ = fitted(pathway(**settings), averaging("EMA"))
+    fitted(pathway(**settings), averaging("EMA"), saving(tmp_path), epochs=1, enable_checkpointing=True)
+    resumed, _ = fitted(pathway(**settings), averaging("EMA"), ckpt_path=tmp_path / "last.ckpt")
+    for name, value in undisturbed.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", ["SWA", "EMA"])
+def test_what_copies_the_module_has_to_stand_behind(kind):
+    with pytest.raises(ValueError, match=r"callbacks: \w+Averaging copies .*: put it behind this one"):
+        fitted(averaging(kind), pathway())
+
+
+def test_averaging_leaves_quantised_auxiliary_weights_alone():
+    kept = Classifier()
+    pathway(aux_dtype="int8").connect(kept)
+    module, _ = fitted(pathway(aux_dtype="int8"), callbacks.EMAWeightAveraging(decay=0.9, use_buffers=False), epochs=3)
+    expected, found = (dict(each.model.named_buffers()) for each in (kept, module))
+    assert len(found) == 16 and all(torch.equal(value, expected[name]) for name, value in found.items())
+    with pytest.raises(ValueError, match=r"callbacks: WeightAveraging would round .*: give it use_buffers=False"):
+        fitted(pathway(aux_dtype="int8"), callbacks.EMAWeightAveraging(decay=0.9))
+
+
+def test_unfreezing_a_module_leaves_auxiliary_weights_frozen():
+    class Unfreezing(Classifier):
+        def on_fit_start(self):
+            self.freeze()
+            self.unfreeze()
+
+    with pytest.warns(UserWarning, match="aux_weight: something has set its requires_grad"):
+        module, _ = fitted(pathway(), module=Unfreezing())
+    layer = module.model.blocks[0].attn.qkv
+    assert torch.equal(layer.aux_weight, vit(1, 1).blocks[0].attn.qkv.weight) and layer.aux_weight.grad is None
+    assert all(cross_modal_scales(module.model).values())
+
+
+def test_pathways_without_effect_are_warned_of():
+    class Frozen(Classifier):
+        def on_fit_start(self):
+            self.requires_grad_(False)
+            self.model.head.requires_grad_(True)
+
+    with pytest.warns(UserWarning, match="cross_modal_scale is zero and frozen"):
+        fitted(pathway(), module=Frozen())
+
+
+def test_a_module_that_replaces_its_model_is_refused():
+    class Replacing(Classifier):
+        def configure_model(self):
+            self.model = vit()
+
+        def training_step(self, batch, index):
+            raise AssertionError
+
+    with (
+        pytest.warns(UserWarning, match="replaces a VisionTransformer with pathways"),
+        pytest.raises(ValueError, match="model: there is no FusedCrossModalLinear inside this VisionTransformer"),
+    ):
+        fitted(pathway(), module=Replacing())
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(TypeError, match="name: expected a dotted name, got 3"):
+        pathway(name=3)
+    with pytest.raises(TypeError, match="save_aux_weights: expected a bool, got 'no'"):
+        pathway(save_aux_weights="no")
+    with pytest.raises(ValueError, match=r"expected a name ending in \.safetensors"):
+        pathway(export_path=tmp_path / "merged.ckpt")
+    with pytest.raises(ValueError, match="name: Classifier has no module 'backbone'"):
+        fitted(pathway(name="backbone"))
+
+
+def test_the_extra_is_named_that_brings_lightning():
+    finished = run_without(["lightning"], "import m2pt.integrations.lightning")
+    assert finished.returncode and "pip install 'm2pt-triton[integrations]'" in finished.stderr
+
+
+def sharding(callback, **settings):
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    return trainer(callback, strategy=strategy, devices=2, **settings)
+
+
+def two_processes(folder):
+    """What each of two processes does."""
+    callback = pathway(save_aux_weights=False, export_path=Path(folder, "merged.safetensors"))
+    own = trainer(callback, saving(folder), strategy="ddp", devices=2, enable_checkpointing=True)
+    module, rank = Classifier(), own.global_rank
+    with mock.patch("m2pt.integrations.lightning.save_state_dict", wraps=save_state_dict) as save:
+        own.fit(module, batches(2, rank))
+    scales = {"ddp": cross_modal_scales(module.model)}
+    module, last = ShardedClassifier(), Path(folder, "sharded.ckpt")
+    own = sharding(pathway(), epochs=1)
+    own.fit(module, batches(2, rank))
+    own.save_checkpoint(last)
+    module = ShardedClassifier()
+    sharding(pathway()).fit(module, batches(2, rank), ckpt_path=last)
+    scales["fsdp"] = cross_modal_scales(module.model)
+    for refused in (pathway(export_path=callback.export_path), pathway(save_aux_weights=False)):
+        with pytest.raises(ValueError, match="divided among processes: export_path and save_aux_weights=False need"):
+            sharding(refused).fit(ShardedClassifier(), batches(2, rank))
+    Path(folder, f"rank{rank}.json").write_text(json.dumps((scales, save.call_count)))
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    program = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    run = subprocess.run([*torchrun, *program], capture_output=True, text=True, env=environment, timeout=200)
+    assert run.returncode == 0 and "sync_dist" not in run.stderr, run.stderr
+    scales, writes = zip(*(json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)), strict=True)
+    module, _ = fitted(pathway())
+    assert scales[0] == scales[1]
+    for found in scales[0].values():
+        assert found == pytest.approx(cross_modal_scales(module.model), rel=1e-4, abs=1e-6)
+    merged = merge_pathways(module.model).state_dict()
+    torch.testing.assert_close(load_state_dict(tmp_path / "merged.safetensors"), merged, rtol=1e-4, atol=1e-6)
+    assert sorted(writes) == [0, 1]
+
+
+def test_the_example_runs(tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, EXAMPLE, tmp_path], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"pathway.ckpt", "merged.safetensors"}
+    assert not [name for name in load_state_dict(tmp_path / "merged.safetensors") if "cross_modal" in name]
