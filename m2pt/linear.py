@@ -148,8 +148,6 @@ class FusedCrossModalLinear(nn.Linear):
     is_aux_trainable = False
     """Whether `aux_weight` may get a gradient."""
 
-    _is_said_frozen = False
-
     auxiliaries: tuple[Auxiliary, ...]
     """What each auxiliary weight was read from, as surgery notes it; a state dict does not hold that."""
 
@@ -205,7 +203,7 @@ class FusedCrossModalLinear(nn.Linear):
         except KeyError:  # of a weight that is computed, as by a parametrization
             operands = self._operands()
         if operands[1].requires_grad and not self.is_aux_trainable:
-            self._say_frozen()
+            warn(STAYS_FROZEN, stacklevel=2)
             operands = self._operands()
         return cross_modal_linear(input, *operands)
 
@@ -214,11 +212,6 @@ class FusedCrossModalLinear(nn.Linear):
         if aux_weight.requires_grad and not self.is_aux_trainable:
             aux_weight = aux_weight.detach()
         return self.weight, aux_weight, self.cross_modal_scale, self.bias, self.aux_weight_scale
-
-    def _say_frozen(self) -> None:
-        if not self._is_said_frozen:
-            self._is_said_frozen = True
-            warn(STAYS_FROZEN, stacklevel=2)
 
     @property
     def is_aux_trained(self) -> bool:

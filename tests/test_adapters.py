@@ -18,6 +18,7 @@ from m2pt import (
     freeze_for_linear_probe,
     parameter_groups,
     quantize_aux,
+    remove_auxiliary,
     reparameterize_aux_into_target_model,
 )
 
@@ -72,6 +73,17 @@ def test_only_the_surgery_call_makes_auxiliary_weights_trainable():
     assert all(layer.aux_weight.grad.any() for layer in fused_layers(model).values())
     grouped = {id(parameter) for group in parameter_groups(model, 1e-3, 0.05) for parameter in group["params"]}
     assert grouped == set(map(id, model.parameters()))
+
+
+def test_what_surgery_makes_anew_is_trained_as_before():
+    model = reparameterize_aux_into_target_model(vit(0, depth=1), {"one": vit(1, depth=1)}, is_aux_trainable=True)
+    reparameterize_aux_into_target_model(model, {"two": vit(2, depth=1)}, is_aux_trainable=True)
+    assert all(layer.is_aux_trained for layer in fused_layers(model).values())
+    freeze_for_linear_probe(model)
+    remove_auxiliary(model, "two")
+    assert not any(layer.is_aux_trained for layer in fused_layers(model).values())
+    model.requires_grad_(True)
+    assert all(layer.is_aux_trained for layer in fused_layers(model).values())
 
 
 def test_what_asks_for_a_gradient_in_vain_changes_nothing_else():
