@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from m2pt_kernels.divided import whole
 
 from .linear import FusedCrossModalLinear, is_plain_linear
+from .pairing import unwrapped
 from .replacement import bypasses, has_pathway, is_dora
 
 Sample = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -150,8 +151,8 @@ def _reads(model: nn.Module) -> Iterator[set[nn.Module]]:
 def watch_pathways(model: nn.Module) -> None:
     """Warn once, when the first forward pass of `model` in training mode ends, of pathways that have no effect.
 
-    Those are layers not called so far, layers that were replaced since, and scales that are zero and frozen. Nothing of
-    that is left afterwards. What `torch.compile` compiles is not watched.
+    Those are layers not called so far, layers that were replaced since by other than plain ones, and scales that are
+    zero and frozen. Nothing of that is left afterwards. What `torch.compile` compiles is not watched.
     """
     stop_watching(model)
     model.register_forward_hook(_Watcher([name for name, layer in model.named_modules() if _is_fused(layer)]))
@@ -195,7 +196,8 @@ def _is_fused(module: nn.Module) -> bool:
 
 def _is_without_pathway(module: nn.Module) -> bool:
     """Whether it has none, and is not what merging leaves."""
-    return not has_pathway(module) and not is_plain_linear(module)
+    inner, _ = unwrapped(module, "")
+    return not has_pathway(inner) and not is_plain_linear(inner)
 
 
 def _is_frozen_at_zero(layer: nn.Module) -> bool:

@@ -35,10 +35,15 @@ def check_kind(kind: Any, expected: str, **arguments: Any) -> None:
 
 
 def check_readable(argument: str, tensor: Tensor) -> None:
-    """Raise a TypeError for a tensor of a class that neither torch nor this package defines, as quantised ones are."""
-    if type(tensor).__module__.split(".")[0] not in ("torch", __package__):
+    """Raise a TypeError for a tensor of a class whose operators another package defines, as quantised ones are."""
+    if type(tensor).__module__.split(".")[0] not in ("torch", __package__) and _has_own_operators(type(tensor)):
         remedy = "connect unquantised layers, and quantise what merging leaves"
         raise TypeError(f"{argument}: expected a plain tensor, got a {qualified_name(tensor)}: {remedy}")
+
+
+def _has_own_operators(kind: type[Tensor]) -> bool:
+    own = [vars(base) for base in kind.__mro__[: kind.__mro__.index(Tensor)] if base is not nn.Parameter]
+    return any(name in entries for entries in own for name in ("__torch_function__", "__torch_dispatch__"))
 
 
 def check_sizes(**sizes: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeGuard
 from warnings import warn
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,15 @@ from .checks import check_kind, check_readable, check_sizes
 from .hooks import check_no_hooks, check_no_tensor_hooks
 
 STAYS_FROZEN = (
-    "aux_weight: something has set its requires_grad, but it was connected as frozen and stays so; connect with"
-    " is_aux_trainable=True to train it"
+    "aux_weight: something has set its requires_grad, but it was connected as frozen and stays so: connect with"
+    " is_aux_trainable=True to train it; otherwise set it to False again before DistributedDataParallel counts on it"
 )
 
 _OPERANDS = itemgetter("weight", "aux_weight", "cross_modal_scale", "bias", "aux_weight_scale")
+
+
+RELEASED: WeakSet[nn.Module] = WeakSet()
+"""Layers that may take the place of a fused one without its pathway: what is made of it, or was there before."""
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -184,34 +189,35 @@ class FusedCrossModalLinear(nn.Linear):
         aux_weights = [each.detach().to(self.weight.device) for each in aux_weights]
         stored = aux_weights[0] if len(aux_weights) == 1 else torch.stack(aux_weights)
         self.aux_weight = nn.Parameter(stored, requires_grad=is_aux_trainable)
-        self.is_aux_trainable = is_aux_trainable
+        self.is_aux_trainable, self.is_enabled = is_aux_trainable, True
         self.register_buffer("aux_weight_scale", None)
         self.auxiliaries = tuple(Auxiliary(f"aux_weight[{i}]", "") for i in range(len(aux_weights)))
         self.cross_modal_scale = nn.Parameter(self.weight.new_zeros(len(aux_weights)))
 
     def forward(self, input: Tensor) -> Tensor:
         is_compiling = torch.compiler.is_compiling()
-        if not is_compiling:  # nn.Module's __setattr__ takes thirty times as long, and its __getattr__ ten times
+        if is_compiling:
+            operands = self._operands()
+        else:
+            # nn.Module's __setattr__ takes thirty times as long, and its __getattr__ ten times.
             self.__dict__["is_called"] = True
+            try:
+                operands = _OPERANDS({**self._buffers, **self._parameters})
+            except KeyError:  # of a weight that is computed, as by a parametrization
+                operands = self._operands()
+        weight, aux_weight, scale, bias, aux_weight_scale = operands
         if not self.is_enabled:
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(input, weight, bias)
         if is_compiling or torch.jit.is_tracing() or isinstance(input, Proxy):
             _check_traceable(input)
-            return cross_modal_linear(input, *self._operands())
-        try:
-            operands = _OPERANDS({**self._buffers, **self._parameters})
-        except KeyError:  # of a weight that is computed, as by a parametrization
-            operands = self._operands()
-        if operands[1].requires_grad and not self.is_aux_trainable:
-            warn(STAYS_FROZEN, stacklevel=2)
-            operands = self._operands()
-        return cross_modal_linear(input, *operands)
+        if aux_weight.requires_grad and not self.is_aux_trainable:
+            if not is_compiling:
+                warn(STAYS_FROZEN, stacklevel=2)
+            aux_weight = aux_weight.detach()
+        return cross_modal_linear(input, weight, aux_weight, scale, bias, aux_weight_scale)
 
     def _operands(self) -> tuple[Any, ...]:
-        aux_weight = self.aux_weight
-        if aux_weight.requires_grad and not self.is_aux_trainable:
-            aux_weight = aux_weight.detach()
-        return self.weight, aux_weight, self.cross_modal_scale, self.bias, self.aux_weight_scale
+        return self.weight, self.aux_weight, self.cross_modal_scale, self.bias, self.aux_weight_scale
 
     @property
     def is_aux_trained(self) -> bool:
@@ -306,6 +312,7 @@ class FusedCrossModalLinear(nn.Linear):
         """An `nn.Linear` that shares the bias and the weight of this layer, or has another weight."""
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         plain.weight, plain.bias = self.weight if weight is None else weight, self.bias
+        RELEASED.add(plain)
         return plain.train(self.training)
 
     @torch.no_grad()
@@ -316,9 +323,9 @@ class FusedCrossModalLinear(nn.Linear):
             ValueError: `other` has an auxiliary weight that is here already, trains its weights where this one does
                 not, or stores them in another way.
         """
-        is_trained, own, others = self.is_aux_trained, self.parts(), other.parts()
-        if other.is_aux_trained != is_trained:
-            raise ValueError(f"is_aux_trainable: expected {is_trained}, as of the auxiliary weights that are there")
+        is_trainable, own, others = self.is_aux_trainable, self.parts(), other.parts()
+        if other.is_aux_trainable != is_trainable:
+            raise ValueError(f"is_aux_trainable: expected {is_trainable}, as of the auxiliary weights that are there")
         dtypes = self.aux_weight.dtype, other.aux_weight.dtype
         is_wider = not DTYPES.keys() & {*dtypes} and torch.promote_types(*dtypes) == dtypes[0]
         if self.storage != other.storage and not is_wider:

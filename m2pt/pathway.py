@@ -15,7 +15,7 @@ from m2pt_kernels.divided import flattened_modules, fsdp_modules, is_divided, wh
 from .calls import is_known_to_read, stop_watching
 from .checks import check_kind, check_module, qualified_name
 from .linear import FusedCrossModalLinear, kept
-from .replacement import put
+from .replacement import is_multiplied
 
 GATHER = (
     "gather its state dict with torch.distributed.checkpoint.state_dict.get_model_state_dict(model,"
@@ -114,6 +114,8 @@ def merge_pathways(model: nn.Module) -> nn.Module:
         if is_known_to_read(around := model.get_submodule(parent), own_name):
             reader = qualified_name(around)
             raise ValueError(f"{name}: {reader} reads its weight: merging would change what that computes")
+        if is_multiplied(around):
+            raise ValueError(f"{name}: {qualified_name(around)} has multiplied its weight: unmerge_adapter() first")
         try:
             layer.merge()
         except ValueError as error:
@@ -121,7 +123,7 @@ def merge_pathways(model: nn.Module) -> nn.Module:
     for layer, names in layers.items():
         merged = layer.merge()
         for name in names:
-            put(model, name, merged)
+            model.set_submodule(name, merged)
     for module in model.modules():
         stop_watching(module)
     return model

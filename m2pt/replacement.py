@@ -5,7 +5,7 @@ from warnings import warn
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .linear import FusedCrossModalLinear
+from .linear import RELEASED, FusedCrossModalLinear
 
 BYPASSING = ("hra", "shira", "supertuning", "frod")
 """The methods of peft whose layers multiply with the weight of the layer inside and do not call it."""
@@ -34,35 +34,39 @@ def _method(wrapper: nn.Module) -> str:
     return type(wrapper).__module__.removeprefix("peft.tuners.").removesuffix(".layer")
 
 
-def put(model: nn.Module, place: str, module: nn.Module) -> None:
-    """Set a submodule, whether or not that takes a pathway away."""
-    parent, _, name = place.rpartition(".")
-    model.get_submodule(parent)._modules[name] = module
+def is_multiplied(wrapper: nn.Module) -> bool:
+    """Whether an adapter was merged into the weight of its `base_layer` that does not fit the auxiliary weight."""
+    return bool(getattr(wrapper, "merged", False)) and (_method(wrapper) in MULTIPLYING or is_dora(wrapper))
 
 
 def _keep_pathway(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    """Raise a ValueError where another module would take the place of a fused layer, and warn if of one that has any.
+    """Raise a ValueError if a fused layer is replaced by a layer without a pathway or by a wrapper that does not call
+    it, or comes out of a wrapper that has multiplied its weight; warn if a module around fused layers is replaced.
 
     torch calls it before a module is set as an attribute or added to another, of all modules.
     """
     if module is None or name not in parent._modules:
         return
     before = parent._modules[name]
-    if before is None or not has_pathway(before):
+    if before is None or before is module or module in RELEASED or not has_pathway(before):
         return
     what = f"{name} of {type(parent).__name__}: {type(module).__name__}"
     if not has_pathway(module):
         if isinstance(before, FusedCrossModalLinear):
             remedy = "leave it out of the conversion, or merge_pathways(model) or disconnect_pathways(model) first"
             raise ValueError(f"{what} would replace a FusedCrossModalLinear and lose its pathway: {remedy}")
-        warn(f"{what} replaces a {type(before).__name__} with pathways and has none", stacklevel=3)
+        warn(f"{what} replaces a module with pathways and has none", stacklevel=3)
     elif isinstance(before, FusedCrossModalLinear):
         if bypasses(module):
             raise ValueError(f"{what} would not call the FusedCrossModalLinear inside: merge_pathways(model) first")
         before.is_called = False  # by what is around it now
-    elif getattr(before, "merged", False) and (_method(before) in MULTIPLYING or is_dora(before)):
-        remedy = "unmerge_adapter(), then merge_pathways(model), and only then merge"
-        raise ValueError(f"{what} had its weight multiplied by the adapter, but not its auxiliary weight: {remedy}")
+    elif is_multiplied(before):
+        before.unmerge()
+        remedy = "merge_pathways(model) before the adapter is " + ("added" if is_dora(before) else "merged")
+        raise ValueError(
+            f"{what} had its weight multiplied by the adapter, but not its auxiliary weight, and was unmerged again:"
+            f" {remedy}"
+        )
 
 
 register_module_module_registration_hook(_keep_pathway)

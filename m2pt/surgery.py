@@ -15,7 +15,7 @@ from m2pt_kernels.divided import is_divided
 from .calls import Sample, check_calls, check_sample, is_known_to_read, stop_watching, watch_pathways
 from .checks import check_kind, check_module, check_readable, qualified_name
 from .hooks import check_no_hooks, check_no_tensor_hooks, has_forward_hooks
-from .linear import Auxiliary, FusedCrossModalLinear, is_plain_linear
+from .linear import RELEASED, Auxiliary, FusedCrossModalLinear, is_plain_linear
 from .pairing import (
     Blocks,
     Group,
@@ -27,7 +27,6 @@ from .pairing import (
     unwrapped,
 )
 from .pathway import GATHER, places, require_whole
-from .replacement import put
 
 AuxModels = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
 
@@ -382,11 +381,12 @@ def replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None
     called = {module: module.is_called for module in model.modules() if isinstance(module, FusedCrossModalLinear)}
     try:
         for place, layer in layers.items():
-            put(model, place, layer)
+            model.set_submodule(place, layer)
         yield
     except BaseException:
+        RELEASED.update(before.values())
         for place, layer in before.items():
-            put(model, place, layer)
+            model.set_submodule(place, layer)
         for layer, is_called in called.items():
             layer.is_called = is_called
         raise

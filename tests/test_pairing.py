@@ -18,7 +18,6 @@ from m2pt import (
     quantize_aux,
     remove_auxiliary,
     reparameterize_aux_into_target_model,
-    surgery,
 )
 
 DEPTH = 2
@@ -663,15 +662,15 @@ def test_a_failed_sample_leaves_what_was_called_as_it_was():
 
 def test_an_interrupted_removal_leaves_everything_as_it_was(monkeypatch):
     target = reparameterize_aux_into_target_model(vit(0), vit(1))
-    places, original = [], surgery.put
+    places, original = [], nn.Module.set_submodule
 
-    def interrupted(model, place, *arguments):
+    def interrupted(self, place, *arguments):
         places.append(place)
         if len(places) == 3:
             raise KeyboardInterrupt
-        original(model, place, *arguments)
+        original(self, place, *arguments)
 
-    monkeypatch.setattr(surgery, "put", interrupted)
+    monkeypatch.setattr(nn.Module, "set_submodule", interrupted)
     with unchanged(target), pytest.raises(KeyboardInterrupt):
         remove_auxiliary(target, "VisionTransformer")
 

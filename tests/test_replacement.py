@@ -84,7 +84,7 @@ def test_modules_that_had_no_pathway_are_replaced_as_ever():
 def test_a_module_around_pathways_is_replaced_with_a_warning():
     model = connected()
     attention = vit(3).blocks[0].attn
-    with pytest.warns(UserWarning, match="^attn of Block: Attention replaces a Attention with pathways and has none"):
+    with pytest.warns(UserWarning, match="^attn of Block: Attention replaces a module with pathways and has none"):
         model.blocks[0].attn = attention
     assert model.blocks[0].attn is attention
 
@@ -137,7 +137,23 @@ def test_nothing_is_said_of_trained_scales_and_merged_parts():
 
 
 class Foreign(torch.Tensor):
-    """A tensor class of another package, as those of quantised weights are."""
+    """A tensor class of another package with operators of its own, as those of quantised weights are."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), keywords=None):
+        return super().__torch_function__(function, types, arguments, keywords or {})
+
+
+class Own(nn.Parameter):
+    """A parameter's class without any."""
+
+
+def test_parameters_of_an_own_class_are_connected():
+    target, aux = vit(0), vit(1)
+    for model in (target, aux):
+        layer = model.get_submodule(LAYER)
+        layer.weight = Own(layer.weight.detach())
+    assert type(reparameterize_aux_into_target_model(target, aux).get_submodule(LAYER).weight) is Own
 
 
 def foreign(tensor):
