@@ -175,7 +175,7 @@ class _Watcher:
         if torch.compiler.is_compiling() or not model.training:
             return
         stop_watching(model)
-        layers = {name: layer for name, layer in model.named_modules() if _is_fused(layer)}
+        layers = {name: layer for name, layer in model.named_modules() if _is_fused(layer) and not _is_kept(name)}
         compiled = {inner for module in model.modules() if _is_compiled(module) for inner in module.modules()}
         if uncalled := [name for name, layer in layers.items() if _is_uncalled(layer) and layer not in compiled]:
             warnings.warn(_description(model, uncalled), stacklevel=2)
@@ -192,6 +192,11 @@ class _Watcher:
 
 def _is_fused(module: nn.Module) -> bool:
     return isinstance(module, FusedCrossModalLinear)
+
+
+def _is_kept(name: str) -> bool:
+    """Whether it stands aside for the copies that peft's `modules_to_save` trains."""
+    return "original_module" in name.split(".")
 
 
 def _is_without_pathway(module: nn.Module) -> bool:

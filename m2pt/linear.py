@@ -282,7 +282,7 @@ class FusedCrossModalLinear(nn.Linear):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of every module; a TypeError for a parameter of a class that the kernels cannot read."""
         if param is not None:
-            check_readable(name, param)
+            check_readable(f"{name} of a FusedCrossModalLinear", param)
         super().register_parameter(name, param)
 
     def _apply(self, fn, recurse=True):
@@ -376,4 +376,6 @@ class FusedCrossModalLinear(nn.Linear):
         weight = merged_weight(self.weight, self.aux_weight, self.cross_modal_scale, self.aux_weight_scale)
         check_no_hooks("the layer", self)
         check_no_tensor_hooks("weight", self.weight)
-        return self.plain(nn.Parameter(weight, requires_grad=self.weight.requires_grad))
+        with torch.enable_grad():  # of a weight that is computed, as by a parametrization
+            is_trained = self.weight.requires_grad
+        return self.plain(nn.Parameter(weight, is_trained))

@@ -15,7 +15,7 @@ from m2pt_kernels.divided import flattened_modules, fsdp_modules, is_divided, wh
 from .calls import is_known_to_read, stop_watching
 from .checks import check_kind, check_module, qualified_name
 from .linear import FusedCrossModalLinear, kept
-from .replacement import is_multiplied
+from .replacement import has_multiplied
 
 GATHER = (
     "gather its state dict with torch.distributed.checkpoint.state_dict.get_model_state_dict(model,"
@@ -104,18 +104,20 @@ def merge_pathways(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: `model` is no module.
         ValueError: no fused layer below `model`, one that is divided among processes, a merged weight that is not
-            finite, a layer whose weight is read beside calls, as by peft's DoRA, or hooks on a layer or its weight,
-            which would be lost (the message names the layer; the model is as it was).
+            finite, a layer whose weight is read beside calls, as by peft's DoRA, or has been multiplied by an adapter,
+            or hooks on a layer or its weight, which would be lost (the message names the layer; the model is as it
+            was).
     """
     require_whole(model, f"{GATHER}, and merge that with m2pt.checkpoints.merge_state_dict")
     layers = places(model)
     for layer, (name, *_) in layers.items():
         parent, _, own_name = name.rpartition(".")
         if is_known_to_read(around := model.get_submodule(parent), own_name):
-            reader = qualified_name(around)
-            raise ValueError(f"{name}: {reader} reads its weight: merging would change what that computes")
-        if is_multiplied(around):
-            raise ValueError(f"{name}: {qualified_name(around)} has multiplied its weight: unmerge_adapter() first")
+            change = "reads its weight: merging would change what that computes, merge before wrapping"
+            raise ValueError(f"{name}: {qualified_name(around)} {change}")
+        if has_multiplied(around):
+            change = "has multiplied its weight, but not its auxiliary weight: unmerge_adapter() first"
+            raise ValueError(f"{name}: {qualified_name(around)} {change}")
         try:
             layer.merge()
         except ValueError as error:

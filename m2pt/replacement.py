@@ -29,14 +29,14 @@ def is_dora(wrapper: nn.Module) -> bool:
     return bool(len(getattr(wrapper, "lora_magnitude_vector", ())))
 
 
+def has_multiplied(wrapper: nn.Module) -> bool:
+    """Whether its adapter is merged by multiplying the weight of the layer inside, which leaves auxiliary weights."""
+    return getattr(wrapper, "merged", False) and (_method(wrapper) in MULTIPLYING or is_dora(wrapper))
+
+
 def _method(wrapper: nn.Module) -> str:
     """The name of peft's method, if it is a layer of one."""
     return type(wrapper).__module__.removeprefix("peft.tuners.").removesuffix(".layer")
-
-
-def is_multiplied(wrapper: nn.Module) -> bool:
-    """Whether an adapter was merged into the weight of its `base_layer` that does not fit the auxiliary weight."""
-    return bool(getattr(wrapper, "merged", False)) and (_method(wrapper) in MULTIPLYING or is_dora(wrapper))
 
 
 def _keep_pathway(parent: nn.Module, name: str, module: nn.Module | None) -> None:
@@ -60,13 +60,11 @@ def _keep_pathway(parent: nn.Module, name: str, module: nn.Module | None) -> Non
         if bypasses(module):
             raise ValueError(f"{what} would not call the FusedCrossModalLinear inside: merge_pathways(model) first")
         before.is_called = False  # by what is around it now
-    elif is_multiplied(before):
+    elif has_multiplied(before):
         before.unmerge()
-        remedy = "merge_pathways(model) before the adapter is " + ("added" if is_dora(before) else "merged")
-        raise ValueError(
-            f"{what} had its weight multiplied by the adapter, but not its auxiliary weight, and was unmerged again:"
-            f" {remedy}"
-        )
+        remedy = "keep the adapter" if is_dora(before) else "merge_pathways(model) first"
+        had = "had its weight multiplied by the adapter, but not its auxiliary weight, and was unmerged again"
+        raise ValueError(f"{what} {had}: {remedy}")
 
 
 register_module_module_registration_hook(_keep_pathway)

@@ -30,10 +30,15 @@ def unfreeze_one_by_one(model):
         parameter.requires_grad = True
 
 
+def lightning_callbacks():
+    return pytest.importorskip("lightning.pytorch.callbacks")
+
+
 ASKED = {
     "requires_grad_": lambda model: model.requires_grad_(True),
     "one by one": unfreeze_one_by_one,
     "timm": timm.utils.unfreeze,
+    "lightning": lambda model: lightning_callbacks().BaseFinetuning.make_trainable(model),
     "after a probe": lambda model: freeze_for_linear_probe(model).requires_grad_(True),
     "in a copy": lambda model: copy.deepcopy(model).requires_grad_(True),
     "in a pickled copy": lambda model: pickle.loads(pickle.dumps(model)).requires_grad_(True),

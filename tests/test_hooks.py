@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from m2pt import (
     FusedCrossModalLinear,
+    disconnect_pathways,
     merge_pathways,
+    remove_auxiliary,
     reparameterize_aux_into_target_model,
     step_in_backward,
 )
@@ -81,6 +83,27 @@ def test_merging_refuses_a_layer_or_a_weight_with_hooks(kind):
     assert list(fused_layers(model)) == PLACES
     handle.remove()
     assert fused_layers(merge_pathways(model)) == {}
+
+
+REPLACING = {
+    "merge": merge_pathways,
+    "disconnect": disconnect_pathways,
+    "remove": lambda model: remove_auxiliary(model, "VisionTransformer"),
+    "connect": lambda model: reparameterize_aux_into_target_model(model, vit(2)),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACING.values(), ids=REPLACING)
+def test_a_forward_of_a_fused_layers_own_is_not_dropped(replace):
+    model = connected()
+    layer = model.get_submodule(LAST)
+    layer.forward = lambda input: 2 * type(layer).forward(layer, input)
+    message = rf"{LAST}:?( the layer)? has a forward of its own, which would be lost: remove them first$"
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        replace(model)
+    del layer.forward
+    replace(model)
+    assert model.get_submodule(LAST) is not layer
 
 
 def test_all_kinds_of_hooks_are_named_at_once():

@@ -106,6 +106,26 @@ def first_training_pass(model):
     return every[0]
 
 
+class Reader(nn.Module):
+    """As an adapter that computes with the weight of the layer inside."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, input):
+        return nn.functional.linear(input, 2 * self.base_layer.weight, self.base_layer.bias)
+
+
+@pytest.mark.parametrize("wrapper,is_named", [(Reader, True), (nn.Sequential, False)])
+def test_a_wrapper_has_to_call_the_layer_that_was_called_before_it_came(wrapper, is_named):
+    model = connected()
+    model.eval()(images())
+    model.blocks[0].attn.qkv = wrapper(model.blocks[0].attn.qkv)
+    message = f"{LAYER}.base_layer: not called by Reader, which reads the weight itself or leaves the layer out: "
+    assert first_training_pass(model) == [f"{message}the auxiliary weight has no effect"] * is_named
+
+
 def test_layers_replaced_behind_the_back_of_torch_are_named_in_the_first_training_pass():
     model = connected().eval()
     for name, layer in list(model.blocks[1].attn.named_children()):
@@ -174,7 +194,9 @@ def test_weights_of_another_packages_class_are_refused_by_name(side):
 def test_a_fused_layer_takes_no_tensor_of_another_packages_class(name):
     layer = connected().get_submodule(LAYER)
     before = getattr(layer, name)
-    with pytest.raises(TypeError, match=rf"^{name}: expected a plain tensor, got a {__name__}.Foreign"):
+    with pytest.raises(
+        TypeError, match=rf"^{name} of a FusedCrossModalLinear: expected a plain tensor, got a {__name__}.Foreign"
+    ):
         setattr(layer, name, foreign(before))
     assert getattr(layer, name) is before
 
@@ -182,7 +204,6 @@ def test_a_fused_layer_takes_no_tensor_of_another_packages_class(name):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("is_dynamo", [True, False])
 def test_onnx_is_told_to_merge_first(tmp_path, is_dynamo):
-    pytest.importorskip("onnxscript")
     model = connected(depth=1).eval()
     line = "ONNX knows no FusedCrossModalLinear: merge_pathways(model) first"
     with pytest.raises(Exception) as caught:
