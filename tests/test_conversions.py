@@ -484,3 +484,10 @@ def test_surgery_refuses_weights_that_are_computed(side, change, message):
     change(models[side].get_submodule(LAYER))
     with unchanged(*models.values()), pytest.raises(ValueError, match=f"^{side}: {LAYER} {message}"):
         reparameterize_aux_into_target_model(**models)
+
+
+def test_surgery_looks_around_an_adapter_for_what_reads_the_weight():
+    target, aux = wrapped(vit(0, depth=1), STACKED["LoRA"]), vit(1, depth=1)
+    target.base_model.model.blocks[0].attn.q_bias = nn.Parameter(torch.zeros(48))  # as timm's BEiT, which reads qkv
+    with unchanged(target, aux), pytest.raises(ValueError, match=f"^target_model: {READ}"):
+        reparameterize_aux_into_target_model(target.base_model.model, aux)
