@@ -56,6 +56,11 @@ m2pt.merge_pathways(m2pt.reparameterize_aux_into_target_model(model, aux))
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
+def test_an_integration_names_its_extra():
+    finished = run(("transformers",), "import m2pt.integrations, m2pt.integrations.transformers")
+    assert finished.stderr.splitlines()[-1].endswith("pip install 'm2pt-triton[integrations]'")
+
+
 @pytest.mark.parametrize(
     "module, command",
     [

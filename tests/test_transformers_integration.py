@@ -169,8 +169,10 @@ class TestSaving:
             model.save_pretrained(tmp_path)
         assert not [*tmp_path.iterdir()]
 
-    def test_other_processes_write_nothing(self, tmp_path):
-        connected().save_pretrained(tmp_path, is_main_process=False)
+    def test_other_processes_write_nothing(self, tmp_path, monkeypatch):
+        model = connected()
+        monkeypatch.setattr(type(model), "push_to_hub", None)
+        model.save_pretrained(tmp_path, is_main_process=False, push_to_hub=True)
         assert not [*tmp_path.iterdir()]
         (tmp_path / PATHWAY).touch()
         merge_pathways(connected()).save_pretrained(tmp_path, is_main_process=False)
@@ -426,7 +428,20 @@ class TestPeft:
         with pytest.raises(ValueError, match=r"^model: it has no vit.layers.0.attention.k_proj.cross_modal_scale, .*"):
             other.load_adapter(tmp_path, "default")
 
+    def test_an_adapter_without_pathway_or_for_a_merged_model_is_loaded(self, tmp_path):
+        self.wrapped(build()).save_pretrained(tmp_path)
+        model = scaled(connect(self.wrapped(build()), auxiliary()))
+        scales = cross_modal_scales(model)
+        model.load_adapter(tmp_path, "default")
+        assert cross_modal_scales(model) == scales
+        model.save_pretrained(tmp_path)
+        expected = logits(merge_pathways(model))
+        model.load_adapter(tmp_path, "default")
+        assert torch.equal(logits(model), expected)
+
     def test_it_is_not_merged_away_from_its_adapter(self, tmp_path):
         model = self.wrapped(connected())
         with pytest.raises(ValueError, match=r"^merge: expected False: of a PeftModel the adapter is saved alone"):
             trainer(tmp_path, model, PathwayCallback())
+        with pytest.raises(ValueError, match=r"^model: there is no FusedCrossModalLinear inside this PeftModel"):
+            trainer(tmp_path, self.wrapped(build()), PathwayCallback(merge=False))
