@@ -17,7 +17,7 @@ from torch import nn
 from ..checkpoints import read_safetensors
 from ..checks import check_kind, require
 from ..pathway import cross_modal_scales, fused_layers, merge_pathways
-from ..pathway_files import OWN, load_pathway, save_pathway
+from ..pathway_files import OWN, frozen_entries, load_pathway, save_pathway
 from ..replacement import has_pathway
 from ..surgery import AuxModels, reparameterize_aux_into_target_model
 
@@ -156,14 +156,7 @@ def _saved_with_pathway(model: nn.Module) -> nn.Module:
 
 def _ignore_frozen(model: nn.Module) -> None:
     """Leave frozen auxiliary weights out of files of the model; the Trainer does not miss them there either."""
-    frozen = {
-        f"{name}.{entry}"
-        for name, layer in fused_layers(model)
-        if not layer.is_aux_trainable
-        for entry in layer.state_dict()
-        if entry.startswith("aux_weight")
-    }
-    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *frozen}
+    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *frozen_entries(model)}
 
 
 def _save_pretrained(model: nn.Module, save_directory: str | os.PathLike, *args: Any, **options: Any) -> None:
