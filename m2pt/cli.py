@@ -213,7 +213,10 @@ def _merge(arguments: argparse.Namespace) -> None:
     try:
         merged = merge_state_dict(state_dict)
     except ValueError as error:
-        raise ValueError(f"{arguments.checkpoint}: {str(error).removeprefix('state_dict: ')}{said}") from None
+        reason = str(error).removeprefix("state_dict: ")
+        if reason.endswith(".aux_weight is missing"):
+            reason += ", as with auxiliary.in_checkpoints=false: merged.safetensors of the run has it merged"
+        raise ValueError(f"{arguments.checkpoint}: {reason}{said}") from None
     save_state_dict(without_wrapping(merged), target)
     layers = sum(name.endswith("cross_modal_scale") for name in state_dict)
     print(f"{layers} layers folded, written to {target}{said}")

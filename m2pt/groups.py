@@ -3,8 +3,9 @@
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .checks import check_module, check_not_negative
+from .checks import check_kind, check_module, check_not_negative
 from .linear import FusedCrossModalLinear
 
 
@@ -17,7 +18,7 @@ def parameter_groups(
     `no_weight_decay()` names, as timm's models do.
 
     Args:
-        model: with a pathway or without.
+        model: with a pathway or without. Its own methods are asked, so give a part of a larger module by itself.
         lr: the learning rate.
         weight_decay: of matrices and what has more dimensions.
         scale_lr: the learning rate of the cross-modal scales; None for `lr`.
@@ -27,17 +28,25 @@ def parameter_groups(
         A group for each learning rate and weight decay. Frozen parameters are in none.
 
     Raises:
-        TypeError: `model` is no module.
-        ValueError: a rate below zero, or not finite; `layer_decay` not in (0, 1].
+        TypeError: `model` is no module, or a rate no number.
+        ValueError: a rate below zero, or not finite; `layer_decay` not in (0, 1], or below 1 for a model that does not
+            tell its layers.
     """
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay  # takes longer than all of m2pt
 
     check_module("model", model)
+    model = _inner(model)
     scale_lr = lr if scale_lr is None else scale_lr
+    check_kind((int, float), "a number", lr=lr, weight_decay=weight_decay, scale_lr=scale_lr, layer_decay=layer_decay)
     check_not_negative(lr=lr, weight_decay=weight_decay, scale_lr=scale_lr)
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay: expected a number in (0, 1], got {layer_decay!r}")
-    decay: dict[str, Any] = {"weight_decay": weight_decay, "no_weight_decay_list": _without_decay(model)}
+    if layer_decay < 1 and not hasattr(type(model), "group_matcher"):
+        kind = type(model).__name__
+        raise ValueError(f"layer_decay: expected 1, as {kind} has no group_matcher() like timm's models")
+    decay: dict[str, Any] = {"weight_decay": weight_decay}
+    if hasattr(type(model), "no_weight_decay"):
+        decay["no_weight_decay_list"] = model.no_weight_decay()
     if layer_decay == 1:
         blocks = param_groups_weight_decay(model, **decay)
     else:
@@ -54,9 +63,9 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def _without_decay(model: nn.Module, prefix: str = "") -> set[str]:
-    """The names of parameters that the model itself excludes from weight decay, or the models inside it."""
-    if callable(own := getattr(model, "no_weight_decay", None)):
-        return {f"{prefix}{name}" for name in own()}
-    inner = (_without_decay(child, f"{prefix}{name}.") for name, child in model.named_children())
-    return set().union(*inner)
+def _inner(model: nn.Module) -> nn.Module:
+    """The model inside what torch wraps around it, whose names its own methods know."""
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        return _inner(model.module)
+    compiled = model._modules.get("_orig_mod")
+    return model if compiled is None else _inner(compiled)

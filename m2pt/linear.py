@@ -252,6 +252,11 @@ class FusedCrossModalLinear(nn.Linear):
         """
         self._store(*self.quantized_aux(dtype))
 
+    def require_stored(self, name: str) -> None:
+        """Raise a ValueError if `aux_weight` is computed, as by pruning or a parametrization."""
+        if "aux_weight" not in self._parameters | self._buffers:
+            raise ValueError(f"{name}: it is computed from other tensors, as by pruning: make it permanent first")
+
     def _store(self, data: Tensor, aux_weight_scale: Tensor | None, is_trained: bool = False) -> None:
         if aux_weight_scale is None:
             self.aux_weight = nn.Parameter(data, requires_grad=is_trained)
@@ -264,8 +269,7 @@ class FusedCrossModalLinear(nn.Linear):
     def quantized_aux(self, dtype: str) -> tuple[Tensor, Tensor | None]:
         """What `quantize_aux(dtype)` would store: `aux_weight` and `aux_weight_scale`; errors as there."""
         check_whole("aux_weight", self.aux_weight)
-        if "aux_weight" not in self._parameters | self._buffers:
-            raise ValueError("aux_weight: it is computed from other tensors, as by pruning: make it permanent first")
+        self.require_stored("aux_weight")
         if self.is_aux_trained:
             raise ValueError("aux_weight: expected a frozen one to quantise, this one is trainable")
         if self.aux_weight_scale is not None:

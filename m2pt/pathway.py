@@ -170,7 +170,7 @@ def require_whole(model: nn.Module, remedy: str) -> None:
             raise ValueError(f"{name}: divided among processes: {remedy}")
 
 
-def require_data(layer: FusedCrossModalLinear) -> None:
+def require_data(layer: nn.Linear) -> None:
     if layer.weight.is_meta:
         raise ValueError("model: expected one with data, this one is on the meta device")
 

@@ -15,8 +15,8 @@ from m2pt_kernels.checks import GEMM_DTYPES
 from m2pt_kernels.quantization import DTYPES
 
 from .calls import watch_pathways
-from .checkpoints import TORCH_WRAPPING, checked_target, read_safetensors, save_state_dict
-from .checks import check_module, checked_path
+from .checkpoints import checked_target, read_safetensors, save_state_dict
+from .checks import check_kind, check_module, checked_path
 from .linear import Auxiliary, FusedCrossModalLinear
 from .pathway import places, require_data, require_whole
 from .surgery import AuxModels, replaced, require_used_once, target_layer, weight_at
@@ -50,41 +50,52 @@ def save_pathway(model: nn.Module, path: str | os.PathLike, include_base: bool =
     """
     path = checked_target(path)
     require_whole(model, "gather it first")
-    layers = {names[0]: layer for layer, names in places(model).items()}
-    for layer in layers.values():
+    layers = {_layer_name(names[0]): layer for layer, names in places(model).items()}
+    tensors = _base(model) if include_base else {}
+    for name, layer in layers.items():
         require_data(layer)
-    wrapping = re.findall(TORCH_WRAPPING, next(iter(layers)))[0]
-    inside = {re.sub(r"(\.base_layer)+$", "", name.removeprefix(wrapping)): layer for name, layer in layers.items()}
-    tensors = {name.removeprefix(wrapping): tensor for name, tensor in _base(model).items()} if include_base else {}
-    for name, layer in inside.items():
+        layer.require_stored(f"{name}{AUX_WEIGHT}")
         tensors[f"{name}{SCALE}"] = layer.cross_modal_scale
         if layer.is_aux_trainable:
+            if layer.aux_weight_scale is not None:
+                raise ValueError(f"{name}: aux_weight was trained and then quantised: save the whole state dict")
             tensors[f"{name}{AUX_WEIGHT}"] = layer.aux_weight
         elif not all(auxiliary.layers for auxiliary in layer.auxiliaries):
             raise ValueError(f"{name}: it is not known what its auxiliary weight was read from: connect by surgery")
     described = {
         name: {"storage": layer.storage, "auxiliaries": [list(auxiliary) for auxiliary in layer.auxiliaries]}
-        for name, layer in inside.items()
+        for name, layer in layers.items()
     }
-    content = {"version": VERSION, "layers": described, "sha256": digests(inside.values())}
+    content = {"version": VERSION, "layers": described, "sha256": digests(layers.values())}
     save_state_dict(tensors, path, {ENTRY: json.dumps(content)})
+
+
+def _bare(name: str) -> str:
+    """A name without what torch and peft put around the model and around modules in it."""
+    name = re.sub(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+", "", name)
+    return re.sub(r"\._orig_mod(?=\.)|\._checkpoint_wrapped_module(?=\.)", "", name)
+
+
+def _layer_name(name: str) -> str:
+    return re.sub(r"(?:\.base_layer)+$", "", _bare(name))
 
 
 def _base(model: nn.Module) -> dict[str, Tensor]:
     """The entries of the model's state dict but those of its pathways."""
-    own = {f"{name}{kind}" for names in places(model).values() for name in names for kind in OWN}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+    own = {id(getattr(layer, kind.removeprefix("."))) for layer in _fused(model) for kind in OWN}
+    entries = model.state_dict(keep_vars=True)
+    return {_bare(name): tensor for name, tensor in entries.items() if id(tensor) not in own}
+
+
+def _fused(model: nn.Module) -> list[FusedCrossModalLinear]:
+    return [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]
 
 
 def frozen_entries(model: nn.Module) -> set[str]:
     """The names in the model's state dict of auxiliary weights that are not trained; none without a pathway."""
-    return {
-        f"{name}.{entry}"
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, FusedCrossModalLinear) and not layer.is_aux_trainable
-        for entry in ("aux_weight", "aux_weight_scale")
-        if getattr(layer, entry) is not None
-    }
+    layers = [layer for layer in _fused(model) if not layer.is_aux_trainable]
+    frozen = {id(tensor) for layer in layers for tensor in (layer.aux_weight, layer.aux_weight_scale)}
+    return {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in frozen}
 
 
 def digests(layers: Iterable[FusedCrossModalLinear]) -> dict[str, str]:
@@ -122,11 +133,13 @@ def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.P
     path = checked_path("path", path)
     tensors, content = _read(path)
     aux_models = _named(aux_model, [*content["sha256"]])
+    names = {_layer_name(name): name for name, _ in model.named_modules()}
     layers: dict[str, FusedCrossModalLinear] = {}
     for name, described in content["layers"].items():
-        place, layer = target_layer(model, name)
+        place, layer = target_layer(model, names.get(name, name), "model")
         if isinstance(layer, FusedCrossModalLinear):
             raise ValueError(f"model: {name} is connected already: disconnect_pathways first")
+        require_data(layer)
         try:
             layers[place] = _layer(layer, name, described, tensors, aux_models)
         except (TypeError, ValueError) as error:
@@ -135,13 +148,13 @@ def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.P
     for aux_name, digest in digests(layers.values()).items():
         if digest != (expected := content["sha256"][aux_name]):
             raise ValueError(
-                f"aux_model: the weights of {aux_name!r} are others than those in {path}: their SHA-256 is"
-                f" {digest}, expected {expected}"
+                f"aux_model: the weights of {aux_name!r} are others than those in {path}, or were not cast as those"
+                f" were before they were quantised: their SHA-256 is {digest}, expected {expected}"
             )
     own = {f"{name}{kind}" for name in content["layers"] for kind in OWN}
     base = {name: tensor for name, tensor in tensors.items() if name not in own}
     if base:
-        _check_base(model, base, path)
+        base = _named_as_in(model, base, path)
     with replaced(model, layers):
         model.load_state_dict(base, strict=False)
     watch_pathways(model)
@@ -153,22 +166,32 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = read_safetensors(path)
     try:
         content = json.loads(metadata[ENTRY])
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}")
-        digests, layers = dict(content["sha256"]), dict(content["layers"])
-        if not layers:
-            raise ValueError("no layers")
-        for name, described in layers.items():
-            described["auxiliaries"] = [Auxiliary(*map(str, auxiliary)) for auxiliary in described["auxiliaries"]]
-            if tensors[f"{name}{SCALE}"].shape != (len(described["auxiliaries"]),):
-                raise ValueError(f"the shape of {name}{SCALE}")
-            if not (f"{name}{AUX_WEIGHT}" in tensors or all(a.model in digests for a in described["auxiliaries"])):
-                raise ValueError(f"the weights of {name}")
-            if described["storage"] not in STORAGES:
-                raise ValueError(f"storage {described['storage']!r}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        _check(content, tensors)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a file of save_pathway, version {VERSION} ({error!r})") from None
     return tensors, content
+
+
+def _check(content: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Raise an error of some kind for contents that `save_pathway` does not write."""
+    digests, layers = content["sha256"], content["layers"]
+    if content["version"] is True or content["version"] != VERSION:
+        raise ValueError(f"version {content['version']}")
+    if not layers.keys() or "" in layers or not all(isinstance(digest, str) for digest in digests.values()):
+        raise ValueError("layers and digests")
+    for name, described in layers.items():
+        described["auxiliaries"] = auxiliaries = [Auxiliary(*entry) for entry in described["auxiliaries"]]
+        if not auxiliaries or not all(isinstance(part, str) for auxiliary in auxiliaries for part in auxiliary):
+            raise ValueError(f"the auxiliaries of {name}")
+        scale, trained = tensors[f"{name}{SCALE}"], tensors.get(f"{name}{AUX_WEIGHT}")
+        if scale.shape != (len(auxiliaries),) or not scale.is_floating_point() or not scale.isfinite().all():
+            raise ValueError(f"{name}{SCALE}")
+        if trained is None and not all(auxiliary.model in digests for auxiliary in auxiliaries):
+            raise ValueError(f"no digest of what {name} was read from")
+        if trained is not None and len(auxiliaries) != (1 if trained.dim() == 2 else len(trained)):
+            raise ValueError(f"{name}{AUX_WEIGHT}")
+        if described["storage"] not in STORAGES:
+            raise ValueError(f"storage {described['storage']!r}")
 
 
 def _named(aux_model: AuxModels | None, names: Sequence[str]) -> Mapping[str, nn.Module]:
@@ -179,6 +202,7 @@ def _named(aux_model: AuxModels | None, names: Sequence[str]) -> Mapping[str, nn
             raise ValueError(f"aux_model: {expected}, got {', '.join(map(str, aux_model))}")
         models = dict(aux_model)
     else:
+        check_kind((nn.Module, Sequence, type(None)), "a module, a sequence or a mapping of them", aux_model=aux_model)
         several = [] if aux_model is None else [aux_model] if isinstance(aux_model, nn.Module) else [*aux_model]
         if len(several) != len(names):
             raise ValueError(f"aux_model: {expected}, got {len(several)} models")
@@ -218,13 +242,13 @@ def _layer(
     return fused
 
 
-def _check_base(model: nn.Module, base: Mapping[str, Tensor], path: Path) -> None:
-    """That the model has the entries of the file, of the same shapes, and no others."""
-    own = model.state_dict()
+def _named_as_in(model: nn.Module, base: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The entries of a file under the names that the model has for them, once they are known to fit."""
+    own = {_bare(name): (name, tensor) for name, tensor in model.state_dict().items()}
     if differing := sorted(own.keys() ^ base.keys()):
         raise ValueError(f"model: {', '.join(differing[:5])}: only the model has it, or only {path}")
     for name, tensor in base.items():
-        if own[name].shape != tensor.shape:
-            raise ValueError(
-                f"model: {name}: expected shape {tuple(tensor.shape)} as in {path}, got {tuple(own[name].shape)}"
-            )
+        expected, got = tuple(tensor.shape), tuple(own[name][1].shape)
+        if got != expected:
+            raise ValueError(f"model: {name}: expected shape {expected} as in {path}, got {got}")
+    return {own[name][0]: tensor for name, tensor in base.items()}

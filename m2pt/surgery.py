@@ -278,26 +278,26 @@ def weight_at(model: nn.Module, argument: str, layers: str) -> Tensor:
     """
     parts = []
     for each in layers.split(" + "):
-        place, start, stop = re.fullmatch(r"(.*?)(?:\[(\d+):(\d+)\])?", each).groups()
+        place, start, stop = re.fullmatch(r"(.*?)(?:\[(\d+):(\d+)\])?", each, re.DOTALL).groups()
         weight = _aux_weight(model, argument, place)
         parts.append(weight if start is None else weight[int(start) : int(stop)])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def target_layer(model: nn.Module, place: str) -> tuple[str, nn.Linear]:
-    """A layer of the target that may be connected, and its place inside a wrapper; or a ValueError."""
-    layer, place = _layer(model, "target_model", place)
+def target_layer(model: nn.Module, place: str, argument: str = "target_model") -> tuple[str, nn.Linear]:
+    """A layer that may be connected, and its place inside a wrapper; or an error about the argument."""
+    layer, place = _layer(model, argument, place)
     if type(layer) is not FusedCrossModalLinear and not is_plain_linear(layer):
-        raise ValueError(_unfit("target_model", place, layer))
-    check_readable(f"target_model: {place}.weight", layer.weight)
-    _check_replaceable(model, place, f"target_model: {place}")
+        raise ValueError(_unfit(argument, place, layer))
+    check_readable(f"{argument}: {place}.weight", layer.weight)
+    _check_replaceable(model, place, f"{argument}: {place}")
     called = place
     while called:
         parent_name, _, layer_name = called.rpartition(".")
         parent = model.get_submodule(parent_name)
         if is_known_to_read(parent, layer_name):
             reader = f"{type(parent).__name__}, which reads its weight"
-            raise ValueError(f"target_model: {place} is not called by its {reader}: leave it out with layer_names")
+            raise ValueError(f"{argument}: {place} is not called by its {reader}: leave it out with layer_names")
         called = parent_name if layer_name == "base_layer" else ""
     return place, layer
 

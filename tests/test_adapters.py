@@ -87,8 +87,19 @@ def test_what_surgery_makes_anew_is_trained_as_before():
     freeze_for_linear_probe(model)
     remove_auxiliary(model, "two")
     assert not any(layer.is_aux_trained for layer in fused_layers(model).values())
+    message = "is_aux_trainable: expected True, as of the auxiliary weights that are there"
+    with pytest.raises(ValueError, match=message):
+        reparameterize_aux_into_target_model(model, {"three": vit(3, depth=1)})
     model.requires_grad_(True)
     assert all(layer.is_aux_trained for layer in fused_layers(model).values())
+
+
+def test_a_sample_is_no_reason_to_say_that_a_layer_reads_its_own_weight():
+    model = reparameterize_aux_into_target_model(vit(0, depth=1), vit(1, depth=1), layer_names=("attn.qkv",))
+    with disabled_pathways(model.requires_grad_(True)):
+        reparameterize_aux_into_target_model(model, vit(2, depth=1), layer_names=("mlp.fc1",), sample=images())
+    with pytest.warns(UserWarning, match="aux_weight: something has set"):
+        reparameterize_aux_into_target_model(model, vit(3, depth=1), layer_names=("mlp.fc2",), sample=images())
 
 
 def test_what_asks_for_a_gradient_in_vain_changes_nothing_else():
@@ -175,17 +186,21 @@ def test_scales_and_vectors_have_no_weight_decay(scale_lr):
 EMBEDDINGS = ("pos_embed", "cls_token")
 
 
-def test_a_model_inside_another_says_what_has_no_weight_decay():
-    model = nn.ModuleDict({"backbone": nn.Sequential(connected()), "neck": nn.Linear(5, 5)})
-    found = rates(model, 0.1, 0.05)
-    assert [name for name, rate in found.items() if "embed" in name or "token" in name if rate != (0.1, 0.0)] == [
-        "backbone.0.patch_embed.proj.weight"
-    ]
-    assert found["neck.weight"] == (0.1, 0.05) and found["neck.bias"] == (0.1, 0.0)
+WRAPPERS = {
+    "none": lambda model: model,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "parallel": nn.DataParallel,
+    "both": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+}
 
 
-def test_layer_decay_holds_for_scales_too():
-    found = rates(connected(), 0.8, 0.05, scale_lr=8.0, layer_decay=0.5)
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_layer_decay_holds_for_scales_too(wrap):
+    model = connected()
+    groups = parameter_groups(wrap(model), 0.8, 0.05, scale_lr=8.0, layer_decay=0.5)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found["pos_embed"] == (0.1, 0.0)
     assert found["head.weight"] == (0.8, 0.05) and found["blocks.0.attn.qkv.weight"] == (0.2, 0.05)
     assert found["blocks.0.attn.qkv.cross_modal_scale"] == (2.0, 0.0)
 
@@ -197,13 +212,16 @@ def test_layer_decay_holds_for_scales_too():
         ({"lr": math.inf}, "^lr: expected 0 or more, got inf"),
         ({"weight_decay": math.nan}, "^weight_decay: expected 0 or more, got nan"),
         ({"scale_lr": -0.1}, "^scale_lr: expected 0 or more, got -0.1"),
+        ({"model": nn.Linear(3, 3), "layer_decay": 0.5}, r"^layer_decay: expected 1, as Linear has no group_matcher"),
         ({"layer_decay": 0.0}, r"^layer_decay: expected a number in \(0, 1\], got 0.0"),
     ],
     ids=str,
 )
 def test_rates_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        parameter_groups(connected(depth=1), **{"lr": 0.1, "weight_decay": 0.05} | arguments)
+        parameter_groups(**{"model": connected(depth=1), "lr": 0.1, "weight_decay": 0.05} | arguments)
+    with pytest.raises(TypeError, match=r"^scale_lr: expected a number, got '0.1'"):
+        parameter_groups(connected(depth=1), 0.1, 0.05, scale_lr="0.1")
     with pytest.raises(TypeError, match=r"^model: expected a torch.nn.Module, got dict"):
         parameter_groups({}, 0.1, 0.05)
 

@@ -27,7 +27,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 
 from m2pt.integrations.lightning import PathwayCallback  # noqa: E402
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "lightning_module.py"
 PROGRAM = "import sys; from test_lightning_integration import two_processes; two_processes(sys.argv[1])"
 
 
@@ -363,11 +362,3 @@ def test_two_processes_train_what_one_trains(tmp_path):
     merged = merge_pathways(module.model).state_dict()
     torch.testing.assert_close(load_state_dict(tmp_path / "merged.safetensors"), merged, rtol=1e-4, atol=1e-6)
     assert sorted(writes) == [0, 1]
-
-
-def test_the_example_runs(tmp_path):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, EXAMPLE, tmp_path], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"pathway.ckpt", "merged.safetensors"}
-    assert not [name for name in load_state_dict(tmp_path / "merged.safetensors") if "cross_modal" in name]

@@ -9,6 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_pathway import PLACES, connected, fused_layers, images, unchanged, vit
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import prune
 
 from m2pt import (
     describe_pathways,
@@ -132,11 +134,41 @@ def test_the_file_is_small_and_readable_by_others(tmp_path):
     assert len(content["sha256"]["VisionTransformer"]) == 64 and path.stat().st_size < 2500
 
 
-def test_wrappers_are_left_out_of_the_names(tmp_path):
-    path, wrapped_path = tmp_path / "pathway.safetensors", tmp_path / "wrapped.safetensors"
-    save_pathway(connected(), path, include_base=True)
-    save_pathway(torch.compile(connected(), backend="eager"), wrapped_path, include_base=True)
-    assert wrapped_path.read_bytes() == path.read_bytes()
+def with_wrapped_blocks(model):
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = checkpoint_wrapper(torch.compile(block, backend="eager") if i else block)
+    return model
+
+
+class Holder(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, input):
+        return self.module(input)
+
+
+AROUND = {
+    "nothing": lambda model: model,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "parallel": nn.DataParallel,
+    "both": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    "an attribute of that name": Holder,
+    "blocks": with_wrapped_blocks,
+}
+
+
+@pytest.mark.parametrize("target", AROUND.values(), ids=[f"into {name}" for name in AROUND])
+@pytest.mark.parametrize("saved", AROUND.values(), ids=AROUND)
+def test_wrappers_are_left_out_of_the_names(tmp_path, saved, target):
+    path, expected = tmp_path / "pathway.safetensors", tmp_path / "expected.safetensors"
+    save_pathway(connected(), expected, include_base=True)
+    save_pathway(saved(connected()), path, include_base=True)
+    assert path.read_bytes() == expected.read_bytes()
+    loaded = load_pathway(target(vit(7)), vit(1), path)
+    assert len(fused_layers(loaded)) == len(PLACES)
+    assert torch.equal(logits(loaded), logits(connected()))
 
 
 def test_the_target_may_be_inside_a_larger_model(tmp_path):
@@ -165,12 +197,13 @@ REFUSED = {
     "another model": (vit(0), vit(2), r"^aux_model: the weights of 'VisionTransformer' are others than those in "),
     "one weight": (vit(0), changed_weight(vit(1)), r"^aux_model: the weights of 'VisionTransformer' are others"),
     "a shallow one": (vit(0), vit(1, depth=1), r"^model: blocks.1.attn.qkv: aux_model .*: there is no layer blocks.1"),
-    "a shallow target": (vit(0, depth=1), vit(1), r"^target_model: there is no layer blocks.1.attn.qkv$"),
+    "a shallow target": (vit(0, depth=1), vit(1), r"^model: there is no layer blocks.1.attn.qkv$"),
     "another shape": (smaller(vit(0)), vit(1), r"^model: blocks.1.mlp.fc1: aux_weight: expected shape \(100, 48\)"),
     "none": (vit(0), None, "^aux_model: expected VisionTransformer, got 0 models$"),
     "two": (vit(0), [vit(1), vit(2)], "^aux_model: expected VisionTransformer, got 2 models$"),
     "another name": (vit(0), {"audio": vit(1)}, "^aux_model: expected VisionTransformer, got audio$"),
     "connected already": (connected_already(vit(0)), vit(1), r"^model: blocks.0.attn.qkv is connected already: disc"),
+    "a path": (vit(0), 3, "^aux_model: expected a module, a sequence or a mapping of them, got 3$"),
     "no module": (vit(0), ["audio.pth"], "^aux_model 'VisionTransformer': expected a torch.nn.Module, got str$"),
 }  # fmt: skip
 
@@ -180,6 +213,12 @@ def test_what_does_not_fit_is_refused_and_the_model_is_as_it_was(tmp_path, targe
     save_pathway(connected(), tmp_path / "pathway.safetensors")
     with unchanged(target), pytest.raises((TypeError, ValueError), match=message):
         load_pathway(target, aux, tmp_path / "pathway.safetensors")
+
+
+def test_a_target_without_data_is_refused(tmp_path):
+    save_pathway(connected(), tmp_path / "pathway.safetensors")
+    with pytest.raises(ValueError, match=r"^model: expected one with data"):
+        load_pathway(vit(0).to("meta"), vit(1), tmp_path / "pathway.safetensors")
 
 
 def test_another_target_than_the_one_in_the_file_is_refused(tmp_path):
@@ -216,6 +255,18 @@ DAMAGED = {
     "a scale is missing": damaged(lambda tensors, content: tensors.pop("blocks.1.mlp.fc1.cross_modal_scale") and None),
     "two scales": damaged(
         lambda tensors, content: tensors.update({"blocks.1.mlp.fc1.cross_modal_scale": torch.ones(2)})),
+    "no finite scale": damaged(
+        lambda tensors, content: tensors.update({"blocks.1.mlp.fc1.cross_modal_scale": torch.tensor([torch.nan])})),
+    "a complex scale": damaged(
+        lambda tensors, content: tensors.update({"blocks.1.mlp.fc1.cross_modal_scale": torch.ones(1) * 1j})),
+    "weights of two": damaged(
+        lambda tensors, content: tensors.update({"blocks.1.mlp.fc1.aux_weight": torch.ones(2, 192, 48)})),
+    "brackets without end": damaged(lambda tensors, content: "[" * 10**5),
+    "pairs of layers": damaged(lambda tensors, content: content | {"layers": [*content["layers"].items()]}),
+    "pairs of digests": damaged(lambda tensors, content: content | {"sha256": [*content["sha256"].items()]}),
+    "a number as digest": damaged(lambda tensors, content: content | {"sha256": {"VisionTransformer": 3}}),
+    "true as version": damaged(lambda tensors, content: content | {"version": True}),
+    "a layer without a name": damaged(lambda tensors, content: content["layers"].update({"": {}})),
     "another storage": damaged(
         lambda tensors, content: content["layers"]["blocks.1.mlp.fc1"].update({"storage": "qint8"})),
     "no digest": damaged(lambda tensors, content: content | {"sha256": {}}),
@@ -249,10 +300,22 @@ def own_layer():
     return model
 
 
+def trained_and_quantised():
+    return quantize_aux(freeze_for_linear_probe(connected(is_aux_trainable=True)), "int8")
+
+
+def pruned():
+    model = connected()
+    prune.l1_unstructured(model.blocks[0].mlp.fc1, "aux_weight", 0.5)
+    return model
+
+
 UNSAVED = {
+    "pruned": (pruned, r"^blocks.0.mlp.fc1.aux_weight: it is computed from other tensors"),
+    "trained and quantised": (trained_and_quantised, "aux_weight was trained and then quantised: save the whole state"),
     "no pathway": (vit, "^model: there is no FusedCrossModalLinear"),
     "not by surgery": (own_layer, "^blocks.0.attn.qkv: it is not known what its auxiliary weight was read from"),
-    "no data": (lambda: connected().to("meta"), "^model: expected one with data"),
+    "no data": (lambda: connected().to("meta"), r"^model: expected one with data"),
 }
 
 

@@ -81,6 +81,17 @@ def test_modules_that_had_no_pathway_are_replaced_as_ever():
     assert not has_pathway(model.blocks[0].attn.qkv) and has_pathway(model.blocks[0])
 
 
+@pytest.mark.parametrize("make", [FusedCrossModalLinear.merge, FusedCrossModalLinear.plain])
+def test_what_a_layer_makes_of_itself_takes_its_place(make):
+    model = connected()
+    mlp = model.blocks[0].mlp
+    mlp.fc1 = make(mlp.fc1)
+    assert type(mlp.fc1) is nn.Linear
+    other = nn.Linear(48, 192)
+    mlp.fc1 = other
+    assert mlp.fc1 is other
+
+
 def test_a_module_around_pathways_is_replaced_with_a_warning():
     model = connected()
     attention = vit(3).blocks[0].attn
@@ -153,7 +164,19 @@ def test_scales_frozen_at_zero_are_named_in_the_first_training_pass(sample):
 def test_nothing_is_said_of_trained_scales_and_merged_parts():
     model = reparameterize_aux_into_target_model(vit(0), vit(1))
     merge_pathways(model.blocks[0])
+    model.blocks[0].attn.qkv = Wrapper(model.blocks[0].attn.qkv)
     assert first_training_pass(model) == []
+
+
+class Wrapper(nn.Module):
+    """A layer that calls another, as peft's do."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, input):
+        return self.base_layer(input)
 
 
 class Foreign(torch.Tensor):

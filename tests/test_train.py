@@ -28,6 +28,7 @@ from tiny_runs import (
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
+import m2pt.train.run
 from m2pt import reparameterize_aux_into_target_model
 from m2pt.checkpoint_formats import load_auxiliary, load_pretrained
 from m2pt.checkpoints import load_state_dict, save_state_dict
@@ -175,7 +176,7 @@ def test_resumed_training_is_the_same_bit_for_bit(modality, stop, tmp_path):
 
 
 @pytest.mark.parametrize("storage", ["", "int8"])
-def test_checkpoints_may_leave_the_auxiliary_weights_out(folder, tmp_path, storage, capsys):
+def test_checkpoints_may_leave_the_auxiliary_weights_out(folder, tmp_path, storage, monkeypatch):
     """A resumed run ends as one that was not interrupted, and `m2pt eval` finds the weights in their own file."""
     settings = ["run.ema_decay=0.5", "run.checkpoint_steps=1", f"auxiliary.dtype={storage}"]
     without = [*settings, "auxiliary.in_checkpoints=false"]
@@ -192,14 +193,34 @@ def test_checkpoints_may_leave_the_auxiliary_weights_out(folder, tmp_path, stora
     assert_equal(state["optimizer"], expected["optimizer"])
     assert_equal(load_state_dict(whole / "merged.safetensors"), load_state_dict(parts / "merged.safetensors"))
 
+    build, built = m2pt.train.run.build_plain, []
+    monkeypatch.setattr("m2pt.train.run.build_plain", lambda *given: built.append(given[-1]) or build(*given))
     evaluation = [f"--recipe={RECIPES['image']}", *arguments("image", folder)[1:], f"auxiliary.dtype={storage}"]
     evaluation.append(f"auxiliary.path={folder / 'audio.safetensors'}")
-    said = []
     for out in (whole, parts):
-        capsys.readouterr()
         assert main(["eval", str(out / "last.pth"), *evaluation]) == 0
-        said.append(capsys.readouterr().out.replace(str(out), ""))
-    assert said[0] == said[1]
+    assert_equal(*built)
+
+
+def test_a_checkpoint_without_some_entry_is_not_resumed(folder, tmp_path, capsys):
+    for number, setting in enumerate(("auxiliary.in_checkpoints=true", "auxiliary.in_checkpoints=false")):
+        out = run("image", folder, tmp_path / f"{number}", setting, "run.ema_decay=0.5")
+        for part, entry in (("model", "head.bias"), ("ema", "head.weight"), ("optimizer", None)):
+            state = checkpoint(out)
+            if entry is None:
+                entry = next(iter(state["optimizer"]["state"]))
+                del state["optimizer"]["state"][entry]
+            else:
+                del state[part][entry]
+            (tmp_path / f"{number}{part}").mkdir()
+            torch.save(state, tmp_path / f"{number}{part}" / "last.pth")
+            run("image", folder, tmp_path / f"{number}{part}", setting, "run.ema_decay=0.5", "--resume", code=2)
+            assert entry in capsys.readouterr().err
+
+
+def test_leaving_out_what_is_not_there_changes_nothing(folder, tmp_path):
+    assert main(["train", *arguments("image", folder, "auxiliary.in_checkpoints=false"), "--out", str(tmp_path)]) == 0
+    assert "auxiliary" not in checkpoint(tmp_path)
 
 
 def test_other_auxiliary_weights_than_those_left_out_are_refused(folder, tmp_path, capsys):
@@ -221,7 +242,7 @@ def test_other_auxiliary_weights_than_those_left_out_are_refused(folder, tmp_pat
         assert f"expected {digest}" in error
     assert main(["eval", str(out / "last.pth"), f"--recipe={RECIPES['image']}", f"--data={folder / 'image'}"]) == 2
     assert main(["merge", str(out / "last.pth"), str(tmp_path / "merged.safetensors")]) == 2
-    assert "blocks.0.attn.qkv.aux_weight is missing" in capsys.readouterr().err
+    assert "blocks.0.attn.qkv.aux_weight is missing, as with auxiliary.in_checkpoints=false" in capsys.readouterr().err
     run("image", folder, tmp_path / "trained", "--train-aux", *settings, code=2)
     assert "in_checkpoints: expected true with trainable" in capsys.readouterr().err
 
@@ -662,7 +683,7 @@ def test_optimizers_of_bitsandbytes_need_whole_parameters_a_gpu_and_their_packag
     pytest.importorskip("bitsandbytes")
 
     def create(*more):
-        create_optimizer(nn.Linear(2, 2), tiny_recipe("image", folder, "optimizer.name=bnbadamw8bit", *more))
+        create_optimizer(tiny_model("image", 2), tiny_recipe("image", folder, "optimizer.name=bnbadamw8bit", *more))
 
     with pytest.raises(ValueError, match=r"optimizer.name: bnbadamw8bit .*machine.sharding=fsdp"):
         create("machine.sharding=fsdp")

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
-    set_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
@@ -108,8 +108,9 @@ class Trainer:
         )
         if recipe.machine.compile:
             module.compile()
+        self.entries = module.state_dict().keys()
         self.without: set[str] = set()
-        if not recipe.auxiliary.in_checkpoints:
+        if recipe.auxiliary.path and not recipe.auxiliary.in_checkpoints:
             self.without, self.digests = frozen_entries(module), digests(places(module))
         self.model = distribute(module, recipe.machine, world, has_unused_parameters)
         if self.ema is not None and sharded:
@@ -279,23 +280,16 @@ class Trainer:
         """Continue from a state, whatever the number of processes that saved it.
 
         Raises:
-            ValueError: it leaves out auxiliary weights, and these are others.
+            ValueError: it has other entries, or leaves out auxiliary weights that are others.
         """
-        options = WHOLE
         if self.without:
             check_auxiliary(self.digests, state[AUXILIARY])
-            options = replace(WHOLE, strict=False)
-        found = set_state_dict(
-            self.module,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=options,
-        )
-        if {*found.missing_keys, *found.unexpected_keys} - self.without:
-            raise ValueError(str(found))
-        if self.ema is not None:
-            set_model_state_dict(self.ema.module, state["ema"], options=options)
+        models = {"model": self.module} if self.ema is None else {"model": self.module, "ema": self.ema.module}
+        for part, module in models.items():  # torch does not compare the names where it should be strict
+            if differing := sorted(state[part].keys() ^ (self.entries - self.without)):
+                raise ValueError(f"{part}: {', '.join(differing[:5])}: only the checkpoint has it, or only the model")
+            set_model_state_dict(module, state[part], options=replace(WHOLE, strict=False))
+        set_optimizer_state_dict(self.module, self.optimizer, state["optimizer"], options=WHOLE)
         self.scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
 

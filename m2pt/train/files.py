@@ -103,7 +103,7 @@ def load_trained(path: str | os.PathLike, weights: Weights | None = None) -> Tra
     content = load_torch(path)
     state_dict, taken = state_dict_in(content, path, weights)
     digests = content.get(AUXILIARY) if isinstance(content, dict) else None
-    if not isinstance(digests, (dict, type(None))):
+    if digests is not None and not (isinstance(digests, dict) and all(isinstance(d, str) for d in digests.values())):
         raise ValueError(f"{path}: expected the SHA-256 of auxiliary models as {AUXILIARY}, got {digests!r}")
     return Trained(state_dict, _class_names_in(content, path), taken, digests)
 

@@ -60,8 +60,8 @@ class Auxiliary:
     in_checkpoints: bool = True
 
     def __post_init__(self) -> None:
-        if not self.path and (self.modality or self.dtype or self.trainable or not self.in_checkpoints):
-            raise ValueError("path: missing, but modality, dtype, trainable or in_checkpoints is given")
+        if not self.path and (self.modality or self.dtype or self.trainable):
+            raise ValueError("path: missing, but modality, dtype or trainable is given")
         if self.trainable and not self.in_checkpoints:
             raise ValueError("in_checkpoints: expected true with trainable: no other file has the trained weights")
         if not all(isinstance(path, str) and path for path in self.paths) or len(set(self.paths)) < len(self.paths):
