@@ -44,8 +44,9 @@ def save_pathway(model: nn.Module, path: str | os.PathLike, include_base: bool =
 
     Raises:
         TypeError: `model` is no module, or `path` no path.
-        ValueError: no fused layer below `model`, one that is divided among processes, has no data, or was not connected
-            by surgery, so that nothing tells what a frozen auxiliary weight was read from; or another ending.
+        ValueError: no fused layer below `model`; one that is divided among processes, has no data, has an auxiliary
+            weight that is pruned or was trained and then quantised, or was not connected by surgery, so that nothing
+            tells what a frozen one was read from; or another ending.
         OSError: there is a folder of that name, the folder is missing or cannot be written, or the disk is full.
     """
     path = checked_target(path)
@@ -111,7 +112,7 @@ def digests(layers: Iterable[FusedCrossModalLinear]) -> dict[str, str]:
 
 
 def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.PathLike) -> nn.Module:
-    """Connect a model as the one that `save_pathway` wrote, in place, with its scales.
+    """Connect a model as the one that `save_pathway` wrote, in place, with its scales, which are trainable.
 
     Args:
         model: the target with weights of its own, which the file replaces if it has them. It is not connected yet, and

@@ -1,4 +1,5 @@
 """What other libraries do to a connected model: the pathway stays, or the tool is refused by name."""
+# ruff: noqa: E402
 
 import sys
 import warnings
@@ -7,10 +8,14 @@ from contextlib import nullcontext
 from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import NamedTuple
 
-import bitsandbytes.utils
-import peft
 import pytest
 import torch
+
+for library in ("accelerate", "bitsandbytes", "peft", "torchao", "transformers"):
+    pytest.importorskip(library)
+
+import bitsandbytes.utils
+import peft
 from accelerate.utils import transformer_engine
 from accelerate.utils.bnb import replace_with_bnb_layers
 from test_pathway import connected, fused_layers, images, unchanged, vit

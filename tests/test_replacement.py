@@ -227,6 +227,7 @@ def test_a_fused_layer_takes_no_tensor_of_another_packages_class(name):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("is_dynamo", [True, False])
 def test_onnx_is_told_to_merge_first(tmp_path, is_dynamo):
+    pytest.importorskip("onnxscript")
     model = connected(depth=1).eval()
     line = "ONNX knows no FusedCrossModalLinear: merge_pathways(model) first"
     with pytest.raises(Exception) as caught:
