@@ -183,7 +183,8 @@ class _Watcher:
         lost = [name for name in self.names if name in modules and _is_without_pathway(modules[name])]
         if lost:
             warnings.warn(
-                f"{', '.join(lost)}: replaced since they were connected: their pathways are lost", stacklevel=2
+                f"{', '.join(lost)}: replaced since they were connected: their pathways are lost, unless merged before",
+                stacklevel=2,
             )
         if frozen := [name for name, layer in layers.items() if _is_frozen_at_zero(layer)]:
             remedy = "set requires_grad of every cross_modal_scale, and only then make the optimizer"

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .checks import check_kind, check_module, check_not_negative
-from .linear import FusedCrossModalLinear
+from .linear import fused_in
 
 
 def parameter_groups(
@@ -51,7 +51,7 @@ def parameter_groups(
         blocks = param_groups_weight_decay(model, **decay)
     else:
         blocks = param_groups_layer_decay(model, layer_decay=layer_decay, **decay)
-    layers = [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]
+    layers = fused_in(model)
     scales = {id(layer.cross_modal_scale) for layer in layers}
     frozen = {id(layer.aux_weight) for layer in layers if not layer.is_aux_trainable}
     groups = []

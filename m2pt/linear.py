@@ -28,7 +28,8 @@ _OPERANDS = itemgetter("weight", "aux_weight", "cross_modal_scale", "bias", "aux
 
 
 RELEASED: WeakSet[nn.Module] = WeakSet()
-"""Layers that may take the place of a fused one without its pathway: what is made of it, or was there before."""
+"""Layers that may take the place of a fused one without its pathway: those made of it, and after a failed surgery those
+that were there before."""
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -40,6 +41,11 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
         and module._parameters.keys() == {"weight", "bias"}
         and not (module._buffers or module._modules)
     )
+
+
+def fused_in(model: nn.Module) -> list["FusedCrossModalLinear"]:
+    """The fused layers of a model, once each, or the model if it is one."""
+    return [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]
 
 
 def kept(is_trained: bool) -> str:

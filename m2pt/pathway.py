@@ -135,6 +135,8 @@ def merge_pathways(model: nn.Module) -> nn.Module:
 def disabled_pathways(model: nn.Module) -> Iterator[None]:
     """Inside the block the fused layers compute `x weight^T + bias`, as plain linear layers do, bit for bit.
 
+    Copies that are made inside the block stay disabled.
+
     Raises:
         TypeError: `model` is no module.
         ValueError: no fused layer below `model`.

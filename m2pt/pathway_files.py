@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from m2pt_kernels.quantization import DTYPES
 from .calls import watch_pathways
 from .checkpoints import checked_target, read_safetensors, save_state_dict
 from .checks import check_kind, check_module, checked_path
-from .linear import Auxiliary, FusedCrossModalLinear
+from .linear import Auxiliary, FusedCrossModalLinear, fused_in
 from .pathway import places, require_data, require_whole
 from .surgery import AuxModels, replaced, require_used_once, target_layer, weight_at
 
 ENTRY, VERSION = "m2pt_pathway", 1
 """The entry of the file's metadata that tells of the pathway, in JSON, and its version."""
-SCALE, AUX_WEIGHT = ".cross_modal_scale", ".aux_weight"
-OWN = (SCALE, AUX_WEIGHT, ".aux_weight_scale")
-"""The entries of a state dict that a pathway adds to a layer."""
+SCALE, AUX_WEIGHT = "cross_modal_scale", "aux_weight"
+OWN = (SCALE, AUX_WEIGHT, "aux_weight_scale")
+"""The entries of a state dict that a pathway adds to those of a layer."""
 STORAGES = (*DTYPES.values(), *(str(dtype).removeprefix("torch.") for dtype in GEMM_DTYPES))
 
 
@@ -38,29 +39,32 @@ def save_pathway(model: nn.Module, path: str | os.PathLike, include_base: bool =
 
     Args:
         model: a connected model. What torch wraps around it, and peft around its layers, is left out of the names.
+            Other entries of a model that peft has wrapped go back into one that is wrapped alike only.
         path: ends in `.safetensors`.
         include_base: also write all other entries of the model's state dict. Without them it is up to the caller to
             keep the target's own weights.
 
     Raises:
         TypeError: `model` is no module, or `path` no path.
-        ValueError: no fused layer below `model`; one that is divided among processes, has no data, has an auxiliary
-            weight that is pruned or was trained and then quantised, or was not connected by surgery, so that nothing
-            tells what a frozen one was read from; or another ending.
+        ValueError: no fused layer below `model`; two of one name, or scales that are not finite; a layer that is divided
+            among processes, has no data, has an auxiliary weight that is pruned or was trained and then quantised, or
+            was not connected by surgery, so that nothing tells what a frozen one was read from; or another ending.
         OSError: there is a folder of that name, the folder is missing or cannot be written, or the disk is full.
     """
     path = checked_target(path)
     require_whole(model, "gather it first")
-    layers = {_layer_name(names[0]): layer for layer, names in places(model).items()}
+    layers = _by_name((_layer_name(names[0]), layer) for layer, names in places(model).items())
     tensors = _base(model) if include_base else {}
     for name, layer in layers.items():
         require_data(layer)
-        layer.require_stored(f"{name}{AUX_WEIGHT}")
-        tensors[f"{name}{SCALE}"] = layer.cross_modal_scale
+        if not layer.cross_modal_scale.isfinite().all():
+            raise ValueError(f"{name}.{SCALE}: expected finite scales, got {layer.cross_modal_scale.tolist()}")
+        layer.require_stored(f"{name}.{AUX_WEIGHT}")
+        tensors[f"{name}.{SCALE}"] = layer.cross_modal_scale
         if layer.is_aux_trainable:
             if layer.aux_weight_scale is not None:
                 raise ValueError(f"{name}: aux_weight was trained and then quantised: save the whole state dict")
-            tensors[f"{name}{AUX_WEIGHT}"] = layer.aux_weight
+            tensors[f"{name}.{AUX_WEIGHT}"] = layer.aux_weight
         elif not all(auxiliary.layers for auxiliary in layer.auxiliaries):
             raise ValueError(f"{name}: it is not known what its auxiliary weight was read from: connect by surgery")
     described = {
@@ -74,7 +78,7 @@ def save_pathway(model: nn.Module, path: str | os.PathLike, include_base: bool =
 def _bare(name: str) -> str:
     """A name without what torch and peft put around the model and around modules in it."""
     name = re.sub(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+", "", name)
-    return re.sub(r"\._orig_mod(?=\.)|\._checkpoint_wrapped_module(?=\.)", "", name)
+    return re.sub(r"\.(?:_orig_mod|_checkpoint_wrapped_module)(?=\.|$)", "", name)
 
 
 def _layer_name(name: str) -> str:
@@ -82,19 +86,27 @@ def _layer_name(name: str) -> str:
 
 
 def _base(model: nn.Module) -> dict[str, Tensor]:
-    """The entries of the model's state dict but those of its pathways."""
-    own = {id(getattr(layer, kind.removeprefix("."))) for layer in _fused(model) for kind in OWN}
-    entries = model.state_dict(keep_vars=True)
-    return {_bare(name): tensor for name, tensor in entries.items() if id(tensor) not in own}
+    """The tensors of the model's state dict but those of its pathways."""
+    pathways = {id(getattr(layer, kind)) for layer in fused_in(model) for kind in OWN}
+    entries = model.state_dict(keep_vars=True).items()
+    return _by_name(
+        (_bare(n), value) for n, value in entries if isinstance(value, Tensor) and id(value) not in pathways
+    )
 
 
-def _fused(model: nn.Module) -> list[FusedCrossModalLinear]:
-    return [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]
+def _by_name(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """What is named, by its name; or a ValueError for two of one name, which wrappers have made different."""
+    found: dict[str, Any] = {}
+    for name, value in named:
+        if name in found:
+            raise ValueError(f"model: {name} is there twice, with wrappers around it and without: save the parts apart")
+        found[name] = value
+    return found
 
 
 def frozen_entries(model: nn.Module) -> set[str]:
     """The names in the model's state dict of auxiliary weights that are not trained; none without a pathway."""
-    layers = [layer for layer in _fused(model) if not layer.is_aux_trainable]
+    layers = [layer for layer in fused_in(model) if not layer.is_aux_trainable]
     frozen = {id(tensor) for layer in layers for tensor in (layer.aux_weight, layer.aux_weight_scale)}
     return {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in frozen}
 
@@ -104,11 +116,11 @@ def digests(layers: Iterable[FusedCrossModalLinear]) -> dict[str, str]:
     hashes: dict[str, Any] = {}
     for layer in layers:
         for part in layer.parts() if not layer.is_aux_trainable else ():
-            own = hashes.setdefault(part.auxiliary.model, hashlib.sha256())
+            found = hashes.setdefault(part.auxiliary.model, hashlib.sha256())
             for tensor in (part.data, part.aux_weight_scale):
                 if tensor is not None:
-                    own.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return {model: own.hexdigest() for model, own in hashes.items()}
+                    found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return {model: found.hexdigest() for model, found in hashes.items()}
 
 
 def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.PathLike) -> nn.Module:
@@ -145,18 +157,18 @@ def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.P
             layers[place] = _layer(layer, name, described, tensors, aux_models)
         except (TypeError, ValueError) as error:
             raise type(error)(f"model: {place}: {error}") from None
-    require_used_once(model, {place: model.get_submodule(place) for place in layers})
+    require_used_once(model, {place: model.get_submodule(place) for place in layers}, "model")
     for aux_name, digest in digests(layers.values()).items():
         if digest != (expected := content["sha256"][aux_name]):
             raise ValueError(
                 f"aux_model: the weights of {aux_name!r} are others than those in {path}, or were not cast as those"
                 f" were before they were quantised: their SHA-256 is {digest}, expected {expected}"
             )
-    own = {f"{name}{kind}" for name in content["layers"] for kind in OWN}
+    own = {f"{name}.{kind}" for name in content["layers"] for kind in OWN}
     base = {name: tensor for name, tensor in tensors.items() if name not in own}
     if base:
         base = _named_as_in(model, base, path)
-    with replaced(model, layers):
+    with replaced(model, layers), _restored(model, base):
         model.load_state_dict(base, strict=False)
     watch_pathways(model)
     return model
@@ -176,7 +188,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _check(content: Any, tensors: Mapping[str, Tensor]) -> None:
     """Raise an error of some kind for contents that `save_pathway` does not write."""
     digests, layers = content["sha256"], content["layers"]
-    if content["version"] is True or content["version"] != VERSION:
+    if content["version"] != VERSION:
         raise ValueError(f"version {content['version']}")
     if not layers.keys() or "" in layers or not all(isinstance(digest, str) for digest in digests.values()):
         raise ValueError("layers and digests")
@@ -184,13 +196,13 @@ def _check(content: Any, tensors: Mapping[str, Tensor]) -> None:
         described["auxiliaries"] = auxiliaries = [Auxiliary(*entry) for entry in described["auxiliaries"]]
         if not auxiliaries or not all(isinstance(part, str) for auxiliary in auxiliaries for part in auxiliary):
             raise ValueError(f"the auxiliaries of {name}")
-        scale, trained = tensors[f"{name}{SCALE}"], tensors.get(f"{name}{AUX_WEIGHT}")
+        scale, trained = tensors[f"{name}.{SCALE}"], tensors.get(f"{name}.{AUX_WEIGHT}")
         if scale.shape != (len(auxiliaries),) or not scale.is_floating_point() or not scale.isfinite().all():
-            raise ValueError(f"{name}{SCALE}")
+            raise ValueError(f"{name}.{SCALE}")
         if trained is None and not all(auxiliary.model in digests for auxiliary in auxiliaries):
             raise ValueError(f"no digest of what {name} was read from")
         if trained is not None and len(auxiliaries) != (1 if trained.dim() == 2 else len(trained)):
-            raise ValueError(f"{name}{AUX_WEIGHT}")
+            raise ValueError(f"{name}.{AUX_WEIGHT}")
         if described["storage"] not in STORAGES:
             raise ValueError(f"storage {described['storage']!r}")
 
@@ -221,9 +233,11 @@ def _layer(
     aux_models: Mapping[str, nn.Module],
 ) -> FusedCrossModalLinear:
     auxiliaries, storage = described["auxiliaries"], described["storage"]
-    trained = tensors.get(f"{name}{AUX_WEIGHT}")
+    trained = tensors.get(f"{name}.{AUX_WEIGHT}")
     if trained is None:
         weights = [weight_at(aux_models[each.model], f"aux_model {each.model!r}", each.layers) for each in auxiliaries]
+        if any(weight is layer.weight for weight in weights):
+            raise ValueError("aux_model: it is model's own weight")
     else:
         weights = [trained] if trained.dim() == 2 else [*trained]
     if storage not in DTYPES.values():
@@ -239,17 +253,33 @@ def _layer(
     if storage in DTYPES.values():
         fused.quantize_aux(storage)
     with torch.no_grad():
-        fused.cross_modal_scale.copy_(tensors[f"{name}{SCALE}"])
+        fused.cross_modal_scale.copy_(tensors[f"{name}.{SCALE}"])
+    if not fused.cross_modal_scale.isfinite().all():
+        raise ValueError(f"{SCALE}: the file's are beyond the range of {fused.cross_modal_scale.dtype}")
     return fused
+
+
+@contextmanager
+def _restored(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """If the block fails, put back the entries of the state dict that it may have overwritten."""
+    entries = model.state_dict()
+    before = {name: entries[name].clone() for name in names}
+    try:
+        yield
+    except BaseException:
+        with suppress(RuntimeError):  # of those that cannot be overwritten
+            model.load_state_dict(before, strict=False)
+        raise
 
 
 def _named_as_in(model: nn.Module, base: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The entries of a file under the names that the model has for them, once they are known to fit."""
-    own = {_bare(name): (name, tensor) for name, tensor in model.state_dict().items()}
-    if differing := sorted(own.keys() ^ base.keys()):
+    entries = model.state_dict().items()
+    there = _by_name((_bare(name), (name, value)) for name, value in entries if isinstance(value, Tensor))
+    if differing := sorted(there.keys() ^ base.keys()):
         raise ValueError(f"model: {', '.join(differing[:5])}: only the model has it, or only {path}")
     for name, tensor in base.items():
-        expected, got = tuple(tensor.shape), tuple(own[name][1].shape)
+        expected, got = tuple(tensor.shape), tuple(there[name][1].shape)
         if got != expected:
             raise ValueError(f"model: {name}: expected shape {expected} as in {path}, got {got}")
-    return {own[name][0]: tensor for name, tensor in base.items()}
+    return {there[name][0]: tensor for name, tensor in base.items()}

@@ -1,5 +1,6 @@
 """Whether what takes the place of a module keeps its pathways: conversions of linear layers would lose them."""
 
+import re
 from warnings import warn
 
 from torch import nn
@@ -35,8 +36,9 @@ def has_multiplied(wrapper: nn.Module) -> bool:
 
 
 def _method(wrapper: nn.Module) -> str:
-    """The name of peft's method, if it is a layer of one."""
-    return type(wrapper).__module__.removeprefix("peft.tuners.").removesuffix(".layer")
+    """The name of peft's method, if it is a layer of one; otherwise nothing."""
+    found = re.fullmatch(r"peft\.tuners\.(\w+)\.layer", type(wrapper).__module__)
+    return found[1] if found else ""
 
 
 def _keep_pathway(parent: nn.Module, name: str, module: nn.Module | None) -> None:

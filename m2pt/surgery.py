@@ -15,7 +15,7 @@ from m2pt_kernels.divided import is_divided
 from .calls import Sample, check_calls, check_sample, is_known_to_read, stop_watching, watch_pathways
 from .checks import check_kind, check_module, check_readable, qualified_name
 from .hooks import check_no_hooks, check_no_tensor_hooks, has_forward_hooks
-from .linear import RELEASED, Auxiliary, FusedCrossModalLinear, is_plain_linear
+from .linear import RELEASED, Auxiliary, FusedCrossModalLinear, fused_in, is_plain_linear
 from .pairing import (
     Blocks,
     Group,
@@ -177,8 +177,7 @@ def _without(model: nn.Module, is_removed: Callable[[Auxiliary], bool]) -> bool:
 
 
 def _auxiliary_names(model: nn.Module) -> list[str]:
-    layers = [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]
-    return list(dict.fromkeys(auxiliary.model for layer in layers for auxiliary in layer.auxiliaries))
+    return list(dict.fromkeys(auxiliary.model for layer in fused_in(model) for auxiliary in layer.auxiliaries))
 
 
 def _named_models(aux_model: AuxModels, target_model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
@@ -290,6 +289,8 @@ def target_layer(model: nn.Module, place: str, argument: str = "target_model") -
     if type(layer) is not FusedCrossModalLinear and not is_plain_linear(layer):
         raise ValueError(_unfit(argument, place, layer))
     check_readable(f"{argument}: {place}.weight", layer.weight)
+    if place.rpartition(".")[2] == "_orig_mod":
+        raise ValueError(f"{argument}: {place} is compiled by itself, which keeps the old layer: compile afterwards")
     _check_replaceable(model, place, f"{argument}: {place}")
     called = place
     while called:
@@ -347,13 +348,13 @@ def _unfit(argument: str, place: str, layer: nn.Module) -> str:
     return f"{argument}: {place} is a {qualified_name(layer)}{added}, expected a plain nn.Linear"
 
 
-def require_used_once(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+def require_used_once(model: nn.Module, layers: Mapping[str, nn.Module], argument: str = "target_model") -> None:
     """Raise a ValueError for a layer that the model has in another place too, which would keep the old one."""
     chosen = set(layers.values())
     seen: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if module in chosen and seen.setdefault(module, name) != name:
-            raise ValueError(f"target_model: {name} is {seen[module]}, used twice")
+            raise ValueError(f"{argument}: {name} is {seen[module]}, used twice")
 
 
 def _connected(
@@ -378,7 +379,7 @@ def _connected(
 def replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Put layers in their places; if that fails, or the block does, all is as it was."""
     before = {place: model.get_submodule(place) for place in layers}
-    called = {module: module.is_called for module in model.modules() if isinstance(module, FusedCrossModalLinear)}
+    called = {layer: layer.is_called for layer in fused_in(model)}
     try:
         for place, layer in layers.items():
             model.set_submodule(place, layer)

@@ -12,7 +12,6 @@ from test_pathway import connected, fused_layers, images, unchanged, vit
 from torch import nn
 
 from m2pt import (
-    FusedCrossModalLinear,
     disabled_pathways,
     disconnect_pathways,
     freeze_for_linear_probe,
@@ -224,10 +223,3 @@ def test_rates_that_make_no_sense_are_refused(arguments, message):
         parameter_groups(connected(depth=1), 0.1, 0.05, scale_lr="0.1")
     with pytest.raises(TypeError, match=r"^model: expected a torch.nn.Module, got dict"):
         parameter_groups({}, 0.1, 0.05)
-
-
-def test_a_layer_pickled_before_these_flags_existed_still_computes():
-    layer = FusedCrossModalLinear(8, 6, aux_weight=torch.randn(6, 8))
-    del layer.__dict__["is_aux_trainable"]
-    old = pickle.loads(pickle.dumps(layer))
-    assert torch.equal(old(torch.ones(2, 8)), layer(torch.ones(2, 8))) and not old.is_aux_trainable

@@ -203,7 +203,8 @@ def test_layers_replaced_by_bitsandbytes_are_named_in_the_first_training_pass():
     names = ", ".join(fused_layers(model))
     bitsandbytes.utils.replace_linear(model, Rounded, ("head",), copy_weights=True)
     assert type(model.get_submodule(LAYER)) is Rounded
-    assert warnings_of(model) == [f"{names}: replaced since they were connected: their pathways are lost"]
+    (message,) = warnings_of(model)
+    assert message.startswith(f"{names}: replaced since they were connected: their pathways are lost")
     assert warnings_of(model) == []
 
 

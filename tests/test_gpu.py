@@ -17,6 +17,7 @@ from m2pt_kernels import (
     gemm,
     implementation,
     plans,
+    quantize,
     records,
     reference,
     tuning,
@@ -271,3 +272,12 @@ def test_the_check_finds_every_kernel_right(monkeypatch, capsys):
     output = capsys.readouterr().out
     assert "kernels are right" in output and "FAULTY" not in output
     assert records.read(records.path_of("findings", torch.cuda.get_device_name(), KERNELS))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "float8_e4m3fn"])
+def test_weights_are_quantised_to_the_same_bits_as_on_a_cpu(dtype):
+    """A pathway is known by the SHA-256 of its weights as they are stored."""
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    on_gpu, on_cpu = (quantize(each, dtype) for each in (weight.cuda(), weight))
+    for got, want in zip(on_gpu, on_cpu, strict=True):
+        assert torch.equal(got.cpu().view(torch.uint8), want.view(torch.uint8))

@@ -137,6 +137,7 @@ def test_the_file_is_small_and_readable_by_others(tmp_path):
 def with_wrapped_blocks(model):
     for i, block in enumerate(model.blocks):
         model.blocks[i] = checkpoint_wrapper(torch.compile(block, backend="eager") if i else block)
+    model.get_submodule("blocks.0").attn.proj = checkpoint_wrapper(model.get_submodule("blocks.0").attn.proj)
     return model
 
 
@@ -193,6 +194,8 @@ def connected_already(model):
     return reparameterize_aux_into_target_model(model, vit(3))
 
 
+TARGET = vit(1)
+
 REFUSED = {
     "another model": (vit(0), vit(2), r"^aux_model: the weights of 'VisionTransformer' are others than those in "),
     "one weight": (vit(0), changed_weight(vit(1)), r"^aux_model: the weights of 'VisionTransformer' are others"),
@@ -201,6 +204,8 @@ REFUSED = {
     "another shape": (smaller(vit(0)), vit(1), r"^model: blocks.1.mlp.fc1: aux_weight: expected shape \(100, 48\)"),
     "none": (vit(0), None, "^aux_model: expected VisionTransformer, got 0 models$"),
     "two": (vit(0), [vit(1), vit(2)], "^aux_model: expected VisionTransformer, got 2 models$"),
+    "the target": (TARGET, TARGET, "^model: blocks.0.attn.qkv: aux_model: it is model's own weight$"),
+    "no model": ({}, vit(1), "^model: expected a torch.nn.Module, got dict$"),
     "another name": (vit(0), {"audio": vit(1)}, "^aux_model: expected VisionTransformer, got audio$"),
     "connected already": (connected_already(vit(0)), vit(1), r"^model: blocks.0.attn.qkv is connected already: disc"),
     "a path": (vit(0), 3, "^aux_model: expected a module, a sequence or a mapping of them, got 3$"),
@@ -211,7 +216,7 @@ REFUSED = {
 @pytest.mark.parametrize("target,aux,message", REFUSED.values(), ids=REFUSED)
 def test_what_does_not_fit_is_refused_and_the_model_is_as_it_was(tmp_path, target, aux, message):
     save_pathway(connected(), tmp_path / "pathway.safetensors")
-    with unchanged(target), pytest.raises((TypeError, ValueError), match=message):
+    with unchanged(*filter(None, [target])), pytest.raises((TypeError, ValueError), match=message):
         load_pathway(target, aux, tmp_path / "pathway.safetensors")
 
 
@@ -265,7 +270,6 @@ DAMAGED = {
     "pairs of layers": damaged(lambda tensors, content: content | {"layers": [*content["layers"].items()]}),
     "pairs of digests": damaged(lambda tensors, content: content | {"sha256": [*content["sha256"].items()]}),
     "a number as digest": damaged(lambda tensors, content: content | {"sha256": {"VisionTransformer": 3}}),
-    "true as version": damaged(lambda tensors, content: content | {"version": True}),
     "a layer without a name": damaged(lambda tensors, content: content["layers"].update({"": {}})),
     "another storage": damaged(
         lambda tensors, content: content["layers"]["blocks.1.mlp.fc1"].update({"storage": "qint8"})),
@@ -310,7 +314,22 @@ def pruned():
     return model
 
 
+def not_finite():
+    model = connected()
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.cross_modal_scale[0] = torch.nan
+    return model
+
+
+def with_two_of_one_name():
+    model = nn.Module()
+    model.module, model.blocks = connected(), connected().blocks
+    return model
+
+
 UNSAVED = {
+    "not finite": (not_finite, r"^blocks.0.attn.qkv.cross_modal_scale: expected finite scales, got \[nan\]"),
+    "two of one name": (with_two_of_one_name, r"^model: blocks.0.attn.qkv is there twice, with wrappers around it"),
     "pruned": (pruned, r"^blocks.0.mlp.fc1.aux_weight: it is computed from other tensors"),
     "trained and quantised": (trained_and_quantised, "aux_weight was trained and then quantised: save the whole state"),
     "no pathway": (vit, "^model: there is no FusedCrossModalLinear"),
@@ -385,7 +404,10 @@ def test_a_layer_that_the_target_uses_twice_is_refused(tmp_path):
     save_pathway(connected(), tmp_path / "pathway.safetensors")
     target = vit(0)
     target.blocks[1].attn.proj = target.blocks[0].attn.proj
-    with unchanged(target), pytest.raises(ValueError, match=r"blocks.1.attn.proj is blocks.0.attn.proj, used twice"):
+    with (
+        unchanged(target),
+        pytest.raises(ValueError, match=r"^model: blocks.1.attn.proj is blocks.0.attn.proj, used twice"),
+    ):
         load_pathway(target, vit(1), tmp_path / "pathway.safetensors")
 
 
@@ -397,3 +419,69 @@ def test_frozen_entries_are_those_of_the_state_dict(storage):
     kinds = ("aux_weight", "aux_weight_scale")
     assert frozen_entries(model) == {name for name in model.state_dict() if name.rpartition(".")[2] in kinds} != set()
     assert frozen_entries(connected(is_aux_trainable=True)) == frozen_entries(vit(0)) == set()
+
+
+def test_a_layer_that_is_compiled_by_itself_is_saved_and_refused_as_a_target(tmp_path):
+    model = connected()
+    model.blocks[0].attn.qkv = torch.compile(model.blocks[0].attn.qkv, backend="eager")
+    save_pathway(model, tmp_path / "pathway.safetensors", include_base=True)
+    assert torch.equal(logits(load_pathway(vit(7), vit(1), tmp_path / "pathway.safetensors")), logits(connected()))
+    target = vit(0)
+    target.blocks[0].attn.qkv = torch.compile(target.blocks[0].attn.qkv, backend="eager")
+    message = r"^model: blocks.0.attn.qkv._orig_mod is compiled by itself, which keeps the old layer: compile after"
+    with unchanged(target), pytest.raises(ValueError, match=message):
+        load_pathway(target, vit(1), tmp_path / "pathway.safetensors")
+
+
+class Stateful(nn.Module):
+    """Has state that is no tensor, and a buffer that cannot be overwritten."""
+
+    def __init__(self, model, is_expanded=False):
+        super().__init__()
+        self.model = model
+        self.register_buffer("buffer", torch.zeros(1).expand(3) if is_expanded else torch.zeros(3))
+
+    def get_extra_state(self):
+        return {"steps": 3}
+
+    def set_extra_state(self, state):
+        raise NotImplementedError
+
+    def forward(self, input):
+        return self.model(input)
+
+
+def test_state_that_is_no_tensor_is_left_alone(tmp_path):
+    save_pathway(Stateful(connected()), tmp_path / "pathway.safetensors", include_base=True)
+    loaded = load_pathway(Stateful(vit(7)), vit(1), tmp_path / "pathway.safetensors")
+    assert torch.equal(logits(loaded), logits(connected()))
+
+
+def test_a_target_that_cannot_take_all_entries_is_as_it_was(tmp_path):
+    save_pathway(Stateful(connected()), tmp_path / "pathway.safetensors", include_base=True)
+    target = Stateful(vit(7), is_expanded=True)
+    before = {name: value.clone() for name, value in target.model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="buffer"):
+        load_pathway(target, vit(1), tmp_path / "pathway.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in target.model.state_dict().items())
+    assert not fused_layers(target)
+
+
+def test_scales_beyond_the_range_of_the_target_are_refused(tmp_path):
+    path = tmp_path / "pathway.safetensors"
+    save_pathway(connected(), path)
+    tensors, content = content_of(path)
+    tensors["blocks.0.attn.qkv.cross_modal_scale"] = torch.tensor([1e300], dtype=torch.float64)
+    rewrite(path, tensors, content)
+    with pytest.raises(ValueError, match=r"^model: blocks.0.attn.qkv: cross_modal_scale: the file's are beyond"):
+        load_pathway(vit(0), vit(1), path)
+
+
+def test_auxiliary_weights_of_any_strides_have_the_same_digest(tmp_path):
+    save_pathway(connected(), tmp_path / "pathway.safetensors")
+    aux = vit(1)
+    layer = aux.blocks[0].attn.qkv
+    layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    loaded = load_pathway(vit(0), aux, tmp_path / "pathway.safetensors")
+    assert not fused_layers(loaded)["blocks.0.attn.qkv"].aux_weight.is_contiguous()
+    assert torch.equal(logits(loaded), logits(connected()))

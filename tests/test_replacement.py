@@ -100,6 +100,17 @@ def test_a_module_around_pathways_is_replaced_with_a_warning():
     assert model.blocks[0].attn is attention
 
 
+class Wrapper(nn.Module):
+    """A layer that calls another, as peft's do."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, input):
+        return self.base_layer(input)
+
+
 class Quantized(nn.Linear):
     def forward(self, input):
         return super().forward(input).round()
@@ -144,7 +155,7 @@ def test_layers_replaced_behind_the_back_of_torch_are_named_in_the_first_trainin
             model.blocks[1].attn._modules[name] = Quantized(layer.in_features, layer.out_features)
     model(images())
     message = "blocks.1.attn.qkv, blocks.1.attn.proj: replaced since they were connected: their pathways are lost"
-    assert first_training_pass(model) == [message]
+    assert first_training_pass(model) == [f"{message}, unless merged before"]
 
 
 @pytest.mark.parametrize("sample", [None, images()], ids=["no sample", "sample"])
@@ -161,22 +172,35 @@ def test_scales_frozen_at_zero_are_named_in_the_first_training_pass(sample):
     assert message.startswith(f"{names}: cross_modal_scale is zero and frozen: ")
 
 
+def test_a_model_that_is_connected_twice_is_watched_once():
+    model = reparameterize_aux_into_target_model(vit(0), vit(1))
+    reparameterize_aux_into_target_model(model, vit(2))
+    for layer in fused_layers(model).values():
+        layer.cross_modal_scale.requires_grad_(False)
+    assert len(first_training_pass(model)) == 1
+
+
+class Own(Wrapper):
+    """Its module is named as one of peft's methods is, and it says that it is merged."""
+
+    merged = True
+
+
+@pytest.mark.parametrize("module", ["shira", "road", "own.shira.layer"])
+def test_only_pefts_own_wrappers_are_known_by_name(monkeypatch, module):
+    monkeypatch.setattr(Own, "__module__", module)
+    model = connected()
+    layer = model.blocks[0].attn.qkv
+    model.blocks[0].attn.qkv = Own(layer)
+    model.blocks[0].attn.qkv = layer
+    assert model.blocks[0].attn.qkv is layer
+
+
 def test_nothing_is_said_of_trained_scales_and_merged_parts():
     model = reparameterize_aux_into_target_model(vit(0), vit(1))
     merge_pathways(model.blocks[0])
     model.blocks[0].attn.qkv = Wrapper(model.blocks[0].attn.qkv)
     assert first_training_pass(model) == []
-
-
-class Wrapper(nn.Module):
-    """A layer that calls another, as peft's do."""
-
-    def __init__(self, base_layer):
-        super().__init__()
-        self.base_layer = base_layer
-
-    def forward(self, input):
-        return self.base_layer(input)
 
 
 class Foreign(torch.Tensor):
@@ -187,7 +211,7 @@ class Foreign(torch.Tensor):
         return super().__torch_function__(function, types, arguments, keywords or {})
 
 
-class Own(nn.Parameter):
+class OwnParameter(nn.Parameter):
     """A parameter's class without any."""
 
 
@@ -195,8 +219,8 @@ def test_parameters_of_an_own_class_are_connected():
     target, aux = vit(0), vit(1)
     for model in (target, aux):
         layer = model.get_submodule(LAYER)
-        layer.weight = Own(layer.weight.detach())
-    assert type(reparameterize_aux_into_target_model(target, aux).get_submodule(LAYER).weight) is Own
+        layer.weight = OwnParameter(layer.weight.detach())
+    assert type(reparameterize_aux_into_target_model(target, aux).get_submodule(LAYER).weight) is OwnParameter
 
 
 def foreign(tensor):

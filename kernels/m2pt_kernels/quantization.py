@@ -52,7 +52,9 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     if dtype == "float8_e4m3fn" and not supports_float8(weight.device):
         raise ValueError(f"dtype: float8_e4m3fn needs CUDA and compute capability 8.9, {weight.device} has not")
     groups = weight.detach().float().unflatten(-1, (-1, GROUP_SIZE) if dtype == "int4" else (1, weight.shape[-1]))
-    aux_weight_scale = groups.abs().amax(-1) / _LARGEST[dtype]
+    largest = groups.abs().amax(-1)
+    # by a tensor: CUDA multiplies by the reciprocal of a number, and would store other scales than a CPU
+    aux_weight_scale = largest / largest.new_tensor(_LARGEST[dtype])
     if not weight.is_meta and not (aux_weight_scale * _LARGEST[dtype]).isfinite().all():
         raise ValueError("weight: there are NaN or infinite entries, or ones beyond float32's range")
     aux_weight_scale.masked_fill_(aux_weight_scale == 0, 1)

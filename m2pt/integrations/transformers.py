@@ -75,7 +75,7 @@ def from_pretrained(
     if hasattr(model_class, "from_config"):
         with torch.device("meta"):
             model_class = type(model_class.from_config(transformers.AutoConfig.from_pretrained(folder, **hub)))
-    own = {rf"\{entry}$" for entry in OWN}
+    own = {rf"\.{entry}$" for entry in OWN}
     expected = {*(model_class._keys_to_ignore_on_load_unexpected or ()), *own}
     attributes = {"_keys_to_ignore_on_load_unexpected": expected, "__module__": model_class.__module__}
     model = type(model_class.__name__, (model_class,), attributes).from_pretrained(folder, **options)

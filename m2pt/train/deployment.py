@@ -34,8 +34,9 @@ def check_auxiliary(digests: Mapping[str, str], expected: Mapping[str, str]) -> 
     """Raise a ValueError unless the auxiliary weights are those that a checkpoint leaves out, by their SHA-256."""
     if [*digests.values()] != [*expected.values()]:
         raise ValueError(
-            "auxiliary.path: these are other weights than those that the checkpoint leaves out: their SHA-256 is"
-            f" {', '.join(digests.values())}, expected {', '.join(expected.values())}"
+            "auxiliary.path: these are other weights than those that the checkpoint leaves out, or auxiliary.dtype,"
+            f" blocks or trainable are others: their SHA-256 is {', '.join(digests.values()) or 'none'}, expected"
+            f" {', '.join(expected.values())}"
         )
 
 
