@@ -46,7 +46,7 @@ def save_pathway(model: nn.Module, path: str | os.PathLike, include_base: bool =
 
     Raises:
         TypeError: `model` is no module, or `path` no path.
-        ValueError: no fused layer below `model`; two of one name, or scales that are not finite; a layer that is divided
+        ValueError: no fused layer below `model`; two of one name; scales that are not finite; a layer that is divided
             among processes, has no data, has an auxiliary weight that is pruned or was trained and then quantised, or
             was not connected by surgery, so that nothing tells what a frozen one was read from; or another ending.
         OSError: there is a folder of that name, the folder is missing or cannot be written, or the disk is full.

@@ -19,11 +19,13 @@ import m2pt_kernels
 from m2pt import (
     FusedCrossModalLinear,
     cross_modal_scales,
+    disconnect_pathways,
     freeze_for_linear_probe,
     merge_pathways,
     quantization_errors,
     quantize_aux,
     reparameterize_aux_into_target_model,
+    save_pathway,
     scale_table,
     step_in_backward,
 )
@@ -90,8 +92,10 @@ HINT = r"get_model_state_dict\(model, options=StateDictOptions\(full_state_dict=
         (merge_pathways, f"gather its state dict with .*{HINT}, and merge that with m2pt.checkpoints.merge_state_dict"),
         (lambda model: quantize_aux(model, "bfloat16"), "quantise .* before dividing"),
         (lambda model: quantization_errors(model, "int8", images()), "ask before dividing"),
+        (lambda model: save_pathway(model, "pathway.safetensors"), "gather it first"),
+        (disconnect_pathways, "remove auxiliary models before dividing"),
     ],
-    ids=["merge_pathways", "quantize_aux", "quantization_errors"],
+    ids=["merge_pathways", "quantize_aux", "quantization_errors", "save_pathway", "disconnect_pathways"],
 )
 def test_what_needs_whole_weights_refuses_a_divided_model(divided, function, remedy):
     model = connected()

@@ -202,20 +202,25 @@ def test_checkpoints_may_leave_the_auxiliary_weights_out(folder, tmp_path, stora
     assert_equal(*built)
 
 
-def test_a_checkpoint_without_some_entry_is_not_resumed(folder, tmp_path, capsys):
-    for number, setting in enumerate(("auxiliary.in_checkpoints=true", "auxiliary.in_checkpoints=false")):
-        out = run("image", folder, tmp_path / f"{number}", setting, "run.ema_decay=0.5")
-        for part, entry in (("model", "head.bias"), ("ema", "head.weight"), ("optimizer", None)):
-            state = checkpoint(out)
-            if entry is None:
-                entry = next(iter(state["optimizer"]["state"]))
-                del state["optimizer"]["state"][entry]
-            else:
-                del state[part][entry]
-            (tmp_path / f"{number}{part}").mkdir()
-            torch.save(state, tmp_path / f"{number}{part}" / "last.pth")
-            run("image", folder, tmp_path / f"{number}{part}", setting, "run.ema_decay=0.5", "--resume", code=2)
-            assert entry in capsys.readouterr().err
+DAMAGES = {
+    "head.bias": lambda state: state["model"].pop("head.bias"),
+    "surplus: only the checkpoint has it": lambda state: state["model"].update(surplus=torch.ones(1)),
+    "head.weight": lambda state: state["ema"].pop("head.weight"),
+    "optimizer state for": lambda state: state["optimizer"]["state"].pop(next(iter(state["optimizer"]["state"]))),
+}
+
+
+@pytest.mark.parametrize("setting", ["auxiliary.in_checkpoints=true", "auxiliary.in_checkpoints=false"])
+def test_a_checkpoint_of_other_entries_is_not_resumed(folder, tmp_path, setting, capsys):
+    settings = [setting, "run.ema_decay=0.5", "schedule.epochs=1"]
+    out = run("image", folder, tmp_path / "run", *settings)
+    for message, damage in DAMAGES.items():
+        state = checkpoint(out)
+        damage(state)
+        (tmp_path / message).mkdir()
+        torch.save(state, tmp_path / message / "last.pth")
+        run("image", folder, tmp_path / message, *settings, "--resume", code=2)
+        assert message in capsys.readouterr().err
 
 
 def test_leaving_out_what_is_not_there_changes_nothing(folder, tmp_path):
@@ -245,6 +250,21 @@ def test_other_auxiliary_weights_than_those_left_out_are_refused(folder, tmp_pat
     assert "blocks.0.attn.qkv.aux_weight is missing, as with auxiliary.in_checkpoints=false" in capsys.readouterr().err
     run("image", folder, tmp_path / "trained", "--train-aux", *settings, code=2)
     assert "in_checkpoints: expected true with trainable" in capsys.readouterr().err
+
+
+def test_auxiliary_models_that_were_exchanged_are_refused(folder, tmp_path, capsys):
+    paths = [str(folder / "audio.safetensors"), str(tmp_path / "other.safetensors")]
+    save_state_dict(tiny_model("audio", 0).state_dict(), paths[1])
+    state = [f"auxiliary.path={paths!r}".replace("'", '"'), "auxiliary.in_checkpoints=false"]
+    out = run("image", folder, tmp_path / "run", *state)
+    evaluation = ["eval", str(out / "last.pth"), f"--recipe={RECIPES['image']}", *arguments("image", folder)[1:]]
+    assert main([*evaluation, state[0]]) == 0
+    assert main([*evaluation, f"auxiliary.path={paths[::-1]!r}".replace("'", '"')]) == 2
+    assert "auxiliary.path: these are other weights" in capsys.readouterr().err
+    damaged = checkpoint(out) | {"auxiliary": {"audio": 3}}
+    torch.save(damaged, out / "last.pth")
+    assert main([*evaluation, state[0]]) == 2
+    assert f"{out / 'last.pth'}: expected the SHA-256 of auxiliary models" in capsys.readouterr().err
 
 
 def test_a_run_begun_before_a_setting_existed_is_resumed(folder, tmp_path):
