@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_pathway import PLACES, connected, fused_layers, images, unchanged, vit
+from test_pathway import PLACES, Wrapper, connected, fused_layers, images, unchanged, vit
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
@@ -373,17 +373,6 @@ def doubled(model):
         for parameter in model.parameters():
             parameter *= 2
     return model
-
-
-class Wrapper(nn.Module):
-    """A layer that calls another, as peft's do."""
-
-    def __init__(self, base_layer):
-        super().__init__()
-        self.base_layer = base_layer
-
-    def forward(self, input):
-        return self.base_layer(input)
 
 
 def wrapped(model):

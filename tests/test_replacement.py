@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from test_pathway import connected, fused_layers, images, unchanged, vit
+from test_pathway import Wrapper, connected, fused_layers, images, unchanged, vit
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -98,17 +98,6 @@ def test_a_module_around_pathways_is_replaced_with_a_warning():
     with pytest.warns(UserWarning, match="^attn of Block: Attention replaces a module with pathways and has none"):
         model.blocks[0].attn = attention
     assert model.blocks[0].attn is attention
-
-
-class Wrapper(nn.Module):
-    """A layer that calls another, as peft's do."""
-
-    def __init__(self, base_layer):
-        super().__init__()
-        self.base_layer = base_layer
-
-    def forward(self, input):
-        return self.base_layer(input)
 
 
 class Quantized(nn.Linear):
