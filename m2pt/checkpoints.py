@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checks import check_state_dict, checked_path, one_of
-from .linear import merged_weight
+from .linear import is_left_out, merged_weight
 
 WRAPPERS = ("module", "state_dict", "model", "base_model", "model_state_dict")
 AVERAGES = ("state_dict_ema", "model_ema", "ema")
@@ -341,6 +341,8 @@ def merge_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             weight, aux_weight = merged[f"{layer}weight"], merged.pop(f"{layer}aux_weight")
             scale = merged.pop(f"{layer}cross_modal_scale")
             aux_weight_scale = merged.pop(f"{layer}aux_weight_scale", None)
+            if is_left_out(aux_weight):
+                raise ValueError("the auxiliary weights were left out of this checkpoint: merge a model that has them")
             merged[f"{layer}weight"] = merged_weight(weight, aux_weight, scale, aux_weight_scale)
         except KeyError as error:
             raise ValueError(f"state_dict: {error.args[0]} is missing") from None

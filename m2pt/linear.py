@@ -53,6 +53,11 @@ def kept(is_trained: bool) -> str:
     return "trained" if is_trained else "frozen"
 
 
+def is_left_out(aux_weight: Tensor) -> bool:
+    """Whether it is the SHA-256 that a checkpoint without auxiliary weights holds in their place."""
+    return aux_weight.dtype == torch.uint8 and aux_weight.dim() == 1
+
+
 @torch.compiler.assume_constant_result
 def _is_in_onnx_export() -> bool:
     """As torch's own, also in a strict export, where that is taken to be false."""
@@ -308,6 +313,12 @@ class FusedCrossModalLinear(nn.Linear):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         loaded = state_dict.get(f"{prefix}aux_weight")
+        if loaded is not None and is_left_out(loaded):
+            error_msgs.append(
+                f"{prefix}aux_weight: the auxiliary weights were left out of this checkpoint: load it into a module"
+                " that PathwayCallback.connect has connected to them, frozen"
+            )
+            return
         if loaded is not None and DTYPES.get(loaded.dtype) != DTYPES.get(self.aux_weight.dtype):
             error_msgs.append(
                 f"{prefix}aux_weight: it is stored as {self.aux_weight.dtype} here and as {loaded.dtype} in the"

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -204,6 +205,20 @@ def cross_modal_scales(model: nn.Module) -> dict[str, float]:
         several = whole(layer.cross_modal_scale.detach()).tolist()
         scales |= {name if len(several) == 1 else f"{name}[{i}]": scale for i, scale in enumerate(several)}
     return scales
+
+
+def mean_absolute_scales(model: nn.Module) -> dict[str, float]:
+    """The mean absolute scale of every auxiliary model, by its name; as `cross_modal_scales`, which it calls.
+
+    Raises:
+        TypeError, ValueError: as `cross_modal_scales`.
+    """
+    scales = iter(cross_modal_scales(model).values())
+    found: dict[str, list[float]] = {}
+    for _, layer in fused_layers(model):
+        for auxiliary in layer.auxiliaries:
+            found.setdefault(auxiliary.model, []).append(abs(next(scales)))
+    return {name: fmean(own) for name, own in found.items()}
 
 
 def describe_pathways(model: nn.Module) -> str:

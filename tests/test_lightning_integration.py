@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from copy import deepcopy
 from pathlib import Path
 from unittest import mock
@@ -17,8 +18,16 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from m2pt import cross_modal_scales, merge_pathways, parameter_groups
-from m2pt.checkpoints import load_state_dict, save_state_dict
+from m2pt import (
+    cross_modal_scales,
+    disconnect_pathways,
+    merge_pathways,
+    parameter_groups,
+    quantize_aux,
+    reparameterize_aux_into_target_model,
+)
+from m2pt.checkpoints import load_state_dict, merge_state_dict, save_state_dict
+from m2pt.linear import fused_in
 
 lightning = pytest.importorskip("lightning.pytorch")
 
@@ -26,8 +35,10 @@ from lightning.pytorch import callbacks  # noqa: E402
 from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 
 from m2pt.integrations.lightning import PathwayCallback  # noqa: E402
+from m2pt.pathway import mean_absolute_scales  # noqa: E402
 
-PROGRAM = "import sys; from test_lightning_integration import two_processes; two_processes(sys.argv[1])"
+PROGRAM = "import sys; import test_lightning_integration as t; t.{}(sys.argv[1])"
+QKV = "model.blocks.0.attn.qkv.aux_weight"
 
 
 def vit(channels=3, seed=0):
@@ -69,6 +80,14 @@ class LateClassifier(Classifier):
     def configure_model(self):
         if self.model is None:
             self.model = vit()
+
+
+class Surgical(Classifier):
+    """Is connected already."""
+
+    def __init__(self):
+        super().__init__()
+        reparameterize_aux_into_target_model(self.model, vit(1, 1))
 
 
 class ConnectedClassifier(Classifier):
@@ -117,6 +136,16 @@ def interrupted(folder, callback, **settings):
     return folder / "last.ckpt"
 
 
+def saved_in(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def assert_equal(module, other):
+    assert module.model.state_dict().keys() == other.model.state_dict().keys()
+    for name, value in other.model.state_dict().items():
+        assert torch.equal(value, module.model.state_dict()[name]), name
+
+
 def ours(warnings):
     return [str(each.message) for each in warnings if re.search("pathway|aux_weight|scale", str(each.message))]
 
@@ -133,6 +162,16 @@ def test_fit_validate_and_test_connect_once_and_before_the_optimizer(kind, recwa
     assert torch.equal(layer.aux_weight, vit(1, 1).blocks[0].attn.qkv.weight)
     assert len(cross_modal_scales(module.model)) == 8 and all(cross_modal_scales(module.model).values())
     assert not ours(recwarn)
+
+
+def test_every_epoch_logs_the_mean_absolute_scale_of_every_auxiliary_model():
+    callback = PathwayCallback({"audio": vit(1, 1), "video/2": vit(1, 2)})
+    module, own = fitted(callback)
+    scales = torch.stack([layer.cross_modal_scale for layer in fused_in(module.model)]).detach().abs().mean(0)
+    logged = {name: value.item() for name, value in own.callback_metrics.items() if name.startswith("pathway/")}
+    assert logged == pytest.approx({"pathway/audio": scales[0].item(), "pathway/video/2": scales[1].item()})
+    with pytest.raises(ValueError, match="model: there is no FusedCrossModalLinear"):
+        mean_absolute_scales(vit())
 
 
 def test_every_epoch_logs_the_range_of_the_scales(tmp_path):
@@ -164,6 +203,28 @@ def test_the_merged_model_is_exported_and_training_can_go_on(tmp_path):
     assert not torch.equal(load_state_dict(export)["head.weight"], plain.head.weight)
 
 
+def test_an_export_that_cannot_be_written_is_refused_before_training(tmp_path):
+    callback = pathway(export_path=tmp_path / "runs" / "merged.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"merged.safetensors: there is no folder .*runs"):
+        fitted(callback, callbacks.LambdaCallback(on_train_start=lambda *_: pytest.fail("it trains")))
+
+
+def test_a_trial_run_exports_nothing(tmp_path):
+    fitted(pathway(export_path=tmp_path / "merged.safetensors"), fast_dev_run=True)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("remove", [merge_pathways, disconnect_pathways])
+def test_a_module_without_its_pathway_is_connected_again_by_fit_only(remove):
+    module, own = fitted(pathway(), epochs=1)
+    remove(module.model)
+    for run in (own.validate, own.test):
+        run(module, batches(), verbose=False)
+    assert not fused_in(module.model)
+    fitted(pathway(), module=module, epochs=1)
+    assert len(fused_in(module.model)) == 8
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("storage", ["whole", "left out", "left out, int8", "left out, trained"])
 def test_a_resumed_run_is_the_undisturbed_one(tmp_path, storage, precision):
@@ -175,11 +236,8 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path, storage, precision):
     undisturbed, _ = fitted(pathway(**settings), precision=precision)
     path = interrupted(tmp_path, pathway(**settings), precision=precision)
     resumed, _ = fitted(pathway(**settings), ckpt_path=path, precision=precision)
-    assert resumed.model.state_dict().keys() == undisturbed.model.state_dict().keys()
-    for name, value in undisturbed.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
-    saved = torch.load(path, weights_only=True)["state_dict"]["model.blocks.0.attn.qkv.aux_weight"]
-    assert saved.shape == ((32,) if storage in ("left out", "left out, int8") else (96, 32))
+    assert_equal(resumed, undisturbed)
+    assert saved_in(path)[QKV].shape == ((32,) if storage in ("left out", "left out, int8") else (96, 32))
 
 
 def test_auxiliary_weights_that_were_left_out_have_to_be_the_same(tmp_path):
@@ -188,18 +246,119 @@ def test_auxiliary_weights_that_were_left_out_have_to_be_the_same(tmp_path):
         fitted(pathway(seed=2, save_aux_weights=False), ckpt_path=path)
 
 
+def requantised(module):
+    quantize_aux(module.model)
+
+
+def reconnected(module):
+    disconnect_pathways(module.model)
+    reparameterize_aux_into_target_model(module.model, vit(1, 2))
+
+
+def connected_to_another(module):
+    reparameterize_aux_into_target_model(module.model, vit(1, 2))
+
+
+def with_other_weights(module):
+    other = Classifier()
+    pathway(seed=2).connect(other)
+    module.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("change", [requantised, reconnected, connected_to_another, with_other_weights])
+def test_checkpoints_hold_the_digests_of_the_weights_at_that_time(change):
+    module, same, other = (Classifier() for _ in range(3))
+    for each in (module, same, other):
+        pathway(save_aux_weights=False).connect(each)
+    for each in (module, same):
+        change(each)
+    checkpoint = module.state_dict()
+    assert checkpoint[QKV].shape == (32,)
+    same.load_state_dict(checkpoint)
+    with pytest.raises(ValueError, match=r"qkv.aux_weight is another than .*, or stored in another dtype"):
+        other.load_state_dict(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_auxiliary_weights_that_were_left_out_may_have_been_rounded(dtype):
+    module = Classifier()
+    pathway(save_aux_weights=False).connect(module)
+    exact, rounded = module.state_dict(), deepcopy(module).to(dtype)
+    module.load_state_dict(rounded.state_dict())
+    assert torch.equal(module.model.blocks[0].attn.qkv.aux_weight, vit(1, 1).blocks[0].attn.qkv.weight)
+    if dtype != torch.float64:
+        with pytest.raises(ValueError, match="or stored in another dtype"):
+            rounded.load_state_dict(exact)
+
+
+@pytest.mark.parametrize("saved, loaded", [("32-true", "bf16-true"), ("bf16-true", "32-true")])
+def test_checkpoints_load_in_another_precision(tmp_path, saved, loaded):
+    path = interrupted(tmp_path, pathway(save_aux_weights=False), precision=saved)
+    own = trainer(pathway(save_aux_weights=False), precision=loaded)
+    own.test(Classifier(), batches(), verbose=False, ckpt_path=path)
+
+
+@pytest.mark.parametrize("module", [Classifier, Surgical])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_last_callback_says_whether_auxiliary_weights_are_saved(tmp_path, module, first):
+    module, _ = fitted(pathway(save_aux_weights=first), module=module(), epochs=1)
+    path = interrupted(tmp_path, pathway(save_aux_weights=not first), module=module)
+    assert saved_in(path)[QKV].shape == ((32,) if first else (96, 32))
+
+
+def test_models_of_one_module_are_saved_each_in_its_way():
+    module = Classifier()
+    module.other = vit()
+    pathway(save_aux_weights=False).connect(module)
+    pathway(name="other").connect(module)
+    copy = deepcopy(module)
+    shapes = [copy.state_dict()[name].shape for name in (QKV, QKV.replace("model", "other"))]
+    assert shapes == [(32,), (96, 32)]
+    copy.load_state_dict(module.state_dict())
+
+
+def test_a_module_that_is_connected_keeps_its_pathway():
+    module = Surgical()
+    layer = module.model.blocks[0].attn.qkv
+    named = PathwayCallback({"other": vit(1, 2), "same": vit(1, 1)}, aux_dtype="int8")
+    for callback in (pathway(), pathway(is_aux_trainable=True), named):
+        fitted(callback, module=module, epochs=1)
+    assert module.model.blocks[0].attn.qkv is layer and not layer.is_aux_trainable
+    with pytest.raises(ValueError, match=r"aux_model: blocks.0.attn.qkv is connected already, to other weights"):
+        fitted(pathway(seed=2), module=module)
+    connected_to_another(module)
+    for seed in (1, 2):
+        fitted(pathway(seed), module=module, epochs=1)
+
+
+@pytest.mark.parametrize("change", [requantised, Classifier.bfloat16])
+def test_auxiliary_weights_that_cannot_be_compared_are_left_alone(change):
+    module, callback = Surgical(), pathway(seed=2)
+    change(module)
+    callback.setup(trainer(callback), module, "fit")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_without_auxiliary_weights_says_so(strict):
+    module, other = Classifier(), Surgical()
+    pathway(save_aux_weights=False).connect(module)
+    with pytest.raises(RuntimeError, match=r"qkv.aux_weight: the auxiliary weights were left out of this checkpoint"):
+        other.load_state_dict(module.state_dict(), strict=strict)
+    with pytest.raises(ValueError, match=r"^model.blocks.0.attn.qkv: the auxiliary weights were left out of this"):
+        merge_state_dict(module.state_dict())
+
+
 @pytest.mark.parametrize("save_aux_weights", [True, False])
 def test_the_checkpoint_says_whether_auxiliary_weights_are_in_it(tmp_path, save_aux_weights):
     path = interrupted(tmp_path, pathway(save_aux_weights=save_aux_weights))
     module, _ = fitted(pathway(save_aux_weights=not save_aux_weights), ckpt_path=path)
     undisturbed, _ = fitted(pathway())
-    for name, value in undisturbed.model.state_dict().items():
-        assert torch.equal(value, module.model.state_dict()[name]), name
+    assert_equal(module, undisturbed)
 
 
 def test_modules_that_connect_themselves_load_from_a_checkpoint(tmp_path):
     path = interrupted(tmp_path, pathway(save_aux_weights=False), module=ConnectedClassifier())
-    saved = torch.load(path, weights_only=True)["state_dict"]
+    saved = saved_in(path)
     module = ConnectedClassifier.load_from_checkpoint(path, map_location="cpu")
     assert {f"model.{name}.cross_modal_scale": scale for name, scale in cross_modal_scales(module.model).items()} == {
         name: value.item() for name, value in saved.items() if name.endswith("cross_modal_scale")
@@ -247,8 +406,7 @@ def test_a_run_with_averages_is_resumed(tmp_path, save_aux_weights):
     undisturbed, _ = fitted(pathway(**settings), averaging("EMA"))
     fitted(pathway(**settings), averaging("EMA"), saving(tmp_path), epochs=1, enable_checkpointing=True)
     resumed, _ = fitted(pathway(**settings), averaging("EMA"), ckpt_path=tmp_path / "last.ckpt")
-    for name, value in undisturbed.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert_equal(resumed, undisturbed)
 
 
 @pytest.mark.parametrize("kind", ["SWA", "EMA"])
@@ -321,9 +479,41 @@ def test_the_extra_is_named_that_brings_lightning():
     assert finished.returncode and "pip install 'm2pt-triton[integrations]'" in finished.stderr
 
 
+def one_fork(folder):
+    """A strategy that forks, of one process."""
+    for kind in (Classifier, ConnectedClassifier):
+        with pytest.raises(Exception, match=r"strategy: .*: call callback.connect\(module\) before fit"):
+            fitted(pathway(), module=kind(), strategy="ddp_fork")
+    callback, module = pathway(save_aux_weights=False), Classifier()
+    callback.connect(module)
+    fitted(callback, saving(folder), module=module, strategy="ddp_fork", enable_checkpointing=True)
+    undisturbed, _ = fitted(pathway())
+    assert_equal(module, undisturbed)
+    assert saved_in(Path(folder, "last.ckpt"))[QKV].shape == (32,)
+    own = trainer(pathway(), strategy="ddp_fork")
+    own.validate(Classifier(), batches(), verbose=False)
+
+
+def test_strategies_that_fork_want_a_module_that_is_connected(tmp_path):
+    run = in_subprocess([], "one_fork", tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
 def sharding(callback, **settings):
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
     return trainer(callback, strategy=strategy, devices=2, **settings)
+
+
+def slow_save(state_dict, path):
+    time.sleep(1)
+    save_state_dict(state_dict, path)
+
+
+def in_subprocess(launcher, program, folder):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [*launcher, sys.executable, "-c", PROGRAM.format(program), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
 
 
 def two_processes(folder):
@@ -331,8 +521,9 @@ def two_processes(folder):
     callback = pathway(save_aux_weights=False, export_path=Path(folder, "merged.safetensors"))
     own = trainer(callback, saving(folder), strategy="ddp", devices=2, enable_checkpointing=True)
     module, rank = Classifier(), own.global_rank
-    with mock.patch("m2pt.integrations.lightning.save_state_dict", wraps=save_state_dict) as save:
+    with mock.patch("m2pt.integrations.lightning.save_state_dict", side_effect=slow_save) as save:
         own.fit(module, batches(2, rank))
+    assert callback.export_path.is_file()
     scales = {"ddp": cross_modal_scales(module.model)}
     module, last = ShardedClassifier(), Path(folder, "sharded.ckpt")
     own = sharding(pathway(), epochs=1)
@@ -351,10 +542,7 @@ def two_processes(folder):
 
 def test_two_processes_train_what_one_trains(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    program = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-    run = subprocess.run([*torchrun, *program], capture_output=True, text=True, env=environment, timeout=200)
+    run = in_subprocess(torchrun, "two_processes", tmp_path)
     assert run.returncode == 0 and "sync_dist" not in run.stderr, run.stderr
     scales, writes = zip(*(json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)), strict=True)
     module, _ = fitted(pathway())

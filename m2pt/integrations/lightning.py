@@ -1,44 +1,56 @@
 """Lightning: a callback that connects a module's model, logs the scales, and writes the merged model."""
 
+import hashlib
+import multiprocessing
 import os
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from m2pt_kernels.checks import GEMM_DTYPES
+from m2pt_kernels.divided import is_divided
 
 from ..checkpoints import checked_target, merge_state_dict, save_state_dict, without_wrapping
 from ..checks import check_kind, require
-from ..pathway import cross_modal_scales, fused_layers, require_whole
-from ..pathway_files import digests
+from ..linear import FusedCrossModalLinear, fused_in, is_left_out
+from ..pathway import cross_modal_scales, fused_layers, mean_absolute_scales, require_whole
 from ..replacement import has_pathway
-from ..surgery import AuxModels, reparameterize_aux_into_target_model
+from ..surgery import AuxModels, reparameterize_aux_into_target_model, weight_at
 
 require("lightning.pytorch", "integrations")
 
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging  # noqa: E402
 
+CONNECTED = "_connected_pathways"
+"""The attribute of a module that tells, by what names in its connected models begin with, the `save_aux_weights`."""
+
 
 class PathwayCallback(Callback):
     """Connects auxiliary models to a module's model, whatever the trainer is to do, before the optimizer is made.
 
     `setup` runs the module's `configure_model`, which Lightning wants to be repeatable, and connects what that leaves;
-    so callbacks behind this one, such as `WeightAveraging`, copy a module that has its pathway. The smallest, the mean
-    and the largest scale are logged after every epoch, as `cross_modal_scale/min`, `/mean` and `/max`.
+    so callbacks behind this one, such as `WeightAveraging`, copy a module that has its pathway. Only `fit` connects
+    again what was merged or disconnected. Every epoch ends with a log of the scales, as `cross_modal_scale/min`,
+    `/mean` and `/max`, and of the mean absolute scale of every auxiliary model, as `pathway/<name>`.
 
     Modules that are loaded with `load_from_checkpoint`, which knows no callbacks, or that shard their model, call
-    `connect` in their own `configure_model`. A model that `configure_model` shards can be trained and saved whole;
-    `FSDPStrategy`, which flattens scales, is refused.
+    `connect` in their own `configure_model`; the auxiliary model is made outside it, where true bfloat16 does not round
+    it. Strategies that fork or spawn, such as `ddp_notebook`, want `connect` to be called before `fit`. A model that
+    `configure_model` shards can be trained and saved whole; `FSDPStrategy`, which flattens scales, is refused.
 
     Args:
         aux_model: as `reparameterize_aux_into_target_model` takes it.
         name: the dotted name of the model to improve, inside the module.
-        save_aux_weights: whether checkpoints hold the frozen auxiliary weights. If not, they hold the SHA-256 of each,
-            and load only into a module that a callback has connected to the same auxiliary models.
-        export_path: the `.safetensors` file that the merged model's state dict is written to when fitting ends, by one
-            process. The module stays connected.
+        save_aux_weights: whether checkpoints hold the frozen auxiliary weights. If not, they hold the SHA-256 of each
+            as it is then, and load only into a module that a callback has connected to the same auxiliary weights, or
+            to such as a lower precision rounds to these. The last callback that has met the module decides.
+        export_path: the `.safetensors` file that the merged model's state dict is written to when fitting ends, with
+            the last weights, by one process; not with `fast_dev_run`. The module stays connected.
         options: further arguments of `reparameterize_aux_into_target_model`.
 
     Raises:
@@ -61,32 +73,43 @@ class PathwayCallback(Callback):
         self.aux_model, self.name, self.options = aux_model, name, options
         self.save_aux_weights = save_aux_weights
         self.export_path = None if export_path is None else checked_target(export_path)
+        self._prefix = f"{name}." if name else ""
 
     def connect(self, pl_module: LightningModule) -> None:
-        """Connect the model of a module, in place. One that has a pathway already is left as it is.
+        """Connect the model of a module, in place, and have its checkpoints hold what `save_aux_weights` says.
+
+        A model that has a pathway already keeps it: `options` are ignored. `setup` for `fit` raises a ValueError then
+        if its frozen weights are known to be others than those of `aux_model`.
 
         Raises:
             TypeError, ValueError: as `reparameterize_aux_into_target_model`; or there is no model of that name.
         """
         model = self._model(pl_module)
-        if has_pathway(model):
-            return
-        reparameterize_aux_into_target_model(model, self.aux_model, **self.options)
-        known = _frozen_digests(pl_module)
-        pl_module.register_load_state_dict_pre_hook(partial(_put_back, known))
-        if not self.save_aux_weights:
-            pl_module.register_state_dict_post_hook(partial(_leave_out, known))
+        if not has_pathway(model):
+            reparameterize_aux_into_target_model(model, self.aux_model, **self.options)
+        if CONNECTED not in vars(pl_module):
+            setattr(pl_module, CONNECTED, {})
+            pl_module.register_load_state_dict_pre_hook(_put_back)
+            pl_module.register_state_dict_post_hook(_leave_out)
+        getattr(pl_module, CONNECTED)[self._prefix] = self.save_aux_weights
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for callback in trainer.callbacks[: trainer.callbacks.index(self)]:
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                 copier = type(callback).__name__
                 raise ValueError(f"callbacks: {copier} copies the module without its pathway: put it behind this one")
+        given = dict(pl_module.named_modules()).get(self.name)
+        is_copy = trainer.strategy.launcher is not None and multiprocessing.parent_process() is not None
+        if stage == "fit" and is_copy and (given is None or not has_pathway(given)):
+            lost = "trains a copy of the module, which itself would come back without a pathway"
+            raise ValueError(f"strategy: this one {lost}: call callback.connect(module) before fit")
         pl_module.configure_model()
-        self.connect(pl_module)
+        if stage == "fit" and has_pathway(self._model(pl_module)):
+            _check_same(self._model(pl_module), self.aux_model)
+        if stage == "fit" or self._prefix not in vars(pl_module).get(CONNECTED, {}):
+            self.connect(pl_module)
         averages_buffers = any(getattr(callback, "_use_buffers", False) for callback in trainer.callbacks)
-        layers = fused_layers(self._model(pl_module))
-        if averages_buffers and any(layer.aux_weight_scale is not None for _, layer in layers):
+        if averages_buffers and any(layer.aux_weight_scale is not None for layer in fused_in(self._model(pl_module))):
             raise ValueError("callbacks: WeightAveraging would round quantised aux_weight: give it use_buffers=False")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,14 +118,19 @@ class PathwayCallback(Callback):
         cross_modal_scales(model)
         if self.export_path is not None or not self.save_aux_weights:
             require_whole(model, "export_path and save_aux_weights=False need a whole model")
+        if self.export_path is not None and trainer.is_global_zero and not self.export_path.parent.is_dir():
+            raise FileNotFoundError(f"{self.export_path}: there is no folder {self.export_path.parent}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        scales = cross_modal_scales(self._model(pl_module)).values()
+        model = self._model(pl_module)
+        scales = cross_modal_scales(model).values()
         figures = {"min": min(scales), "mean": sum(scales) / len(scales), "max": max(scales)}
-        pl_module.log_dict({f"cross_modal_scale/{name}": value for name, value in figures.items()}, sync_dist=True)
+        logged = {f"cross_modal_scale/{name}": value for name, value in figures.items()}
+        logged |= {f"pathway/{name}": value for name, value in mean_absolute_scales(model).items()}
+        pl_module.log_dict(logged, sync_dist=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.export_path is not None:
+        if self.export_path is not None and not trainer.fast_dev_run:
             if trainer.is_global_zero:
                 merged = merge_state_dict(self._model(pl_module).state_dict())
                 save_state_dict(without_wrapping(merged), self.export_path)
@@ -115,29 +143,56 @@ class PathwayCallback(Callback):
             raise ValueError(f"name: {type(pl_module).__name__} has no module {self.name!r}") from None
 
 
-def _frozen_digests(module: nn.Module) -> dict[str, Tensor]:
-    """By the names of frozen auxiliary weights their SHA-256, as bytes."""
-    layers = {name: layer for name, layer in fused_layers(module) if not layer.is_aux_trainable}
-    return {
-        f"{name}.aux_weight": torch.frombuffer(bytearray.fromhex("".join(digests([layer]).values())), dtype=torch.uint8)
-        for name, layer in layers.items()
-    }
+def _check_same(model: nn.Module, aux_model: AuxModels) -> None:
+    """Raise a ValueError for a layer whose frozen auxiliary weights are known to be of none of these models."""
+    several = [aux_model] if isinstance(aux_model, nn.Module) else aux_model
+    models = several.values() if isinstance(several, Mapping) else several
+    for name, layer in fused_layers(model):
+        found = [] if layer.is_aux_trainable or is_divided(model, name) else [*_comparisons(layer, models)]
+        if found and not any(found):
+            raise ValueError(f"aux_model: {name} is connected already, to other weights: disconnect_pathways first")
 
 
-def _leave_out(
-    known: Mapping[str, Tensor], module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
-    """Put its SHA-256 in the place of every frozen auxiliary weight."""
-    state_dict.update({f"{prefix}{name}": known[name] for name in known if f"{prefix}{name}" in state_dict})
+def _comparisons(layer: FusedCrossModalLinear, models: Iterable[nn.Module]) -> Iterator[bool]:
+    """Whether weights are equal to what the models have in their places, where both are stored alike."""
+    for part, model in product(layer.parts(), models):
+        with suppress(TypeError, ValueError):
+            weight = weight_at(model, "aux_model", part.auxiliary.layers)
+            if not weight.is_meta and (weight.dtype, weight.device) == (part.data.dtype, part.data.device):
+                yield torch.equal(weight, part.data)
 
 
-def _put_back(known: Mapping[str, Tensor], module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Put the module's own auxiliary weight in the place of every SHA-256, if it is the same."""
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name, digest in known.items():
-        saved = state_dict.get(f"{prefix}{name}")
-        if name not in own or saved is None or saved.dim() > 1:
-            continue
-        if not torch.equal(saved.cpu(), digest):
-            raise ValueError(f"aux_model: {name} is another than the one in the checkpoint, by its SHA-256")
-        state_dict[f"{prefix}{name}"] = own[name]
+def _frozen(module: nn.Module) -> Iterator[tuple[str, FusedCrossModalLinear]]:
+    """The layers with frozen auxiliary weights, by the names of these."""
+    for name, layer in module.named_modules(remove_duplicate=False):
+        if isinstance(layer, FusedCrossModalLinear) and not layer.is_aux_trainable:
+            yield f"{name}.aux_weight", layer
+
+
+def _sha256(layer: FusedCrossModalLinear, dtype: torch.dtype) -> bytes:
+    """Of a layer's auxiliary weights, in a dtype."""
+    found = hashlib.sha256()
+    for tensor in (layer.aux_weight.to(dtype), layer.aux_weight_scale):
+        if tensor is not None:
+            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.digest()
+
+
+def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Put its SHA-256 in the place of every frozen auxiliary weight that is not to be saved."""
+    left_out = tuple(own for own, is_saved in getattr(module, CONNECTED).items() if not is_saved)
+    for name, layer in _frozen(module):
+        if name.startswith(left_out) and f"{prefix}{name}" in state_dict:
+            digest = _sha256(layer, layer.aux_weight.dtype)
+            state_dict[f"{prefix}{name}"] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+
+
+def _put_back(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Put the module's own auxiliary weight in the place of every SHA-256, if it is the same, maybe once rounded."""
+    for name, layer in _frozen(module):
+        saved, own = state_dict.get(f"{prefix}{name}"), layer.aux_weight
+        if saved is not None and is_left_out(saved):
+            if bytes(saved.tolist()) not in (_sha256(layer, dtype) for dtype in (own.dtype, *GEMM_DTYPES)):
+                reason = "is another than the one in the checkpoint, by its SHA-256, or stored in another dtype"
+                raise ValueError(f"aux_model: {name} {reason}")
+            state_dict[f"{prefix}{name}"] = own
