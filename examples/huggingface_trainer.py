@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import VideoMAEModel, ViTForImageClassification
 
-from m2pt import merge_pathways, parameter_groups
+from m2pt import disabled_pathways, merge_pathways, parameter_groups
 from m2pt.integrations.transformers import PathwayCallback, connect, from_pretrained
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
@@ -45,9 +45,10 @@ def main(target=None, auxiliary=None):
         trainer.train()
         trainer.save_model(folder)
 
-        model = model.cpu().eval()
         loaded = from_pretrained(ViTForImageClassification, folder, aux_model).eval()
-        logits = model(images[:4]).logits
+        logits = model.cpu().eval()(images[:4]).logits
+        with disabled_pathways(model):
+            print("without its pathways: logits differ by", (model(images[:4]).logits - logits).abs().max().item())
         print("loaded: largest difference of logits", (loaded(images[:4]).logits - logits).abs().max().item())
 
         merge_pathways(loaded).save_pretrained(folder)  # PathwayCallback() merges when training ends

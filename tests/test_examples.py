@@ -17,6 +17,9 @@ LAST_LINE = {
 }
 
 
+EFFECT = r"^without its pathways: .* (\S+)$"
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
 def test_runs(path, tmp_path):
     needs, expected = LAST_LINE[path.stem]
@@ -25,3 +28,7 @@ def test_runs(path, tmp_path):
     finished = subprocess.run([sys.executable, path], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert re.fullmatch(expected, finished.stdout.splitlines()[-1])
+    if path.stem == "lightning_module":
+        assert (tmp_path / "merged.safetensors").is_file()
+    else:
+        assert float(re.search(EFFECT, finished.stdout, re.MULTILINE)[1]) > 1e-5

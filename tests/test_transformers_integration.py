@@ -1,11 +1,15 @@
 """A connected model of transformers saves, loads and trains as any other; on small random models."""
 
 import copy
+import importlib
 import logging
 import pickle
 import shutil
+import sys
 import warnings
+from pathlib import Path
 from statistics import fmean
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,11 +27,17 @@ from m2pt import (
     reparameterize_aux_into_target_model,
     save_pathway,
 )
-from m2pt.checkpoints import read_safetensors
+from m2pt.checkpoints import read_safetensors, save_state_dict
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from m2pt.integrations.transformers import PATHWAY, PathwayCallback, connect, from_pretrained  # noqa: E402
+from m2pt.integrations.transformers import (  # noqa: E402
+    PATHWAY,
+    PathwayCallback,
+    connect,
+    from_pretrained,
+    keep_pathway,
+)
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 PICTURE = {"image_size": 32, "patch_size": 16}
@@ -169,6 +179,29 @@ class TestSaving:
             model.save_pretrained(tmp_path)
         assert not [*tmp_path.iterdir()]
 
+    def test_plain_surgery_is_saved_from_now_on(self, tmp_path):
+        model = scaled(reparameterize_aux_into_target_model(build(), auxiliary()))
+        assert keep_pathway(model) is model
+        model.save_pretrained(tmp_path)
+        assert is_equal(from_pretrained(type(model), tmp_path, auxiliary()), model)
+
+    def test_arguments_by_position(self, tmp_path, monkeypatch):
+        connected().save_pretrained(tmp_path, False)
+        assert not [*tmp_path.iterdir()]
+        monkeypatch.setattr(transformers.ViTForImageClassification, "push_to_hub", pushed := Mock())
+        connected().save_pretrained(tmp_path, True, None, True)
+        pushed.assert_called_once_with(tmp_path.name)
+
+    def test_scales_of_a_given_state_dict_are_those_of_the_model(self, tmp_path):
+        model = connected()
+        given = model.state_dict()
+        model.save_pretrained(tmp_path, state_dict=dict(given))
+        assert is_equal(from_pretrained(type(model), tmp_path, auxiliary()), model)
+        name = next(name for name in given if name.endswith("cross_modal_scale"))
+        with pytest.raises(ValueError, match=rf"^state_dict: {name} is not the model's: load these scales"):
+            model.save_pretrained(tmp_path / "other", state_dict=given | {name: given[name] / 2})
+        assert not (tmp_path / "other").exists()
+
     def test_other_processes_write_nothing(self, tmp_path, monkeypatch):
         model = connected()
         monkeypatch.setattr(type(model), "push_to_hub", None)
@@ -187,27 +220,91 @@ class TestSaving:
 
         model = connected()
         monkeypatch.setattr(type(model), "push_to_hub", push_to_hub)
-        model.save_pretrained(tmp_path / "own", push_to_hub=True, private=True, commit_message="Trained")
+        taken = {
+            "private": True,
+            "commit_message": "Trained",
+            "max_shard_size": "20KB",
+            "revision": "dev",
+            "tags": ["a"],
+        }
+        model.save_pretrained(tmp_path / "own", push_to_hub=True, **taken)
         model.save_pretrained(tmp_path / "own", push_to_hub=True, repo_id="me/vit")
-        assert pushed == [("own", {"private": True, "commit_message": "Trained"}), ("me/vit", {})]
+        assert pushed == [("own", taken), ("me/vit", {})]
         assert is_equal(from_pretrained(type(model), tmp_path / "upload", auxiliary()), model)
 
-    def test_a_name_on_the_hub_is_loaded(self, tmp_path):
+    def test_what_cannot_be_pushed_is_refused(self, tmp_path, monkeypatch):
+        model = connected()
+        monkeypatch.setattr(type(model), "push_to_hub", None)
+        with pytest.raises(ValueError, match=r"^push_to_hub: expected False with state_dict, variant: "):
+            model.save_pretrained(tmp_path / "new", push_to_hub=True, state_dict=model.state_dict(), variant="ema")
+        assert not (tmp_path / "new").exists()
+
+    def test_a_name_on_the_hub_is_loaded(self, tmp_path, monkeypatch):
         model = connected()
         cache = tmp_path / "models--me--vit"
-        model.save_pretrained(cache / "snapshots" / "0123")
+        model.save_pretrained(cache / "snapshots" / "0123" / "sub")
         (cache / "refs").mkdir()
-        (cache / "refs" / "main").write_text("0123")
+        (cache / "refs" / "dev").write_text("0123")
+        where = {"cache_dir": tmp_path, "local_files_only": True, "revision": "dev", "subfolder": "sub"}
+        where |= {"token": False, "force_download": False}
+        asked = Mock(side_effect=transformers.utils.cached_file)
+        monkeypatch.setattr(transformers.utils, "cached_file", asked)
         for kind in (type(model), transformers.AutoModelForImageClassification):
-            loaded = from_pretrained(kind, "me/vit", auxiliary(), cache_dir=tmp_path, local_files_only=True)
-            assert is_equal(loaded, model)
+            assert is_equal(from_pretrained(kind, "me/vit", auxiliary(), **where), model)
+            assert asked.call_args.kwargs == where
+
+    def test_code_of_the_folder_is_loaded(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(tmp_path)
+        (tmp_path / "own_vit.py").write_text(
+            "from transformers import ViTConfig, ViTForImageClassification\n"
+            "class OwnConfig(ViTConfig):\n    model_type = 'own_vit'\n"
+            "class OwnViT(ViTForImageClassification):\n    config_class = OwnConfig\n"
+        )
+        own_vit = importlib.import_module("own_vit")
+        monkeypatch.setitem(sys.modules, "own_vit", own_vit)
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+        own_vit.OwnConfig.register_for_auto_class()
+        own_vit.OwnViT.register_for_auto_class("AutoModelForImageClassification")
+        model = scaled(connect(own_vit.OwnViT(own_vit.OwnConfig(**SIZE, **PICTURE)), auxiliary()))
+        model.save_pretrained(tmp_path / "saved")
+        kind = transformers.AutoModelForImageClassification
+        trust = {"trust_remote_code": True, "code_revision": "main"}
+        loaded = from_pretrained(kind, tmp_path / "saved", auxiliary(), **trust)
+        assert type(loaded).__module__.startswith("transformers_modules.") and is_equal(loaded, model)
+        connected().save_pretrained(tmp_path / "plain")
+        from_pretrained(kind, tmp_path / "plain", auxiliary(), **trust)
+
+    def test_transformers_still_takes_the_class_for_its_own(self, tmp_path, monkeypatch):
+        connected().save_pretrained(tmp_path)
+        kind, seen = transformers.ViTForImageClassification, []
+        tie = kind.tie_weights
+        monkeypatch.setattr(
+            kind, "tie_weights", lambda self, **o: (seen.append(self.is_custom_code()), tie(self, **o))[1]
+        )
+        from_pretrained(kind, tmp_path, auxiliary())
+        assert seen and not any(seen)
 
 
 class TestErrors:
     def test_without_a_pathway(self, tmp_path):
         build().save_pretrained(tmp_path)
-        with pytest.raises(OSError, match=PATHWAY):
-            from_pretrained(transformers.ViTForImageClassification, tmp_path, auxiliary())
+        for folder in (tmp_path, str(tmp_path), tmp_path / "none", str(tmp_path / "none"), Path("none"), "./none"):
+            with pytest.raises(
+                FileNotFoundError, match=f"^folder: there is no {PATHWAY} in {folder}, or no such folder"
+            ):
+                from_pretrained(transformers.ViTForImageClassification, folder, auxiliary())
+
+    def test_loading_info(self, tmp_path):
+        with pytest.raises(ValueError, match=r"^output_loading_info: expected False"):
+            from_pretrained(transformers.ViTForImageClassification, tmp_path, auxiliary(), output_loading_info=True)
+
+    def test_another_class_than_was_saved(self, tmp_path):
+        connected().save_pretrained(tmp_path / VIT)
+        scaled(connect(build("ViTModel"), auxiliary())).save_pretrained(tmp_path / "ViTModel")
+        for saved, kind in ((VIT, "AutoModel"), ("ViTModel", VIT)):
+            other = kind.replace("AutoModel", "ViTModel")
+            with pytest.raises(ValueError, match=rf"\(model_class: .* is of {saved}, not of {other}\)$"):
+                from_pretrained(getattr(transformers, kind), tmp_path / saved, auxiliary())
 
     def test_another_auxiliary_model(self, tmp_path):
         connected().save_pretrained(tmp_path)
@@ -218,6 +315,17 @@ class TestErrors:
         connected().save_pretrained(tmp_path)
         transformers.ViTForImageClassification.from_pretrained(tmp_path)
         assert len(said) == 1 and "cross_modal_scale" in said[0]
+
+    def test_what_is_unexpected_is_still_said(self, tmp_path, said, monkeypatch):
+        model = connected()
+        model.save_pretrained(tmp_path)
+        tensors, _ = read_safetensors(tmp_path / "model.safetensors")
+        others = {name: torch.zeros(1) for name in ("old.weight", "vit.aux_weights", "vit.my_aux_weight")}
+        save_state_dict(tensors | others, tmp_path / "model.safetensors", {"format": "pt"})
+        monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", [r"^old\."])
+        from_pretrained(type(model), tmp_path, auxiliary())
+        assert len(said) == 1 and "vit.aux_weights" in said[0] and "vit.my_aux_weight" in said[0]
+        assert "old.weight" not in said[0] and "cross_modal_scale" not in said[0]
 
     def test_what_is_missing_is_still_said(self, tmp_path, said):
         model = connect(build("BertForSequenceClassification"), auxiliary())
@@ -231,6 +339,17 @@ class TestErrors:
         model = nn.Linear(2, 2)
         with pytest.raises(TypeError, match=r"^model: expected a transformers.PreTrainedModel .*, got Linear$"):
             connect(model, auxiliary())
+        with pytest.raises(TypeError, match=r"^model: expected a transformers.PreTrainedModel .*, got ModuleDict$"):
+            keep_pathway(surgery_of_another_library())
+
+    def test_a_model_that_is_not_connected(self):
+        with pytest.raises(ValueError, match=r"^model: there is no FusedCrossModalLinear inside this ViT"):
+            keep_pathway(build())
+
+
+def surgery_of_another_library():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(2, 2)})])})
+    return reparameterize_aux_into_target_model(model, copy.deepcopy(model))
 
 
 class Trainer(transformers.Trainer):
@@ -300,6 +419,50 @@ class TestTrainer:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert is_equal(resumed.model, undisturbed.model) and not said
 
+    @pytest.mark.parametrize("restored", [False, True])
+    def test_resuming_with_another_auxiliary_model(self, tmp_path, restored):
+        def run(**options):
+            callbacks = {"restore_callback_states_from_checkpoint": restored}
+            return trainer(tmp_path, connected(**options), PathwayCallback(merge=False), **callbacks)
+
+        trainer(tmp_path, connected(), PathwayCallback(merge=False), max_steps=3).train()
+        checkpoint = str(tmp_path / "checkpoint-3")
+        digests = r"SHA-256 is \{.*[0-9a-f]{64}.*\}, expected \{'VideoMAEModel': '[0-9a-f]{64}'\}$"
+        for options in ({"aux_model": build(VIDEO, seed=8)}, {"aux_dtype": "int8"}):
+            with pytest.raises(ValueError, match=rf"^aux_model: .*{digests}"):
+                run(**options).train(resume_from_checkpoint=checkpoint)
+        resumed = run(seed=7)
+        resumed.train(resume_from_checkpoint=checkpoint)
+        assert resumed.state.global_step == 7
+        shutil.rmtree(tmp_path / "checkpoint-7")
+        run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))  # which a resumed run has written
+
+    def test_a_merged_model_is_not_trained_again(self, tmp_path):
+        run = trainer(tmp_path, connected(), PathwayCallback(), max_steps=1)
+        run.train()
+        with pytest.raises(
+            ValueError, match=r"^model: it was merged when training ended; merge=False keeps it connected"
+        ):
+            run.train()
+
+    @pytest.mark.parametrize("is_merged", [False, True])
+    def test_a_pushed_checkpoint_has_the_pathway(self, tmp_path, monkeypatch, is_merged):
+        hub = Mock()
+        monkeypatch.setattr("transformers.trainer.hf_api", lambda *_, **__: hub)
+        run = trainer(tmp_path, connected(), PathwayCallback(merge=is_merged), max_steps=3, hub_model_id="me/vit")
+        run.train()
+        run.hub_model_id, run.push_in_progress = "me/vit", None
+        run._push_from_checkpoint(str(tmp_path / "checkpoint-3"))
+        assert (tmp_path / PATHWAY).exists() != is_merged
+        if not is_merged:
+            assert is_equal(from_pretrained(type(run.model), tmp_path, auxiliary()), run.model)
+
+    def test_only_one_process_writes_what_is_pushed(self, tmp_path):
+        run = trainer(tmp_path, connected(), PathwayCallback(merge=False))
+        run.state.is_world_process_zero = False
+        run.callback_handler.on_push_begin(run.args, run.state, run.control)
+        assert not (tmp_path / PATHWAY).exists()
+
     def test_the_best_model_is_merged_and_saved(self, tmp_path, said):
         best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "eval_strategy": "steps"}
         run = trainer(tmp_path, connected(), PathwayCallback(), eval_steps=3, **best)
@@ -359,10 +522,8 @@ class TestTrainer:
             PathwayCallback(merge="yes")
         with pytest.raises(ValueError, match=r"^model: there is no FusedCrossModalLinear inside this ViT"):
             trainer(tmp_path, build(), PathwayCallback())
-        block = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(2, 2)})])})
-        reparameterize_aux_into_target_model(block, copy.deepcopy(block))
         with pytest.raises(TypeError, match=r"^model: expected a transformers.PreTrainedModel .*, got ModuleDict$"):
-            trainer(tmp_path, block, PathwayCallback())
+            trainer(tmp_path, surgery_of_another_library(), PathwayCallback())
 
 
 class TestPeft:
@@ -420,6 +581,32 @@ class TestPeft:
         peft = pytest.importorskip("peft")
         loaded = peft.PeftModel.from_pretrained(base, tmp_path / "checkpoint-7")
         assert torch.equal(logits(loaded), logits(undisturbed.model))
+
+    @pytest.mark.parametrize("is_first", [True, False])
+    def test_kept_after_wrapping_and_after_unloading(self, tmp_path, is_first):
+        surgery = connect if is_first else reparameterize_aux_into_target_model
+        model = keep_pathway(self.wrapped(surgery(build(), auxiliary())))
+        scaled(model).save_pretrained(tmp_path / "adapter")
+        assert (tmp_path / "adapter" / PATHWAY).exists()
+        merged = model.merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+        assert is_equal(from_pretrained(type(merged), tmp_path / "merged", auxiliary()), merged)
+
+    def test_a_pushed_adapter_has_the_pathway(self, tmp_path):
+        run = trainer(tmp_path, scaled(connect(self.wrapped(build()), auxiliary())), PathwayCallback(merge=False))
+        run.state.is_world_process_zero = True
+        run.callback_handler.on_push_begin(run.args, run.state, run.control)
+        loaded = load_pathway(build(), auxiliary(), tmp_path / PATHWAY)
+        assert [*cross_modal_scales(loaded).values()] == [*cross_modal_scales(run.model).values()]
+
+    def test_a_pathway_of_another_auxiliary_model_is_refused(self, tmp_path):
+        scaled(connect(self.wrapped(build()), auxiliary())).save_pretrained(tmp_path)
+        for options in ({"aux_model": build(VIDEO, seed=8)}, {"aux_model": auxiliary(), "aux_dtype": "int8"}):
+            other = connect(self.wrapped(build()), **options)
+            with pytest.raises(
+                ValueError, match=r"^aux_model: .* SHA-256 is .*[0-9a-f]{64}.*, expected .*[0-9a-f]{64}"
+            ):
+                other.load_adapter(tmp_path, "default")
 
     def test_a_pathway_of_other_layers_is_refused(self, tmp_path):
         model = self.wrapped(connected())
