@@ -31,7 +31,6 @@ class Trainer(transformers.Trainer):
 def main(target=None, auxiliary=None):
     model, aux_model = load(ViTForImageClassification, target), load(VideoMAEModel, auxiliary)
     connect(model, aux_model)
-
     size = model.config.image_size
     images = torch.randn(32, 3, size, size)
     labels = (images.mean(dim=(1, 2, 3)) > 0).long()  # replace with data of yours

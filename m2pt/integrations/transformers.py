@@ -132,8 +132,8 @@ class PathwayCallback(transformers.TrainerCallback, transformers.trainer_callbac
 
     Checkpoints, pushed ones too, are as `keep_pathway` says, whichever way the model was connected. They hold the
     SHA-256 of each auxiliary model's frozen weights as stored, to be compared on resuming. Logged is the mean absolute
-    scale of every auxiliary model, as `pathway/<name>` beside the loss. Reporters that the Trainer has added before get it
-    after `trainer.add_callback(trainer.pop_callback(TensorBoardCallback))`, which moves them behind this one.
+    scale of every auxiliary model, as `pathway/<name>` beside the loss. Reporters that the Trainer has added before get
+    it after `trainer.add_callback(trainer.pop_callback(TensorBoardCallback))`, which moves them behind this one.
 
     Args:
         merge: whether to merge the pathways when training has ended, of the best model with `load_best_model_at_end`;
