@@ -8,11 +8,9 @@ import inspect
 import json
 import os
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from m2pt_kernels.divided import is_divided
 
 from ..checkpoints import read_safetensors
 from ..checks import check_kind, require
-from ..pathway import cross_modal_scales, fused_layers, merge_pathways, places, require_whole
+from ..pathway import fused_layers, mean_absolute_scales, merge_pathways, places, require_whole
 from ..pathway_files import ENTRY, OWN, SCALE, digests, frozen_entries, load_pathway, save_pathway
 from ..replacement import has_pathway
 from ..surgery import AuxModels, reparameterize_aux_into_target_model
@@ -176,7 +174,7 @@ class PathwayCallback(transformers.TrainerCallback, transformers.trainer_callbac
         self, args: Any, state: Any, control: Any, logs: dict[str, float], model: nn.Module, **others: Any
     ) -> None:
         if "loss" in logs:
-            means = _mean_scales(model)
+            means = {f"pathway/{name}": mean for name, mean in mean_absolute_scales(model).items()}
             logs.update(means)
             state.log_history[-1].update(means)
 
@@ -184,15 +182,6 @@ class PathwayCallback(transformers.TrainerCallback, transformers.trainer_callbac
         if self.merge:
             merge_pathways(model)
             self.is_merged = True
-
-
-def _mean_scales(model: nn.Module) -> dict[str, float]:
-    scales = iter(cross_modal_scales(model).values())
-    of_auxiliaries = defaultdict(list)
-    for _, layer in fused_layers(model):
-        for auxiliary in layer.auxiliaries:
-            of_auxiliaries[f"pathway/{auxiliary.model}"].append(abs(next(scales)))
-    return {name: fmean(own) for name, own in of_auxiliaries.items()}
 
 
 def _digests(model: nn.Module) -> dict[str, str]:
