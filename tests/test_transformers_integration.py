@@ -14,7 +14,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import nn
-from torch.distributed import HashStore, destroy_process_group, init_process_group
+from torch.distributed import HashStore, destroy_process_group, init_device_mesh, init_process_group
+from torch.distributed.fsdp import fully_shard
 
 from m2pt import (
     cross_modal_scales,
@@ -120,6 +121,11 @@ class TestSaving:
         loaded = from_pretrained(type(model), tmp_path / "new" / "folder", auxiliary())
         assert torch.equal(logits(loaded), logits(model))
 
+    def test_a_folder_inside(self, tmp_path):
+        model = connected()
+        model.save_pretrained(tmp_path / "sub")
+        assert is_equal(from_pretrained(type(model), tmp_path, auxiliary(), subfolder="sub"), model)
+
     def test_a_loaded_model_saves_the_pathway_too(self, tmp_path):
         model = connected()
         model.save_pretrained(tmp_path / "first")
@@ -195,6 +201,7 @@ class TestSaving:
     def test_scales_of_a_given_state_dict_are_those_of_the_model(self, tmp_path):
         model = connected()
         given = model.state_dict()
+        model.save_pretrained(tmp_path, state_dict={name: tensor.bfloat16() for name, tensor in given.items()})
         model.save_pretrained(tmp_path, state_dict=dict(given))
         assert is_equal(from_pretrained(type(model), tmp_path, auxiliary()), model)
         name = next(name for name in given if name.endswith("cross_modal_scale"))
@@ -293,6 +300,12 @@ class TestErrors:
                 FileNotFoundError, match=f"^folder: there is no {PATHWAY} in {folder}, or no such folder"
             ):
                 from_pretrained(transformers.ViTForImageClassification, folder, auxiliary())
+
+    def test_without_a_pathway_in_a_folder_beside(self, tmp_path, monkeypatch):
+        build().save_pretrained(tmp_path / "saved")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(FileNotFoundError, match=f"^folder: there is no {PATHWAY} in saved, or no such folder"):
+            from_pretrained(transformers.ViTForImageClassification, "saved", auxiliary())
 
     def test_loading_info(self, tmp_path):
         with pytest.raises(ValueError, match=r"^output_loading_info: expected False"):
@@ -499,6 +512,27 @@ class TestTrainer:
         run = Trainer(args=args, model_init=model_init, train_dataset=DATA, callbacks=[PathwayCallback(merge=False)])
         run.train()
         assert is_equal(from_pretrained(type(run.model), tmp_path / "checkpoint-1", auxiliary()), run.model)
+
+    def test_a_model_init_may_train_again_after_merging(self, tmp_path):
+        args = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+        run = Trainer(args=args, model_init=lambda: connected(), train_dataset=DATA, callbacks=[PathwayCallback()])
+        for _ in range(2):
+            run.train()
+            assert not any(name.endswith("cross_modal_scale") for name in run.model.state_dict())
+
+    def test_divided_among_processes(self, tmp_path):
+        model = connected()
+        given = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        try:
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+            callback = PathwayCallback()
+            callback.on_train_begin(None, transformers.TrainerState(), None, model=model)
+            assert callback.state()["attributes"] == {"sha256": {}}
+            with pytest.raises(ValueError, match="divided among processes: gather it first"):
+                model.save_pretrained(tmp_path, state_dict=given)
+        finally:
+            destroy_process_group()
 
     def test_inside_distributed_data_parallel(self):
         model = connected()

@@ -20,7 +20,7 @@ from m2pt_kernels.divided import is_divided
 
 from ..checkpoints import read_safetensors
 from ..checks import check_kind, require
-from ..pathway import fused_layers, mean_absolute_scales, merge_pathways, places, require_whole
+from ..pathway import fused_layers, mean_absolute_scales, merge_pathways, places
 from ..pathway_files import ENTRY, OWN, SCALE, digests, frozen_entries, load_pathway, save_pathway
 from ..replacement import has_pathway
 from ..surgery import AuxModels, reparameterize_aux_into_target_model
@@ -231,7 +231,6 @@ def _save_pretrained(model: nn.Module, save_directory: str | os.PathLike, *args:
     if is_pushed and (others := sorted(given - PUSH - {"is_main_process", "repo_id"})):
         raise ValueError(f"push_to_hub: expected False with {', '.join(others)}: push_to_hub() has no such argument")
     if is_main_process:
-        require_whole(model, "gather it first")
         _check_scales(model, options.get("state_dict") or {})
         path.parent.mkdir(parents=True, exist_ok=True)
         save_pathway(_base(model), path)
