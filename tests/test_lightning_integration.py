@@ -16,6 +16,7 @@ from test_extras import run as run_without
 from timm.models.vision_transformer import VisionTransformer
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from m2pt import (
@@ -207,6 +208,7 @@ def test_an_export_that_cannot_be_written_is_refused_before_training(tmp_path):
     callback = pathway(export_path=tmp_path / "runs" / "merged.safetensors")
     with pytest.raises(FileNotFoundError, match=r"merged.safetensors: there is no folder .*runs"):
         fitted(callback, callbacks.LambdaCallback(on_train_start=lambda *_: pytest.fail("it trains")))
+    callback.on_fit_start(mock.Mock(is_global_zero=False), Surgical())  # another process does not write it
 
 
 def test_a_trial_run_exports_nothing(tmp_path):
@@ -279,6 +281,24 @@ def test_checkpoints_hold_the_digests_of_the_weights_at_that_time(change):
         other.load_state_dict(checkpoint)
 
 
+def test_the_digest_of_a_quantised_weight_is_of_its_scales_too():
+    first, second, audio = Classifier(), Classifier(), vit(1, 1)
+    pathway(save_aux_weights=False, aux_dtype="int8").connect(first)
+    with torch.no_grad():
+        audio.blocks[0].attn.qkv.weight *= 2
+    PathwayCallback(audio, save_aux_weights=False, aux_dtype="int8").connect(second)
+    assert torch.equal(first.model.blocks[0].attn.qkv.aux_weight, second.model.blocks[0].attn.qkv.aux_weight)
+    with pytest.raises(ValueError, match="qkv.aux_weight is another than"):
+        second.load_state_dict(first.state_dict())
+
+
+def test_auxiliary_weights_that_are_computed_are_not_left_out():
+    module = Classifier()
+    pathway(save_aux_weights=False).connect(module)
+    prune.identity(module.model.blocks[0].attn.qkv, "aux_weight")
+    assert module.state_dict().keys() & {QKV, f"{QKV}_orig"} == {f"{QKV}_orig"}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_auxiliary_weights_that_were_left_out_may_have_been_rounded(dtype):
     module = Classifier()
@@ -329,6 +349,12 @@ def test_a_module_that_is_connected_keeps_its_pathway():
     connected_to_another(module)
     for seed in (1, 2):
         fitted(pathway(seed), module=module, epochs=1)
+
+
+def test_trained_auxiliary_weights_may_differ_from_their_model():
+    callback, module = PathwayCallback([vit(1, 1), vit(1, 2)], is_aux_trainable=True), Classifier()
+    for _ in range(2):
+        fitted(callback, module=module, epochs=1)
 
 
 @pytest.mark.parametrize("change", [requantised, Classifier.bfloat16])
@@ -481,7 +507,7 @@ def test_the_extra_is_named_that_brings_lightning():
 
 def one_fork(folder):
     """A strategy that forks, of one process."""
-    for kind in (Classifier, ConnectedClassifier):
+    for kind in (Classifier, LateClassifier, ConnectedClassifier):
         with pytest.raises(Exception, match=r"strategy: .*: call callback.connect\(module\) before fit"):
             fitted(pathway(), module=kind(), strategy="ddp_fork")
     callback, module = pathway(save_aux_weights=False), Classifier()
@@ -497,6 +523,11 @@ def one_fork(folder):
 def test_strategies_that_fork_want_a_module_that_is_connected(tmp_path):
     run = in_subprocess([], "one_fork", tmp_path)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_run_inside_another_process_is_none_of_these():
+    with mock.patch("multiprocessing.parent_process"):
+        fitted(pathway(), epochs=1)
 
 
 def sharding(callback, **settings):
