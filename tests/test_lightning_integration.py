@@ -288,7 +288,7 @@ def test_the_digest_of_a_quantised_weight_is_of_its_scales_too():
         audio.blocks[0].attn.qkv.weight *= 2
     PathwayCallback(audio, save_aux_weights=False, aux_dtype="int8").connect(second)
     assert torch.equal(first.model.blocks[0].attn.qkv.aux_weight, second.model.blocks[0].attn.qkv.aux_weight)
-    with pytest.raises(ValueError, match="qkv.aux_weight is another than"):
+    with pytest.raises(ValueError, match=r"qkv.aux_weight is another than"):
         second.load_state_dict(first.state_dict())
 
 
