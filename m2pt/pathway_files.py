@@ -144,7 +144,7 @@ def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.P
     """
     check_module("model", model)
     path = checked_path("path", path)
-    tensors, content = _read(path)
+    tensors, content = read_pathway(path)
     aux_models = _named(aux_model, [*content["sha256"]])
     names = {_layer_name(name): name for name, _ in model.named_modules()}
     layers: dict[str, FusedCrossModalLinear] = {}
@@ -174,8 +174,13 @@ def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.P
     return model
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and what it tells of the pathways, once that is known to be complete."""
+def read_pathway(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and what it tells of the pathways, once that is known to be complete.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, or none that `save_pathway` wrote.
+    """
     tensors, metadata = read_safetensors(path)
     try:
         content = json.loads(metadata[ENTRY])

@@ -5,7 +5,6 @@ auxiliary weights. `from_pretrained` puts them together again.
 """
 
 import inspect
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 
 from m2pt_kernels.divided import is_divided
 
-from ..checkpoints import read_safetensors
 from ..checks import check_kind, require
 from ..pathway import fused_layers, mean_absolute_scales, merge_pathways, places
-from ..pathway_files import ENTRY, OWN, SCALE, digests, frozen_entries, load_pathway, save_pathway
+from ..pathway_files import OWN, SCALE, digests, frozen_entries, load_pathway, read_pathway, save_pathway
 from ..replacement import has_pathway
 from ..surgery import AuxModels, reparameterize_aux_into_target_model
 
@@ -255,10 +253,10 @@ def _load_adapter(model: nn.Module, folder: str | os.PathLike, *args: Any, **opt
     loaded = type(model).load_adapter(model, folder, *args, **options)
     path, base = Path(folder, PATHWAY), model.get_base_model()
     if path.is_file() and has_pathway(base):
-        tensors, metadata = read_safetensors(path)
+        tensors, content = read_pathway(path)
         own = {name.replace(".base_layer.", "."): name for name in base.state_dict()}
         if others := sorted(tensors.keys() - own.keys()):
             raise ValueError(f"model: it has no {', '.join(others[:5])}, which {path} has")
-        _require_same(_digests(base), json.loads(metadata[ENTRY])["sha256"], str(path))
+        _require_same(_digests(base), content["sha256"], str(path))
         base.load_state_dict({own[name]: tensor for name, tensor in tensors.items()}, strict=False)
     return loaded
