@@ -268,6 +268,8 @@ def written_whole(path: Path) -> Iterator[Path]:
             temporary.chmod(mode)  # safetensors 0.8 makes it readable by its owner only, whatever the umask
             temporary.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # on which torch's writer fails in turn
+            raise error.__context__ from None
         reason = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's own is in C++ terms
         raise OSError(f"{path}: cannot be written: {reason}") from error
 

@@ -14,7 +14,14 @@ from torch import nn
 
 import m2pt.checkpoints
 from m2pt import FusedCrossModalLinear, merge_pathways
-from m2pt.checkpoints import load_state_dict, merge_state_dict, read_weights, save_state_dict, without_wrapping
+from m2pt.checkpoints import (
+    load_state_dict,
+    merge_state_dict,
+    read_weights,
+    save_state_dict,
+    without_wrapping,
+    written_whole,
+)
 
 TINY = {"img_size": 32, "patch_size": 16, "embed_dim": 12, "depth": 1, "num_heads": 2, "num_classes": 3}
 
@@ -311,6 +318,16 @@ def test_saving_replaces_the_target_and_leaves_nothing_else(tmp_path):
         save_state_dict({"a": torch.full((2,), value)}, tmp_path / "w.safetensors")
     assert list(listing(tmp_path)) == ["w.safetensors"]
     assert load_state_dict(tmp_path / "w.safetensors")["a"].tolist() == [1.0, 1.0]
+
+
+def test_an_interrupted_write_is_an_interruption_whatever_the_writer_raises_then(tmp_path):
+    """torch's writer ends its archive on the way out, and fails."""
+    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "a.pth"):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
