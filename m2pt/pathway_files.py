@@ -119,8 +119,13 @@ def digests(layers: Iterable[FusedCrossModalLinear]) -> dict[str, str]:
             found = hashes.setdefault(part.auxiliary.model, hashlib.sha256())
             for tensor in (part.data, part.aux_weight_scale):
                 if tensor is not None:
-                    found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+                    found.update(bytes_of(tensor))
     return {model: found.hexdigest() for model, found in hashes.items()}
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """The bytes of its entries in their order, wherever they lie, as `hashlib` takes them."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
 
 
 def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.PathLike) -> nn.Module:

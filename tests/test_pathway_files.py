@@ -40,7 +40,7 @@ def logits(model):
 
 def content_of(path):
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()[ENTRY])  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.offset_keys()}, json.loads(file.metadata()[ENTRY])
 
 
 def rewrite(path, tensors, content):

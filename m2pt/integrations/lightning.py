@@ -18,19 +18,18 @@ from ..checkpoints import checked_target, merge_state_dict, save_state_dict, wit
 from ..checks import check_kind, require
 from ..linear import FusedCrossModalLinear, fused_in, is_left_out
 from ..pathway import cross_modal_scales, fused_layers, mean_absolute_scales, require_whole
+from ..pathway_files import bytes_of
 from ..replacement import has_pathway
 from ..surgery import AuxModels, reparameterize_aux_into_target_model, weight_at
 
-require("lightning.pytorch", "integrations")
-
-from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging  # noqa: E402
+lightning = require("lightning.pytorch", "integrations")
+AVERAGING = (lightning.callbacks.WeightAveraging, lightning.callbacks.StochasticWeightAveraging)
 
 CONNECTED = "_connected_pathways"
 """The attribute of a module that tells, by what names in its connected models begin with, the `save_aux_weights`."""
 
 
-class PathwayCallback(Callback):
+class PathwayCallback(lightning.Callback):
     """Connects auxiliary models to a module's model, whatever the trainer is to do, before the optimizer is made.
 
     `setup` runs the module's `configure_model`, which Lightning wants to be repeatable, and connects what that leaves;
@@ -75,7 +74,7 @@ class PathwayCallback(Callback):
         self.export_path = None if export_path is None else checked_target(export_path)
         self._prefix = f"{name}." if name else ""
 
-    def connect(self, pl_module: LightningModule) -> None:
+    def connect(self, pl_module: lightning.LightningModule) -> None:
         """Connect the model of a module, in place, and have its checkpoints hold what `save_aux_weights` says.
 
         A model that has a pathway already keeps it: `options` are ignored. `setup` for `fit` raises a ValueError then
@@ -93,9 +92,9 @@ class PathwayCallback(Callback):
             pl_module.register_state_dict_post_hook(_leave_out)
         getattr(pl_module, CONNECTED)[self._prefix] = self.save_aux_weights
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         for callback in trainer.callbacks[: trainer.callbacks.index(self)]:
-            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            if isinstance(callback, AVERAGING):
                 copier = type(callback).__name__
                 raise ValueError(f"callbacks: {copier} copies the module without its pathway: put it behind this one")
         given = dict(pl_module.named_modules()).get(self.name)
@@ -112,7 +111,7 @@ class PathwayCallback(Callback):
         if averages_buffers and any(layer.aux_weight_scale is not None for layer in fused_in(self._model(pl_module))):
             raise ValueError("callbacks: WeightAveraging would round quantised aux_weight: give it use_buffers=False")
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Refuse now what logging and exporting could not do later."""
         model = self._model(pl_module)
         cross_modal_scales(model)
@@ -121,7 +120,7 @@ class PathwayCallback(Callback):
         if self.export_path is not None and trainer.is_global_zero and not self.export_path.parent.is_dir():
             raise FileNotFoundError(f"{self.export_path}: there is no folder {self.export_path.parent}")
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         model = self._model(pl_module)
         scales = cross_modal_scales(model).values()
         figures = {"min": min(scales), "mean": sum(scales) / len(scales), "max": max(scales)}
@@ -129,14 +128,14 @@ class PathwayCallback(Callback):
         logged |= {f"pathway/{name}": value for name, value in mean_absolute_scales(model).items()}
         pl_module.log_dict(logged, sync_dist=True)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self.export_path is not None and not trainer.fast_dev_run:
             if trainer.is_global_zero:
                 merged = merge_state_dict(self._model(pl_module).state_dict())
                 save_state_dict(without_wrapping(merged), self.export_path)
             trainer.strategy.barrier("export")
 
-    def _model(self, pl_module: LightningModule) -> nn.Module:
+    def _model(self, pl_module: lightning.LightningModule) -> nn.Module:
         try:
             return pl_module.get_submodule(self.name)
         except AttributeError:
@@ -174,7 +173,7 @@ def _sha256(layer: FusedCrossModalLinear, dtype: torch.dtype) -> bytes:
     found = hashlib.sha256()
     for tensor in (layer.aux_weight.to(dtype), layer.aux_weight_scale):
         if tensor is not None:
-            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            found.update(bytes_of(tensor))
     return found.digest()
 
 
