@@ -11,7 +11,7 @@ from typing import NamedTuple
 from triton.backends.compiler import GPUTarget
 
 from m2pt_kernels.estimates import DESCRIPTORS, FLOPS, SPEEDS, TILE
-from m2pt_kernels.plans import architecture
+from m2pt_kernels.plans import W_LOADS, architecture
 from m2pt_kernels.tiles import ceil_div
 
 
@@ -44,18 +44,17 @@ class Costs(NamedTuple):
 
     Attributes:
         overlap: whether a step's combine overlaps with its MMA; "-" if nothing is combined.
-        persistent: whether a block computes tile after tile, and has one prologue.
     """
 
     exposed: float
     epilogue: float
     prologue: float = 0
     overlap: str = "-"
-    persistent: bool = False
 
 
 COSTS = {
-    "hopper": Costs(SPEEDS["hopper"].wait, TILE, DESCRIPTORS, "yes", persistent=True),
+    # Less the descriptors that its blocks made when it was timed.
+    **{by: Costs(SPEEDS[by].wait, TILE, 0, "yes") for by in W_LOADS},
     # Each of a step's products is waited for.
     "tma, sm_90": Costs(145, TILE, DESCRIPTORS, "no"),
     # The warps that combine wait for the one buffer of tensor memory that MMA reads. Assumed.
@@ -71,7 +70,7 @@ COSTS = {
 
 
 def costs_of(by: str, product: str, arch: int) -> Costs:
-    """Return what nothing hides of a product, by its name, in kernels of "hopper", "tma" or "pointers"."""
+    """Return what nothing hides of a product, by its name, as a plan computes it."""
     if product == "grad_parameters":
         return COSTS[f"{by}, gradients"]
     return COSTS.get(f"{by}, sm_{arch}") or COSTS[by]
@@ -130,7 +129,7 @@ def estimate(launch: Launch, costs: Costs, gpu: Gpu) -> Estimate:
     clocks = busiest + exposed
     if costs.overlap == "no":
         clocks = max(busiest, launch.terms["tensor"] + launch.terms["issue"] + exposed * launch.products)
-    fixed = waves * costs.epilogue + costs.prologue * (1 if costs.persistent else waves)
+    fixed = waves * (costs.prologue + costs.epilogue)
     adding = 0.0 if launch.splits == 1 else NEXT_LAUNCH + launch.partial_bytes / gpu.hbm / 1e3
     hbm = launch.hbm_bytes / gpu.hbm / 1e3
     terms = {name: steps * term / gpu.clock for name, term in launch.terms.items()}

@@ -16,6 +16,7 @@ from benchmarks.predictions import measured, predict, sizes
 from benchmarks.products import LAYERS, WEIGHTS
 from benchmarks.results import Row
 from m2pt_kernels import gemm_pointers, gemm_tma
+from m2pt_kernels.estimates import DESCRIPTORS
 from m2pt_kernels.plans import Plan, gemm_hopper
 from m2pt_kernels.tiles import GradTile
 
@@ -31,8 +32,10 @@ def errors() -> dict[tuple[str, str], list[float]]:
             found["plain GEMM", product.name].append(plain(*sizes(layer, product.name), H200) / known["plain"] - 1)
             for name in known.keys() - {"plain"}:
                 plan = plan_of(name, product.name)
-                time, _ = predict(H200, layer, weights, position, plan)
-                found[plan.by, product.name].append(time.total / (known["plain"] * known[name]) - 1)
+                time = predict(H200, layer, weights, position, plan)[0].total
+                if plan.by == "hopper":  # its blocks made descriptors when it was timed
+                    time += DESCRIPTORS / H200.clock
+                found[plan.by, product.name].append(time / (known["plain"] * known[name]) - 1)
     return found
 
 

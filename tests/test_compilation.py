@@ -14,9 +14,10 @@ from m2pt_kernels import cross_modal_linear, estimates, gemm, gemm_tma, plans, q
 from m2pt_kernels.combined import CombinedWeight
 from m2pt_kernels.devices import input_precision
 from m2pt_kernels.gemm_pointers import combined_matmul_kernel, grad_parameters_kernel
+from m2pt_kernels.plans import gemm_hopper
 from m2pt_kernels.products import CombinedMatmul, GradParameters
 from m2pt_kernels.split_sums import split_sums_kernel
-from m2pt_kernels.versions import HAS_HOPPER_LOOPS, HAS_TMA_LOOPS, RELEASE
+from m2pt_kernels.versions import FITS_TALLEST, HAS_TMA_LOOPS, RELEASE
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 KINDS = {
@@ -27,7 +28,9 @@ KINDS = {
     "ieee": (FLOAT, FLOAT, FLOAT, "highest"),
 }
 by_tma = pytest.mark.skipif(not HAS_TMA_LOOPS, reason="Triton below 3.8 cannot compile the TMA kernels")
-by_hopper = pytest.mark.skipif(not HAS_HOPPER_LOOPS, reason="of Triton 3.8 alone")
+by_hopper = pytest.mark.skipif(gemm_hopper is None, reason="this Triton's Gluon lacks what the kernel needs")
+if gemm_hopper is not None:
+    from m2pt_kernels.tensor_maps import tensor_map
 
 
 def needs_compiler(target):
@@ -53,7 +56,7 @@ CASES = [
 @pytest.fixture
 def first_tiles(monkeypatch):
     """The first tile of the first kernel that can compute a product is used, and nothing is split."""
-    kernels = ["hopper", "tma", "pointers"]
+    kernels = [*plans.W_LOADS, "tma", "pointers"]
     monkeypatch.setattr(estimates, "clocks", lambda by, tile, work: {1: kernels.index(by)})
 
 
@@ -209,16 +212,22 @@ LAUNCHES = {
     "sums of splits, int4": (split_sums_kernel, TYPES | INT4, {"BLOCK": 64, "SPLITS": 2, "num_stages": 1}),
 }
 """A kernel, what its pointers point to where that is not bfloat16, and its constants."""
-if HAS_HOPPER_LOOPS:
-    HOPPER = {"BLOCK_M": 256, "MORE_M": 32, "BLOCK_K": 32, "STAGES": 4, "DEPTH_FIRST": False, "num_stages": 1}
-    LAUNCHES |= {
-        f"combined_matmul by TMA for sm_90, depth first {depth_first}": (
-            plans.gemm_hopper.combined_matmul_hopper_kernel,
+if gemm_hopper is not None:
+
+    def tiles_of(dtype, *tile):
+        return tensor_map(torch.empty(4096, 4096, dtype=dtype), (4096, 4096), 4096, tile)
+
+    HOPPER = {"BLOCK_M": 256, "MORE_M": 32, "BLOCK_K": 32, "STAGES": 4, "num_stages": 1}
+    MAPS = {"left_map": tiles_of(HALF, 256, 32), "more_left_map": tiles_of(HALF, 32, 32)}
+    MAPS |= {"output_map": tiles_of(HALF, 128, 64), "more_output_map": tiles_of(HALF, 32, 64)}
+    for depth_first, by_map in ((False, True), (True, True), (False, False)):
+        of_weights = tiles_of(HALF, 32, 128) if depth_first else tiles_of(HALF, 128, 32)
+        weight = {"aux_map": of_weights, "weight": of_weights if by_map else torch.empty(16, dtype=HALF)}
+        LAUNCHES[f"combined_matmul by TMA for sm_90, depth first {depth_first}, W too {by_map}"] = (
+            gemm_hopper.combined_matmul_hopper_kernel,
             TYPES,
-            HOPPER | {"DEPTH_FIRST": depth_first},
+            HOPPER | MAPS | weight | {"DEPTH_FIRST": depth_first, "WEIGHT_BY_TMA": by_map},
         )
-        for depth_first in (False, True)
-    }
 
 
 @pytest.mark.parametrize(
@@ -227,7 +236,7 @@ if HAS_HOPPER_LOOPS:
         pytest.param(launch, param.name, marks=by_tma if "TMA" in launch else ())
         for launch, (kernel, *_) in LAUNCHES.items()
         for param in kernel.params
-        if not param.is_constexpr and not param.name.endswith("_ptr")
+        if not param.is_constexpr and not param.name.endswith(("_ptr", "_map", "weight"))
     ],
 )
 def test_every_integer_may_be_one_odd_or_beyond_32_bits(launch, argument):
@@ -299,11 +308,15 @@ def test_hopper_dequantises_in_registers_without_waiting(
 
 
 def compile_by_hopper(product):
-    """In all tiles of `gemm_hopper`."""
+    """In all tiles of `gemm_hopper`, W being loaded in both ways if it can."""
     with compiling_for(TARGETS["sm_90"]) as compiled:
-        for tile in plans.hopper_tiles(TARGETS["sm_90"], product.combined):
-            gemm.compute(plans.Plan("hopper", tile), product)
+        for by in plans.W_LOADS:
+            for tile in plans.hopper_tiles(TARGETS["sm_90"], product.combined, by):
+                gemm.compute(plans.Plan(by, tile), product)
     return compiled
+
+
+HOPPER_TILES = 4 + 3 if FITS_TALLEST else 3
 
 
 @by_hopper
@@ -321,13 +334,15 @@ def compile_by_hopper(product):
 @pytest.mark.parametrize("product", ["forward", "grad_input"])
 def test_hopper_combines_the_next_step_while_it_multiplies(product, dtype, weight_dtype, aux_dtype):
     """In all tiles: no spills, nothing through shared memory, no product waited for at once."""
-    x, grad_output = torch.empty(1000, 224, dtype=dtype), torch.empty(1000, 272, dtype=dtype)
-    weight, aux_weight = torch.empty(272, 224, dtype=weight_dtype), torch.empty(272, 224, dtype=aux_dtype)
-    scales = torch.empty(272, 1) if aux_dtype.itemsize == 1 else None
+    x, grad_output = torch.empty(1000, 256, dtype=dtype), torch.empty(1000, 384, dtype=dtype)
+    weight, aux_weight = torch.empty(384, 256, dtype=weight_dtype), torch.empty(384, 256, dtype=aux_dtype)
+    scales = torch.empty(384, 1) if aux_dtype.itemsize == 1 else None
     is_forward = product == "forward"
     combined = CombinedWeight(weight, aux_weight, torch.empty(1), scales, transposed=is_forward)
     compiled = compile_by_hopper(CombinedMatmul(x if is_forward else grad_output, combined))
-    assert len(compiled) == (4 if is_forward or scales is None else 0)  # which are not those of the depth
+    by_loads = 0 if is_forward or not FITS_TALLEST else 3  # which are not of what lies across the depth
+    expected = HOPPER_TILES - by_loads if is_forward or scales is None else 0  # nor are scales those of the depth
+    assert len(compiled) == expected
     for kernel in compiled:
         assert resources(kernel).spilled == 0
         assert serialised_wgmma(kernel) == []
@@ -338,10 +353,10 @@ def test_hopper_combines_the_next_step_while_it_multiplies(product, dtype, weigh
 @by_hopper
 @pytest.mark.parametrize("weight_dtype", [HALF, FLOAT], ids=str)
 def test_a_bias_takes_no_registers_from_hoppers_products(weight_dtype):
-    x, weight = torch.empty(1000, 224, dtype=HALF), torch.empty(272, 224, dtype=weight_dtype)
+    x, weight = torch.empty(1000, 256, dtype=HALF), torch.empty(384, 256, dtype=weight_dtype)
     combined = CombinedWeight(weight, weight, torch.empty(1), transposed=True)
-    compiled = compile_by_hopper(CombinedMatmul(x, combined, torch.empty(272, dtype=weight_dtype)))
-    assert len(compiled) == 4
+    compiled = compile_by_hopper(CombinedMatmul(x, combined, torch.empty(384, dtype=weight_dtype)))
+    assert len(compiled) == HOPPER_TILES
     for kernel in compiled:
         assert resources(kernel).spilled == 0 and serialised_wgmma(kernel) == []
 

@@ -19,11 +19,12 @@ from m2pt_kernels import estimates, gemm, gemm_pointers, plans, reference
 from m2pt_kernels.cases import PRODUCTS
 from m2pt_kernels.combined import CombinedWeight
 from m2pt_kernels.devices import device_of, multiprocessors, supports
+from m2pt_kernels.launches import NotCompiledError
 from m2pt_kernels.ops import path_of
-from m2pt_kernels.plans import TUNED, UNTUNED, Plan, problem
+from m2pt_kernels.plans import TUNED, UNTUNED, Plan, gemm_hopper, problem
 from m2pt_kernels.products import CombinedMatmul, GradParameters
 from m2pt_kernels.tiles import GradTile, count_tiles, share_of
-from m2pt_kernels.versions import HAS_HOPPER_LOOPS
+from m2pt_kernels.versions import FITS_TALLEST
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 HOPPER, AMPERE = TARGETS["sm_90"], TARGETS["sm_80"]
@@ -152,7 +153,7 @@ NOT_TAKEN = {
         },
     },
 }
-if HAS_HOPPER_LOOPS:
+if gemm_hopper is not None:
     NOT_TAKEN["hopper", hopper] = {
         **OTHER_GPUS,
         "target sm_100": {"target": TARGETS["sm_100"]},
@@ -261,7 +262,7 @@ def test_the_estimate_of_overlapping_work_is_the_busiest_pipes():
     tile = plans.gemm_hopper.CombinedTile(BLOCK_M=256, MORE_M=128, BLOCK_K=32, STAGES=4)  # 768 x 256: 4 tiles, a wave
     for weight_bytes, busy in ((4, 832), (8, 1088)):  # bytes through shared memory; the tensor cores take 768
         work = estimates.Work(768, 256, 2048, 1, weight_bytes, 4096, 16)
-        assert estimates.clocks("hopper", tile, work) == {1: 13500 + 64 * (busy + 175) + 2300}
+        assert estimates.clocks("hopper", tile, work) == {1: 64 * (busy + 175) + 2300}
 
 
 @pytest.mark.parametrize("precision, slower", [("highest", 16), ("high", 2)])
@@ -328,7 +329,7 @@ def test_what_takes_too_long_is_not_timed_but_of_every_kernel_the_first_is(monke
     product = changed(hopper(), left=matrix(12608, 128))
     every, some = [*plans.candidates(product), plans.EAGER], plans.worth_timing(product)
     assert some == [plan for plan in every if plan in some] and some[0] == every[0] and len(some) < len(every)
-    assert {plan.by for plan in some} == {"hopper", "tma", "pointers", "eager"}
+    assert {plan.by for plan in some} == {*plans.W_LOADS, "tma", "pointers", "eager"}
     faulty = {plans.variant(plan, problem(product)): "wrong" for plan in some[:-1]}
     monkeypatch.setattr(plans.records, "faults", lambda *_: faulty)
     with pytest.warns(UserWarning, match="found faulty"):
@@ -484,14 +485,14 @@ def test_plans_and_launches_are_the_tensors_devices_not_the_current_ones(devices
             grad_parameters=lambda *_: made.append((by, None, devices.current())),
         )
 
-    monkeypatch.setattr(gemm, "_LAUNCHES", {by: launch(by) for by in ("pointers", "tma", "hopper")})
+    monkeypatch.setattr(gemm, "_LAUNCHES", {by: launch(by) for by in ("pointers", "tma", *plans.W_LOADS)})
     monkeypatch.setattr(gemm.split_sums, "grad_parameters", lambda *_: None)
     tensors, grad_output = operands(16384, 1024, 1024, HALF, HALF, needs_grad=())
     x, weight, aux_weight, scale, bias = tensors.values()
     combined = CombinedWeight(weight, aux_weight, scale, transposed=True)
     if tuned:  # for the other device
         TUNED[problem(CombinedMatmul(x, combined, bias))] = Plan("tma")
-    best = "hopper" if HAS_HOPPER_LOOPS else "tma"
+    best = "hopper" if gemm_hopper is not None else "tma"
     on_hopper = ("tma" if tuned else best, best, "tma")
     for target, expected in ((HOPPER, on_hopper), (AMPERE, ("pointers",) * 3)):
         if target is AMPERE:
@@ -536,12 +537,88 @@ def test_descriptors_lie_in_memory_of_torch_on_the_current_device(target, produc
         "grad_parameters": grad_parameters(),
     }[product]
     with compiling_for(TARGETS[target]):
-        plan = next(plan for plan in plans.candidates(product) if plan.by != "pointers")
+        plan = next(plan for plan in plans.candidates(product) if plan.by == "tma")
         monkeypatch.setattr(triton.runtime.driver.active, "launcher_cls", launcher_cls)
         monkeypatch.setattr(torch, "empty", lambda size, **options: (size, options))
         Context().run(gemm.compute, plan, product)
     size, options = allocated[0]
     assert size > 0 and options == {"dtype": torch.int8, "device": "cuda"}
+
+
+@by_hopper
+@pytest.mark.parametrize("by", plans.W_LOADS)
+def test_gluon_needs_no_memory_but_the_output(by):
+    product = hopper()
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        for tile in plans.hopper_tiles(HOPPER, product.combined, by):
+            gemm.compute(Plan(by, tile), product)
+    assert all(kernel.metadata.global_scratch_size == 0 for kernel in compiled)
+
+
+def rows_apart(pitch):
+    return torch.empty(256 * pitch, dtype=HALF, device="meta").as_strided((256, 128), (pitch, 1))
+
+
+NOT_LOADED = {
+    "columns that 128 does not divide": {"weight": matrix(272, 128), "aux_weight": matrix(272, 128)},
+    "a depth that 128 does not divide": {"weight": matrix(256, 160), "aux_weight": matrix(256, 160)},
+    "the depth across rows": {"transposed": False},
+    "rows so far apart that a tile exceeds 32 bits": {"weight": rows_apart(2**24)},
+}
+
+
+@by_hopper
+@pytest.mark.parametrize("change", NOT_LOADED)
+def test_w_is_loaded_by_threads_only_without_edges_along_the_depth(change):
+    combined = hopper().combined
+    assert plans.hopper_tiles(HOPPER, combined, "hopper_ldg") or not FITS_TALLEST
+    changed = combined._replace(**NOT_LOADED[change])
+    assert plans.hopper_tiles(HOPPER, changed) and not plans.hopper_tiles(HOPPER, changed, "hopper_ldg")
+
+
+@by_hopper
+def test_of_both_ways_to_load_w_the_constant_names_the_untuned_one(monkeypatch):
+    monkeypatch.setattr(plans, "active_target", lambda: HOPPER)
+    product = changed(hopper(), left=matrix(12608, 128))
+    for order in (plans.W_LOADS, plans.W_LOADS[::-1]):
+        monkeypatch.setattr(plans, "W_LOADS", order)
+        first = {plan.tile: plan.by for plan in reversed(plans.candidates(product)) if plan.by in order}
+        assert {by for tile, by in first.items() if tile.MORE_M < 128} == {order[0]} or not FITS_TALLEST
+
+
+def test_what_does_not_compile_is_left_out_with_one_warning(monkeypatch):
+    monkeypatch.setattr(plans, "active_target", lambda: AMPERE)
+    monkeypatch.setattr(plans, "NOT_COMPILED", set())
+    product, tried = forward(), []
+
+    def combined_matmul(tile, *_):
+        tried.append(tile)
+        if len(tried) <= 2:
+            raise NotCompiledError("CompilationError: no such instruction\nsource")
+
+    monkeypatch.setattr(gemm, "_LAUNCHES", {"pointers": SimpleNamespace(combined_matmul=combined_matmul)})
+    first, second, third, *_ = plans.candidates(product)
+    TUNED[problem(product)] = second
+    with pytest.warns(UserWarning, match="does not compile") as warned:
+        gemm.combined_matmul(*product)
+    assert tried == [second.tile, first.tile, third.tile]
+    assert [str(warning.message) for warning in warned] == [
+        f"{plans.variant(plan, problem(product))} does not compile with Triton {triton.__version__}"
+        f" (CompilationError: no such instruction): next is {then}"
+        for plan, then in ((second, first), (first, third))
+    ]
+    gemm.combined_matmul(*product)
+    assert tried[3:] == [third.tile] and problem(product) not in TUNED
+
+
+def test_a_plan_that_is_asked_for_and_does_not_compile_is_an_error(monkeypatch):
+    def combined_matmul(*_):
+        raise NotCompiledError("no such instruction")
+
+    monkeypatch.setattr(plans, "active_target", lambda: AMPERE)
+    monkeypatch.setattr(gemm, "_LAUNCHES", {"pointers": SimpleNamespace(combined_matmul=combined_matmul)})
+    with pytest.raises(NotCompiledError, match="no such"):
+        gemm.combined_matmul(*forward(), plans.candidates(forward())[0])
 
 
 @pytest.mark.parametrize("capability, path", [((7, 0), reference), ((7, 5), reference), ((8, 0), gemm), ((9, 0), gemm)])

@@ -16,10 +16,9 @@ from torch import nn
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt import FusedCrossModalLinear
 from m2pt_kernels import cross_modal_linear, plans, quantize, tuning, warmup
-from m2pt_kernels.plans import TUNED, UNTUNED
+from m2pt_kernels.plans import TUNED, UNTUNED, gemm_hopper
 from m2pt_kernels.products import CombinedMatmul
 from m2pt_kernels.verification import Finding
-from m2pt_kernels.versions import HAS_HOPPER_LOOPS
 
 EAGER = "eager"
 
@@ -74,7 +73,7 @@ def times(monkeypatch):
 
 
 DEFAULT = [
-    ("combined_matmul_hopper_kernel", 3) if HAS_HOPPER_LOOPS else ("combined_matmul_tma_kernel", 4),
+    ("combined_matmul_hopper_kernel", 3) if gemm_hopper is not None else ("combined_matmul_tma_kernel", 4),
     ("grad_parameters_tma_kernel", 3),
 ]
 TUNED_TO = [("combined_matmul_tma_kernel", 5), ("grad_parameters_tma_kernel", 5)]

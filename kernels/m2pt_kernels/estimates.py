@@ -16,25 +16,24 @@ class Speed(NamedTuple):
     Attributes:
         wait: of a step, in which a block waits. Blocks that share an SM do so together.
         tile: of a tile, besides its steps.
-        launch: of a block that computes several tiles, besides these.
         overlaps: whether the tensor cores multiply while the next step's operand is combined.
     """
 
     wait: int
     tile: int
-    launch: int = 0
     overlaps: bool = False
 
 
 TILE = 2300
 """Clocks of a tile before its first step and after its last."""
 DESCRIPTORS = 13500
-"""Clocks in which a block makes descriptors of its operands, which a kernel that reads by TMA begins with."""
+"""Clocks in which a block of `gemm_tma` makes descriptors of its operands, before all else. The blocks of `gemm_hopper`
+did so too when they were timed; now the host does, and these clocks are subtracted from what was measured."""
 SPEEDS = {
     "pointers": Speed(wait=356, tile=TILE),
     "tma": Speed(wait=80, tile=TILE + DESCRIPTORS),
     "tma, gradients": Speed(wait=65, tile=TILE + DESCRIPTORS),
-    "hopper": Speed(wait=175, tile=TILE, launch=DESCRIPTORS, overlaps=True),
+    **dict.fromkeys(("hopper", "hopper_ldg"), Speed(wait=175, tile=TILE, overlaps=True)),
 }
 FLOPS = {
     "ampere": 2048,
@@ -108,5 +107,5 @@ def clocks(by: str, tile: Any, work: Work) -> dict[int, float]:
         waves, steps = ceil_div(tiles * splits, work.multiprocessors), ceil_div(all_steps, splits)
         adding = LAUNCH + 2 * splits * split_bytes / (SPLIT_RATE * work.multiprocessors) if splits > 1 else 0
         waiting = ceil_div(waves, resident) * steps * speed.wait
-        found[splits] = speed.launch + waves * (steps * busy + speed.tile) + waiting + adding
+        found[splits] = waves * (steps * busy + speed.tile) + waiting + adding
     return {splits: found[splits] for splits in {1, min(found, key=found.__getitem__)}}

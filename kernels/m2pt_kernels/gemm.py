@@ -1,5 +1,6 @@
 """Compute the two products by the kernels that `plans` chooses, each on its tensors' device."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor
 from . import gemm_pointers, gemm_tma, plans, reference, split_sums
 from .combined import CombinedWeight
 from .devices import device_of
+from .launches import NotCompiledError
 from .plans import EAGER, Plan
 from .products import CombinedMatmul, GradParameters, Product
 
-_LAUNCHES = {"pointers": gemm_pointers, "tma": gemm_tma, "hopper": plans.gemm_hopper}
+_LAUNCHES = {"pointers": gemm_pointers, "tma": gemm_tma, **dict.fromkeys(plans.W_LOADS, plans.gemm_hopper)}
 
 
 def combined_matmul(
@@ -19,13 +21,16 @@ def combined_matmul(
 ) -> Tensor:
     """Return left times combined plus bias, contiguous and in left's dtype. `plan` replaces the one that is chosen."""
     with device_of(left):
-        left, combined, bias = product = CombinedMatmul(left, combined, bias).prepared()
-        plan = plan or plans.choose(product)
-        if plan == EAGER:
-            return reference.combined_matmul(*product)
-        output = left.new_empty(left.shape[0], combined.shape[1])
-        _LAUNCHES[plan.by].combined_matmul(plan.tile, *product, output)
-        return output
+        return _by_plan(_combined_matmul, CombinedMatmul(left, combined, bias).prepared(), plan)
+
+
+def _combined_matmul(plan: Plan, product: CombinedMatmul) -> Tensor:
+    if plan == EAGER:
+        return reference.combined_matmul(*product)
+    left, combined, _ = product
+    output = left.new_empty(left.shape[0], combined.shape[1])
+    _LAUNCHES[plan.by].combined_matmul(plan.tile, *product, output)
+    return output
 
 
 def grad_parameters(
@@ -38,21 +43,34 @@ def grad_parameters(
     each split until this returns, `estimates.MOST_SPLIT_BYTES` at most unless `plan` says otherwise.
     """
     with device_of(product.x):
-        product = product.prepared()
-        plan = plan or plans.choose(product)
-        if plan == EAGER:
-            return reference.grad_parameters(product)
-        empty, weight_dtype, aux_dtype = product.x.new_empty, product.weight_dtype, product.aux_dtype
-        grad_weight = None if weight_dtype is None else empty(product.shape, dtype=weight_dtype)
-        grad_aux = None if aux_dtype is None else empty(product.aux_shape, dtype=aux_dtype)
-        launch = _LAUNCHES[plan.by].grad_parameters
-        if plan.splits == 1:
-            partial = launch(plan.tile, product, grad_weight, grad_aux)
-        else:
-            splits = empty(plan.splits, *product.shape, dtype=torch.float32)
-            launch(plan.tile, product.of_splits, splits, None, plan.splits)
-            partial = split_sums.grad_parameters(splits, product, grad_weight, grad_aux)
-        return grad_weight, grad_aux, None if partial is None else partial.sum(1)
+        return _by_plan(_grad_parameters, product.prepared(), plan)
+
+
+def _grad_parameters(plan: Plan, product: GradParameters) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if plan == EAGER:
+        return reference.grad_parameters(product)
+    empty, weight_dtype, aux_dtype = product.x.new_empty, product.weight_dtype, product.aux_dtype
+    grad_weight = None if weight_dtype is None else empty(product.shape, dtype=weight_dtype)
+    grad_aux = None if aux_dtype is None else empty(product.aux_shape, dtype=aux_dtype)
+    launch = _LAUNCHES[plan.by].grad_parameters
+    if plan.splits == 1:
+        partial = launch(plan.tile, product, grad_weight, grad_aux)
+    else:
+        splits = empty(plan.splits, *product.shape, dtype=torch.float32)
+        launch(plan.tile, product.of_splits, splits, None, plan.splits)
+        partial = split_sums.grad_parameters(splits, product, grad_weight, grad_aux)
+    return grad_weight, grad_aux, None if partial is None else partial.sum(1)
+
+
+def _by_plan(function: Callable[[Plan, Any], Any], product: Product, plan: Plan | None) -> Any:
+    """Compute by `plan`, or else by the first that compiles."""
+    while plan is None:
+        chosen = plans.choose(product)
+        try:
+            return function(chosen, product)
+        except NotCompiledError as error:
+            plans.leave_out(chosen, product, error)
+    return function(plan, product)
 
 
 def compute(plan: Plan, product: Product) -> Any:

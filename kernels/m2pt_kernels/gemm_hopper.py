@@ -3,6 +3,7 @@
 As in `gemm_tma.py` it is computed transposed, `Y^T = (W + s * W_aux) X^T`, with the combined tile in registers as the A
 operand of wgmma. A block stays on its SM and computes tile after tile. One warp loads by TMA; two groups of four warps
 have half of a tile's columns each: while the tensor cores multiply a step, the group combines the next one's operand.
+W comes by TMA, through shared memory, or each thread loads its own entries.
 """
 
 from typing import NamedTuple
@@ -20,10 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .combined import CombinedWeight
 from .devices import multiprocessors
-from .gemm_tma import provide_descriptor_memory
 from .launches import launch
+from .tensor_maps import tensor_map
 from .tiles import GROUP, count_tiles
 from .versions import TMA_OPTIONS
+
+# Named otherwise before Triton 3.8.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_barriers = mbarrier.allocate_mbarrier
 
 _GROUPS = gl.constexpr(2)
 _COLUMNS = gl.constexpr(64)
@@ -76,77 +82,69 @@ def _column_of(vector_ptr, column, columns, layout: gl.constexpr, RELABEL: gl.co
 
 @gluon.jit
 def _load_tiles(
-    matrices,
-    stages,
-    barriers,
-    sizes,
-    GROUP: gl.constexpr,
-    DEPTH_FIRST: gl.constexpr,
+    maps, stages, barriers, sizes, GROUP: gl.constexpr, DEPTH_FIRST: gl.constexpr, WEIGHT_BY_TMA: gl.constexpr
 ):
     """Fill stage after stage, each as soon as both groups have read it. All that is past a matrix is zero."""
-    left, more_left, weight, aux = matrices
+    left, more_left, weight, aux = maps
     lefts, more_lefts, weights, auxes = stages
     filled, emptied = barriers
-    rows, columns, depth = sizes
+    rows, columns, depth, _ = sizes
     STAGES: gl.constexpr = lefts.shape[0]
-    BLOCK_M: gl.constexpr = left.block_type.shape[0]
-    MORE_M: gl.constexpr = more_left.block_type.shape[0]
-    BLOCK_N: gl.constexpr = weight.block_type.shape[1 if DEPTH_FIRST else 0]
-    BLOCK_K: gl.constexpr = left.block_type.shape[1]
-    BYTES: gl.constexpr = left.nbytes_per_cta + more_left.nbytes_per_cta + weight.nbytes_per_cta + aux.nbytes_per_cta
+    BLOCK_M: gl.constexpr = lefts.shape[1]
+    MORE_M: gl.constexpr = more_lefts.shape[1]
+    BLOCK_K: gl.constexpr = lefts.shape[2]
     steps = _UNROLL * gl.cdiv(depth, _UNROLL * BLOCK_K)
-    tiles = gl.cdiv(rows, BLOCK_M + MORE_M) * gl.cdiv(columns, BLOCK_N)
+    tiles = gl.cdiv(rows, BLOCK_M + MORE_M) * gl.cdiv(columns, _GROUPS * _COLUMNS)
     step = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row, column = _tile(index, rows, columns, BLOCK_M + MORE_M, BLOCK_N, GROUP)
+        row, column = _tile(index, rows, columns, BLOCK_M + MORE_M, _GROUPS * _COLUMNS, GROUP)
         for k in range(0, steps * BLOCK_K, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(emptied.index(stage), ((step // STAGES) & 1) ^ 1)
             barrier = filled.index(stage)
-            mbarrier.expect(barrier, BYTES)
-            if DEPTH_FIRST:
-                tma.async_load(weight, [k, column], barrier, weights.index(stage))
-                tma.async_load(aux, [k, column], barrier, auxes.index(stage))
-            else:
-                tma.async_load(weight, [column, k], barrier, weights.index(stage))
-                tma.async_load(aux, [column, k], barrier, auxes.index(stage))
-            tma.async_load(left, [row, k], barrier, lefts.index(stage))
-            tma.async_load(more_left, [row + BLOCK_M, k], barrier, more_lefts.index(stage))
+            BYTES: gl.constexpr = left.nbytes_per_cta + more_left.nbytes_per_cta + aux.nbytes_per_cta
+            mbarrier.expect(barrier, BYTES + weight.nbytes_per_cta if WEIGHT_BY_TMA else BYTES)
+            if WEIGHT_BY_TMA:
+                _load(weight, [k, column] if DEPTH_FIRST else [column, k], barrier, weights.index(stage))
+            _load(aux, [k, column] if DEPTH_FIRST else [column, k], barrier, auxes.index(stage))
+            _load(left, [row, k], barrier, lefts.index(stage))
+            _load(more_left, [row + BLOCK_M, k], barrier, more_lefts.index(stage))
             step += 1
 
 
 @gluon.jit
-def _operand(tile, group: gl.constexpr, OPERAND: gl.constexpr, RELABEL: gl.constexpr, DEPTH_FIRST: gl.constexpr):
-    """Read a group's half of a tile of W or W_aux, in float32."""
+def _read(tile, group: gl.constexpr, LAYOUT: gl.constexpr, DEPTH_FIRST: gl.constexpr):
+    """Read a group's half of a tile of W or W_aux from shared memory."""
     if DEPTH_FIRST:
-        values = tile.slice(group * _COLUMNS, _COLUMNS, 1).permute((1, 0)).load(OPERAND)
-    elif RELABEL:
-        values = _relabel(tile.slice(group * _COLUMNS, _COLUMNS, 0).load(_to_be_relabelled(tile.shape[1])), 4, 2)
-        values = gl.convert_layout(values, OPERAND, assert_trivial=True)
+        return tile.slice(group * _COLUMNS, _COLUMNS, 1).permute((1, 0)).load(LAYOUT)
     else:
-        values = tile.slice(group * _COLUMNS, _COLUMNS, 0).load(OPERAND)
-    return values.to(gl.float32)
+        return tile.slice(group * _COLUMNS, _COLUMNS, 0).load(LAYOUT)
 
 
 @gluon.jit
 def _combine(
-    weights,
-    auxes,
+    weight,
+    stages,
     filled,
     step,
     scale,
     group: gl.constexpr,
-    dtype: gl.constexpr,
+    LAYOUT: gl.constexpr,
     OPERAND: gl.constexpr,
-    RELABEL: gl.constexpr,
     DEPTH_FIRST: gl.constexpr,
+    WEIGHT_BY_TMA: gl.constexpr,
 ):
-    """Make a step's operand, once its tiles are there."""
-    STAGES: gl.constexpr = weights.shape[0]
-    mbarrier.wait(filled.index(step % STAGES), (step // STAGES) & 1)
-    weight = _operand(weights.index(step % STAGES), group, OPERAND, RELABEL, DEPTH_FIRST)
-    aux = _operand(auxes.index(step % STAGES), group, OPERAND, RELABEL, DEPTH_FIRST)
-    return (weight + scale * aux).to(dtype)
+    """Make a step's operand, once its tiles are there; W is one of them, if it comes by TMA."""
+    lefts, _, weights, auxes = stages
+    stage = step % auxes.shape[0]
+    mbarrier.wait(filled.index(stage), (step // auxes.shape[0]) & 1)
+    if WEIGHT_BY_TMA:
+        weight = _read(weights.index(stage), group, LAYOUT, DEPTH_FIRST)
+    aux = _read(auxes.index(stage), group, LAYOUT, DEPTH_FIRST)
+    if LAYOUT != OPERAND:
+        weight = gl.convert_layout(_relabel(weight, 4, 2), OPERAND, assert_trivial=True)
+        aux = gl.convert_layout(_relabel(aux, 4, 2), OPERAND, assert_trivial=True)
+    return (weight.to(gl.float32) + scale * aux.to(gl.float32)).to(lefts.dtype)
 
 
 @gluon.jit
@@ -168,9 +166,9 @@ def _wait_for(step, accumulator, more, emptied, LATER: gl.constexpr):
 
 
 @gluon.jit
-def _store(descriptor, tile, buffer, row, column, RELABEL: gl.constexpr):
+def _store_tile(map, tile, buffer, row, column, RELABEL: gl.constexpr):
     """Store a tile through shared memory, once the store before has left it; this one is waited for later."""
-    tile = tile.to(descriptor.dtype)
+    tile = tile.to(map.dtype)
     if RELABEL:
         tile = _relabel(tile, 2, 4)
     tma.store_wait(0)
@@ -178,7 +176,7 @@ def _store(descriptor, tile, buffer, row, column, RELABEL: gl.constexpr):
     buffer.permute((1, 0)).store(tile)
     fence_async_shared()
     gl.barrier()
-    tma.async_store(descriptor, [row, column], buffer)
+    _store(map, [row, column], buffer)
 
 
 @gluon.jit
@@ -192,27 +190,31 @@ def _compute_tiles(
     sizes,
     GROUP: gl.constexpr,
     DEPTH_FIRST: gl.constexpr,
+    WEIGHT_BY_TMA: gl.constexpr,
 ):
     """Combine, multiply and store a group's half of every tile."""
     lefts, more_lefts, weights, auxes = stages
     filled, emptied = barriers
     output, more_output = outputs
     cross_modal_scale_ptr, aux_weight_scale_ptr, bias_ptr = vectors
-    rows, columns, depth = sizes
+    rows, columns, depth, stride_weight = sizes
     BLOCK_M: gl.constexpr = lefts.shape[1]
     MORE_M: gl.constexpr = more_lefts.shape[1]
     BLOCK_K: gl.constexpr = lefts.shape[2]
-    RELABEL: gl.constexpr = weights.dtype.primitive_bitwidth == 32 and not DEPTH_FIRST
-    dtype: gl.constexpr = lefts.dtype
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    MORE_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MORE_M, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
-    MORE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MORE_LAYOUT, 2)
+    SHARED: gl.constexpr = weights.dtype if WEIGHT_BY_TMA else auxes.dtype
+    RELABEL: gl.constexpr = SHARED.primitive_bitwidth == 32 and not DEPTH_FIRST
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    MORE_PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MORE_M, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
+    MORE_OPERAND: gl.constexpr = gl.DotOperandLayout(0, MORE_PRODUCT, 2)
+    LAYOUT: gl.constexpr = _to_be_relabelled(BLOCK_K) if RELABEL else OPERAND
     buffer = buffers.index(group)
     more_buffer = buffer.slice(0, MORE_M, 0)
     turns = gl.cdiv(depth, _UNROLL * BLOCK_K)
     tiles = gl.cdiv(rows, BLOCK_M + MORE_M) * gl.cdiv(columns, _GROUPS * _COLUMNS)
     model_scale = gl.load(cross_modal_scale_ptr).to(gl.float32)
+    along = gl.arange(0, _COLUMNS, gl.SliceLayout(1, LAYOUT))[:, None] * stride_weight
+    offsets = along + gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))[None, :]
     step = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         row, column = _tile(index, rows, columns, BLOCK_M + MORE_M, _GROUPS * _COLUMNS, GROUP)
@@ -220,102 +222,105 @@ def _compute_tiles(
         scale = model_scale
         if aux_weight_scale_ptr is not None:
             scale *= _column_of(aux_weight_scale_ptr, column, columns, OPERAND, RELABEL)
-        accumulator = gl.zeros((_COLUMNS, BLOCK_M), gl.float32, LAYOUT)
-        more = gl.zeros((_COLUMNS, MORE_M), gl.float32, MORE_LAYOUT)
+        accumulator = gl.zeros((_COLUMNS, BLOCK_M), gl.float32, PRODUCT)
+        more = gl.zeros((_COLUMNS, MORE_M), gl.float32, MORE_PRODUCT)
         if bias_ptr is not None:  # here, where registers are free
-            accumulator += _column_of(bias_ptr, column, columns, LAYOUT, RELABEL)
-            more += _column_of(bias_ptr, column, columns, MORE_LAYOUT, RELABEL)
-        combined = _combine(weights, auxes, filled, step, scale, group, dtype, OPERAND, RELABEL, DEPTH_FIRST)
+            accumulator += _column_of(bias_ptr, column, columns, PRODUCT, RELABEL)
+            more += _column_of(bias_ptr, column, columns, MORE_PRODUCT, RELABEL)
+        weight, entry = 0, 0
+        if not WEIGHT_BY_TMA:
+            entry = weights + gl.to_tensor(column).to(gl.int64) * stride_weight
+            weight = gl.load(entry + offsets)
+        combined = _combine(weight, stages, filled, step, scale, group, LAYOUT, OPERAND, DEPTH_FIRST, WEIGHT_BY_TMA)
         for _ in range(turns - 1):
             for i in gl.static_range(_UNROLL):
                 accumulator, more = _multiply(combined, lefts, more_lefts, step, accumulator, more, MORE_OPERAND)
+                if not WEIGHT_BY_TMA:
+                    entry += BLOCK_K
+                    weight = gl.load(entry + offsets)
                 if i > 0:
                     accumulator, more = _wait_for(step - 1, accumulator, more, emptied, 1)
                 step += 1
-                combined = _combine(weights, auxes, filled, step, scale, group, dtype, OPERAND, RELABEL, DEPTH_FIRST)
+                combined = _combine(
+                    weight, stages, filled, step, scale, group, LAYOUT, OPERAND, DEPTH_FIRST, WEIGHT_BY_TMA
+                )
             accumulator, more = _wait_for(step - 1, accumulator, more, emptied, 0)
         for i in gl.static_range(_UNROLL):
             accumulator, more = _multiply(combined, lefts, more_lefts, step, accumulator, more, MORE_OPERAND)
+            if not WEIGHT_BY_TMA and i < _UNROLL - 1:
+                entry += BLOCK_K
+                weight = gl.load(entry + offsets)
             if i > 0:
                 accumulator, more = _wait_for(step - 1, accumulator, more, emptied, 1)
             step += 1
             if i < _UNROLL - 1:
-                combined = _combine(weights, auxes, filled, step, scale, group, dtype, OPERAND, RELABEL, DEPTH_FIRST)
+                combined = _combine(
+                    weight, stages, filled, step, scale, group, LAYOUT, OPERAND, DEPTH_FIRST, WEIGHT_BY_TMA
+                )
         accumulator, more = _wait_for(step - 1, accumulator, more, emptied, 0)
         first, second = accumulator.reshape([_COLUMNS, 2, BLOCK_M // 2]).permute((0, 2, 1)).split()
-        _store(output, first, buffer, row, column, RELABEL)
-        _store(output, second, buffer, row + BLOCK_M // 2, column, RELABEL)
-        _store(more_output, more, more_buffer, row + BLOCK_M, column, RELABEL)
+        _store_tile(output, first, buffer, row, column, RELABEL)
+        _store_tile(output, second, buffer, row + BLOCK_M // 2, column, RELABEL)
+        _store_tile(more_output, more, more_buffer, row + BLOCK_M, column, RELABEL)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _describe(matrix_ptr, rows, columns, stride, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], matrix_ptr.dtype.element_ty)
-    return tma.make_tensor_descriptor(matrix_ptr, [rows, columns], [stride, 1], [ROWS, COLUMNS], LAYOUT)
-
-
-@gluon.jit
-def _buffers(descriptor, COUNT: gl.constexpr):
-    ROWS: gl.constexpr = descriptor.block_type.shape[0]
-    COLUMNS: gl.constexpr = descriptor.block_type.shape[1]
-    return gl.allocate_shared_memory(descriptor.dtype, [COUNT, ROWS, COLUMNS], descriptor.layout)
-
-
-@gluon.jit
 def combined_matmul_hopper_kernel(
-    left_ptr,
-    weight_ptr,
-    aux_ptr,
+    left_map,
+    more_left_map,
+    aux_map,
+    output_map,
+    more_output_map,
+    weight,
     cross_modal_scale_ptr,
     aux_weight_scale_ptr,
     bias_ptr,
-    output_ptr,
     rows,
     columns,
     depth,
-    stride_left,
     stride_weight,
-    stride_aux,
     BLOCK_M: gl.constexpr,
     MORE_M: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     DEPTH_FIRST: gl.constexpr,
+    WEIGHT_BY_TMA: gl.constexpr,
 ):
     """Store left (weight + scale * aux) + bias in tiles of BLOCK_M + MORE_M rows and 128 columns.
 
     left is (rows, depth); weight and aux lie in memory as (columns, depth), or (depth, columns) if DEPTH_FIRST. A
-    quantised aux is not DEPTH_FIRST, and has a scale for each row in memory.
+    quantised aux is not DEPTH_FIRST, and has a scale for each row in memory. weight is a map if WEIGHT_BY_TMA, else a
+    pointer, not DEPTH_FIRST, and without edges: 128 divides columns and depth.
     """
-    BLOCK_N: gl.constexpr = _GROUPS * _COLUMNS
-    left = _describe(left_ptr, rows, depth, stride_left, BLOCK_M, BLOCK_K)
-    more_left = _describe(left_ptr, rows, depth, stride_left, MORE_M, BLOCK_K)
-    if DEPTH_FIRST:
-        weight = _describe(weight_ptr, depth, columns, stride_weight, BLOCK_K, BLOCK_N)
-        aux = _describe(aux_ptr, depth, columns, stride_aux, BLOCK_K, BLOCK_N)
-    else:
-        weight = _describe(weight_ptr, columns, depth, stride_weight, BLOCK_N, BLOCK_K)
-        aux = _describe(aux_ptr, columns, depth, stride_aux, BLOCK_N, BLOCK_K)
-    output = _describe(output_ptr, rows, columns, columns, BLOCK_M // 2, _COLUMNS)
-    more_output = _describe(output_ptr, rows, columns, columns, MORE_M, _COLUMNS)
-    lefts, more_lefts = _buffers(left, STAGES), _buffers(more_left, STAGES)
-    weights, auxes = _buffers(weight, STAGES), _buffers(aux, STAGES)
-    buffers = _buffers(output, _GROUPS)
-    filled = mbarrier.allocate_mbarrier(batch=STAGES)
-    emptied = mbarrier.allocate_mbarrier(batch=STAGES)
+    WIDTH: gl.constexpr = _GROUPS * _COLUMNS
+    TILE: gl.constexpr = [STAGES, BLOCK_K, WIDTH] if DEPTH_FIRST else [STAGES, WIDTH, BLOCK_K]
+    lefts = gl.allocate_shared_memory(left_map.dtype, [STAGES, BLOCK_M, BLOCK_K], left_map.layout)
+    more_lefts = gl.allocate_shared_memory(left_map.dtype, [STAGES, MORE_M, BLOCK_K], more_left_map.layout)
+    auxes = gl.allocate_shared_memory(aux_map.dtype, TILE, aux_map.layout)
+    weights = gl.allocate_shared_memory(weight.dtype, TILE, weight.layout) if WEIGHT_BY_TMA else weight
+    buffers = gl.allocate_shared_memory(output_map.dtype, [_GROUPS, BLOCK_M // 2, _COLUMNS], output_map.layout)
+    filled = _barriers(batch=STAGES)
+    emptied = _barriers(batch=STAGES)
     for i in gl.static_range(STAGES):
         mbarrier.init(filled.index(i), count=1)
         mbarrier.init(emptied.index(i), count=_GROUPS)
-    stages, barriers, sizes = (lefts, more_lefts, weights, auxes), (filled, emptied), (rows, columns, depth)
-    matrices, outputs = (left, more_left, weight, aux), (output, more_output)
+    stages, barriers = (lefts, more_lefts, weights, auxes), (filled, emptied)
+    sizes = rows, columns, depth, stride_weight
+    maps, outputs = (left_map, more_left_map, weight, aux_map), (output_map, more_output_map)
     vectors = cross_modal_scale_ptr, aux_weight_scale_ptr, bias_ptr
     gl.warp_specialize(
         [
-            (_compute_tiles, (0, stages, barriers, buffers, outputs, vectors, sizes, GROUP, DEPTH_FIRST)),
-            (_compute_tiles, (1, stages, barriers, buffers, outputs, vectors, sizes, GROUP, DEPTH_FIRST)),
-            (_load_tiles, (matrices, stages, barriers, sizes, GROUP, DEPTH_FIRST)),
+            (
+                _compute_tiles,
+                (0, stages, barriers, buffers, outputs, vectors, sizes, GROUP, DEPTH_FIRST, WEIGHT_BY_TMA),
+            ),
+            (
+                _compute_tiles,
+                (1, stages, barriers, buffers, outputs, vectors, sizes, GROUP, DEPTH_FIRST, WEIGHT_BY_TMA),
+            ),
+            (_load_tiles, (maps, stages, barriers, sizes, GROUP, DEPTH_FIRST, WEIGHT_BY_TMA)),
         ],
         worker_num_warps=[4, 1],
         worker_num_regs=[240, 24],
@@ -336,20 +341,37 @@ class CombinedTile(NamedTuple):
         return self.BLOCK_M + self.MORE_M, _GROUPS.value * _COLUMNS.value, self.BLOCK_K
 
 
+class LoadingTile(CombinedTile):
+    """Is such a tile whose threads load W by themselves, along the depth; its columns and depth have no edges."""
+
+
 def combined_matmul(
     tile: CombinedTile, left: Tensor, combined: CombinedWeight, bias: Tensor | None, output: Tensor
 ) -> None:
     """Write a `CombinedMatmul` to output, contiguous. A quantised W_aux has a scale for each row in memory."""
-    (rows, depth), columns, (depth_first, outer) = left.shape, output.shape[1], combined.layout
-    provide_descriptor_memory()
+    weight_by_tma = not isinstance(tile, LoadingTile)
+    (weight, aux_weight, *scales), (rows, depth), columns = combined[:4], left.shape, output.shape[1]
+    (depth_first, outer), (_, width, step) = combined.layout, tile.shape
+    size, block = ((depth, columns), (step, width)) if depth_first else ((columns, depth), (width, step))
+    maps = [
+        tensor_map(left, (rows, depth), left.stride(0), (tile.BLOCK_M, step)),
+        tensor_map(left, (rows, depth), left.stride(0), (tile.MORE_M, step)),
+        tensor_map(aux_weight, size, aux_weight.stride(outer), block),
+        tensor_map(output, (rows, columns), columns, (tile.BLOCK_M // 2, _COLUMNS.value)),
+        tensor_map(output, (rows, columns), columns, (tile.MORE_M, _COLUMNS.value)),
+    ]
+    if weight_by_tma:
+        maps.append(tensor_map(weight, size, weight.stride(outer), block))
     launch(
         combined_matmul_hopper_kernel,
         (min(count_tiles(tile, rows, columns), multiprocessors(left.device)), 1),
-        (left, *combined[:4], bias, output),
-        (rows, columns, depth, left.stride(0), combined.weight.stride(outer), combined.aux_weight.stride(outer)),
+        (*([] if weight_by_tma else [weight]), *scales, bias),
+        (rows, columns, depth, weight.stride(outer)),
         tile,
+        tuple(maps),
         GROUP=GROUP,
         DEPTH_FIRST=depth_first,
+        WEIGHT_BY_TMA=weight_by_tma,
         num_warps=4,
         **TMA_OPTIONS,
     )

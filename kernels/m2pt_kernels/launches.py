@@ -5,6 +5,7 @@ from typing import Any
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 
@@ -18,12 +19,17 @@ Hooks that change what Triton compiles are asked where nothing is held.
 MOST_HELD = 2**12
 
 
+class NotCompiledError(RuntimeError):
+    """Says that a kernel does not compile for this GPU with this release of Triton."""
+
+
 def launch(
     kernel: JITFunction,
     grid: tuple[int, int],
     tensors: tuple[Tensor | None, ...],
     sizes: tuple[int | None, ...],
     tile: Any,
+    maps: tuple[Any, ...] = (),
     **constants: Any,
 ) -> None:
     """Launch a grid of a kernel's programs on the current device and its current stream.
@@ -32,6 +38,10 @@ def launch(
         tensors: the first arguments, on the current device.
         sizes: the arguments after them.
         tile: constants by name, as `constants`, which are the rest of the arguments and options.
+        maps: arguments before the tensors, as `tensor_maps` makes them.
+
+    Raises:
+        NotCompiledError: a kernel that takes maps does not compile; for it Triton's experimental part is used.
     """
     target = active_target()
     if target is None or target.backend != "cuda":  # elsewhere code also depends on how large a tensor's storage is
@@ -39,16 +49,50 @@ def launch(
         return
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
+    kinds = [map.kind for map in maps]
     pointers = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
     settings = knobs.runtime.debug, getattr(knobs.compilation, "instrumentation_mode", "")
-    key = (kernel.fn, device, settings, *pointers, sizes, tile, *constants.values())
+    key = (kernel.fn, device, settings, *kinds, *pointers, sizes, tile, *constants.values())
+    arguments = *maps, *tensors, *sizes
     if held := HELD.get(key):
         compiled, values = held
-        compiled[(*grid, 1)](*tensors, *sizes, *values, stream=driver.get_current_stream(device))
+        compiled[(*grid, 1)](*arguments, *values, stream=driver.get_current_stream(device))
         return
     constants |= tile._asdict()
-    compiled = kernel[grid](*tensors, *sizes, **constants)
+    if maps:
+        _compile(kernel, *arguments, grid=grid, **constants)
+    compiled = kernel[grid](*arguments, **constants)
     if isinstance(compiled, CompiledKernel):
         if len(HELD) >= MOST_HELD:  # of sizes that keep changing
             HELD.clear()
-        HELD[key] = compiled, [constants[name] for name in kernel.arg_names[len(tensors) + len(sizes) :]]
+        if maps:
+            _encode_once(compiled)
+        HELD[key] = compiled, [constants[name] for name in kernel.arg_names[len(arguments) :]]
+
+
+def _compile(kernel: JITFunction, *arguments: Any, **options: Any) -> None:
+    try:
+        kernel.warmup(*arguments, **options)
+    except Exception as error:  # whatever the compiler raises
+        raise NotCompiledError(f"{type(error).__name__}: {error}") from error
+
+
+def _encode_once(compiled: CompiledKernel) -> None:
+    """Let launches reuse what encoding a map gave: encoding all of a product's takes longer than the rest of a launch.
+
+    Triton before 3.8 offers no place for this.
+    """
+    launcher = compiled.run
+    if isinstance(launcher, nvidia.CudaLauncher) and hasattr(nvidia, "wrap_handle_tensordesc_impl"):
+        launcher.launch = nvidia.wrap_handle_tensordesc_impl(
+            triton.runtime.driver.active.utils.launch,
+            compiled.src.signature,
+            compiled.metadata.tensordesc_meta,
+            _encoded,
+        )
+
+
+def _encoded(map: Any, *described: Any) -> list[Any]:
+    if map.encoded is None:
+        map.encoded = nvidia.make_tensordesc_arg(map, *described)
+    return map.encoded

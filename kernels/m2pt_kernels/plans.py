@@ -8,13 +8,13 @@ in `benchmarks/cost.py`, `benchmarks/compile_report.py` says what they compile t
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -25,9 +25,15 @@ from .products import GradParameters, Product
 from .quantization import DTYPES as QUANTIZED
 from .quantization import reads_float8
 from .tiles import GradTile
-from .versions import HAS_HOPPER_LOOPS, HAS_TMA_LOOPS, RELEASE, is_trusted
+from .versions import FITS_TALLEST, HAS_TMA_LOOPS, RELEASE, is_trusted
 
-gemm_hopper = import_module(".gemm_hopper", __package__) if HAS_HOPPER_LOOPS else None
+try:
+    from . import gemm_hopper
+except (ImportError, AttributeError):  # Gluon is experimental: a release may lack a part, or name it otherwise
+    gemm_hopper = None
+
+W_LOADS = ("hopper", "hopper_ldg")
+"""How `gemm_hopper` gets W: by TMA, or by plain loads. The first is used unless `warmup` finds the other faster."""
 
 KERNELS = (
     gemm_pointers.combined_matmul_kernel,
@@ -40,7 +46,7 @@ KERNELS = (
 
 
 class Plan(NamedTuple):
-    """Says what computes a product: kernels of "pointers", "tma" or "hopper" in such tiles, or plain torch, "eager".
+    """Says what computes a product: kernels of "pointers", "tma" or `W_LOADS` in such tiles, or plain torch, "eager".
 
     splits: among so many blocks the reduction of a tile of gradients is split, to be added by `split_sums`.
     """
@@ -267,6 +273,8 @@ TMA_GRAD_TILES: dict[str, Sequence[GradTile]] = {
         _grad(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=5),
     ),
 }
+_LDG_BLOCK, _LDG_PITCH = 128, 2**24
+"""Plain loads of W are neither masked, nor do they count offsets of 64 bits inside a tile."""
 _LARGEST_SIZE_BY_TMA = 2**31 - 2**10
 """Coordinates have 32 bits, and a tile may reach past the matrix."""
 
@@ -304,7 +312,7 @@ def _clocks(product: Product) -> dict[Plan, float]:
         _check_readable(combined.aux_weight, target)
         by_tma = _is_for_tma(*product)
         tiles = {
-            "hopper": hopper_tiles(target, combined) if by_tma else (),
+            **{by: hopper_tiles(target, combined, by) if by_tma else () for by in W_LOADS},
             "tma": tma_tiles(target, combined) if by_tma else (),
             "pointers": _pointer_tiles(target, left, combined),
         }
@@ -339,15 +347,24 @@ def _check_readable(aux_weight: Tensor | None, target: GPUTarget | None) -> None
         raise ValueError(f"aux_weight: float8_e4m3fn needs CUDA and compute capability 8.9, this is {target.arch}")
 
 
-def hopper_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence[Any]:
+def hopper_tiles(target: GPUTarget | None, combined: CombinedWeight, by: str = W_LOADS[0]) -> Sequence[Any]:
     """Return the tiles of `gemm_hopper`, for one auxiliary model; none where it cannot compute."""
     if gemm_hopper is None or architecture(target) != "hopper" or combined.models > 1:
         return ()
     if combined.aux_weight_scale is not None and not combined.transposed:  # the scales lie along the depth
         return ()
-    stages = 3 if combined.weight.itemsize + combined.aux_weight.itemsize == 8 else 4  # as shared memory holds
-    heights = ((256, 128), (256, 64), (256, 32), (128, 32))
-    return [gemm_hopper.CombinedTile(BLOCK_M=rows, MORE_M=more, BLOCK_K=32, STAGES=stages) for rows, more in heights]
+    tile, heights = gemm_hopper.CombinedTile, ((256, 128), (256, 64), (256, 32), (128, 32))
+    if not FITS_TALLEST or by == "hopper_ldg":  # whose loads leave no registers for it
+        heights = heights[1:]
+    if by == "hopper_ldg":
+        depth_first, outer = combined.layout
+        edges = any(size % _LDG_BLOCK for size in combined.shape)
+        if not FITS_TALLEST or depth_first or edges or combined.weight.stride(outer) >= _LDG_PITCH:
+            return ()
+        tile = gemm_hopper.LoadingTile
+    bytes_by_tma = combined.aux_weight.itemsize + (combined.weight.itemsize if by == "hopper" else 0)
+    stages = 3 if bytes_by_tma == 8 else 4  # as shared memory holds
+    return [tile(BLOCK_M=rows, MORE_M=more, BLOCK_K=32, STAGES=stages) for rows, more in heights]
 
 
 def tma_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence[gemm_tma.CombinedTile]:
@@ -568,6 +585,8 @@ def usable(product: Product) -> Iterator[Plan]:
     left_out = []
     for plan in (*candidates(product), EAGER):
         name = variant(plan, key)
+        if name in NOT_COMPILED:
+            continue
         if name in faults:
             left_out.append(f"{name} was found faulty on this GPU ({faults[name]}) and is not used")
             continue
@@ -575,6 +594,20 @@ def usable(product: Product) -> Iterator[Plan]:
             forget = f"delete {records.path_of('findings', key.device, KERNELS)} to try it again"
             _warn_once(f"{left_out.pop(0)}: next is {plan}; {forget}")
         yield plan
+
+
+NOT_COMPILED: set[str] = set()
+"""Variants that the compiler failed on in this process."""
+
+
+def leave_out(plan: Plan, product: Product, error: Exception) -> None:
+    """Choose another plan from now on in this process where a kernel does not compile; warn once of each kernel."""
+    key = problem(product)
+    name = variant(plan, key)
+    NOT_COMPILED.add(name)
+    _forget(key.device, {name})
+    reason = str(error).partition("\n")[0]
+    _warn_once(f"{name} does not compile with Triton {triton.__version__} ({reason}): next is {choose(product)}")
 
 
 @cache
@@ -585,8 +618,12 @@ def _warn_once(message: str) -> None:
 def remember(device: str, findings: records.Findings) -> None:
     """Keep what was found on such a GPU, and choose plans anew where a variant is faulty."""
     records.remember(device, KERNELS, findings)
-    faults = records.faults(device, KERNELS)
+    _forget(device, records.faults(device, KERNELS))
+
+
+def _forget(device: str, variants: Container[str]) -> None:
+    """Forget the plans by such variants."""
     UNTUNED.clear()
     for key, plan in tuple(TUNED.items()):
-        if key.device == device and variant(plan, key) in faults:
+        if key.device == device and variant(plan, key) in variants:
             del TUNED[key]

@@ -14,8 +14,9 @@ OLDEST, NEWEST = (3, 5), (3, 9)
 HAS_TMA_LOOPS = RELEASE >= (3, 8)
 """Triton 3.4 to 3.6 do not compile the loops of `gemm_tma`; 3.7 does, with barriers that share their memory."""
 
-HAS_HOPPER_LOOPS = RELEASE == (3, 8)
-"""`gemm_hopper` is used only then: the assembler of 3.9 would make its products wait for each other."""
+FITS_TALLEST = RELEASE == (3, 8)
+"""The assembler of 3.9 makes the products of `gemm_hopper`'s tallest tile wait for each other, and spills where W is
+loaded by threads; so does that of 3.7."""
 
 OPTIONS = {"enable_fp_fusion": True}
 """In every kernel multiplications and additions become one instruction, which Triton 3.10 will do only if asked."""

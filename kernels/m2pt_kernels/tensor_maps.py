@@ -1,0 +1,61 @@
+"""Describe matrices to TMA on the host, each once.
+
+A map depends on nothing but what it is kept by, and holds an address, no tensor: it cannot become stale, and keeps no
+memory. To encode it for a kernel is left to Triton.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+DTYPES = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float32: gl.float32,
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
+MOST_MAPS = 2**14
+
+
+class Address(NamedTuple):
+    """Stands for a tensor."""
+
+    pointer: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+class TensorMap(TensorDescriptor):
+    """Says how TMA copies tiles of a matrix.
+
+    Attributes:
+        encoded: what a launch makes of it, once there was one.
+    """
+
+    encoded: list[Any] | None = None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What a kernel is compiled for."""
+        return self.base.dtype, *self.block_shape
+
+
+def tensor_map(matrix: Tensor, shape: tuple[int, int], pitch: int, tile: tuple[int, int]) -> TensorMap:
+    """Describe a matrix of such a shape whose rows begin `pitch` entries apart, to copy tiles of it.
+
+    What is past the matrix is read as zero and not written.
+    """
+    return _map(matrix.data_ptr(), matrix.dtype, *shape, pitch, *tile)
+
+
+@lru_cache(MOST_MAPS)
+def _map(pointer: int, dtype: torch.dtype, rows: int, columns: int, pitch: int, height: int, width: int) -> TensorMap:
+    layout = gl.NVMMASharedLayout.get_default_for([height, width], DTYPES[dtype])
+    return TensorMap(Address(pointer, dtype), [rows, columns], [pitch, 1], [height, width], layout)

@@ -1,0 +1,98 @@
+"""Maps made on the host: kept by all that they say, and encoded once; stand-ins for the driver, no GPU is needed."""
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+
+from m2pt_kernels import launches
+from m2pt_kernels.plans import gemm_hopper
+
+if gemm_hopper is None:
+    pytest.skip("this Triton's Gluon lacks what the kernel needs", allow_module_level=True)
+
+from triton.backends.nvidia import driver as nvidia
+
+from m2pt_kernels.tensor_maps import DTYPES, tensor_map
+
+HALF = torch.bfloat16
+MATRIX = torch.empty(64, 128, dtype=HALF)
+
+
+def described(matrix=MATRIX, shape=(64, 128), pitch=128, tile=(32, 32)):
+    return tensor_map(matrix, shape, pitch, tile)
+
+
+def test_the_same_matrix_is_described_once():
+    assert described() is described(MATRIX.view(128, 64))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"matrix": MATRIX[1:]},
+        {"matrix": MATRIX.view(torch.float16)},
+        {"shape": (63, 128)},
+        {"shape": (64, 120)},
+        {"pitch": 136},
+        {"tile": (64, 32)},
+        {"tile": (32, 64)},
+    ],
+    ids=str,
+)
+def test_another_one_has_another_map(change):
+    """So memory that is used again for other matrices is not read through a map of what was there before."""
+    arguments = {"matrix": MATRIX, "shape": (64, 128), "pitch": 128, "tile": (32, 32)} | change
+    map = described(**change)
+    assert map is not described()
+    assert (map.base.data_ptr(), map.base.dtype) == (arguments["matrix"].data_ptr(), arguments["matrix"].dtype)
+    assert (tuple(map.shape), map.strides) == (arguments["shape"], [arguments["pitch"], 1])
+    assert tuple(map.block_shape) == arguments["tile"]
+
+
+def test_no_map_keeps_a_tensor():
+    matrix = torch.empty(64, 128, dtype=HALF)
+    alive = weakref.ref(matrix)
+    described(matrix)
+    del matrix
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_that_tma_copies(dtype):
+    map = tensor_map(torch.empty(128, 64, dtype=torch.float32).view(dtype), (128, 64), 64, (64, 32))
+    assert map.kind == (dtype, 64, 32) and map.layout.element_bitwidth == 8 * dtype.itemsize
+
+
+@pytest.mark.skipif(not hasattr(nvidia, "wrap_handle_tensordesc_impl"), reason="Triton before 3.8 encodes every time")
+def test_a_launch_reuses_what_another_one_encoded(monkeypatch):
+    encoded, launched = [], []
+
+    def make(map, metadata, _):
+        encoded.append(map)
+        return [f"map {len(encoded)}", *map.shape, *map.strides]
+
+    utils = SimpleNamespace(launch=lambda *arguments: launched.append(arguments[-1]))
+    monkeypatch.setattr(nvidia, "make_tensordesc_arg", make)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    one, other = described(torch.empty(64, 128, dtype=HALF)), described(torch.empty(64, 128, dtype=HALF))
+    of_map = f"tensordesc<bf16[32, 32],{one.layout!r}>"
+    compiled = SimpleNamespace(
+        run=object.__new__(nvidia.CudaLauncher),
+        src=SimpleNamespace(signature={"left": of_map, "right": of_map, "size": "i32"}),
+        metadata=SimpleNamespace(tensordesc_meta=[{}, {}]),
+    )
+    launches._encode_once(compiled)
+    for left, right in ((one, other), (other, one), (one, one)):
+        compiled.run.launch(1, 1, 1, (left, right, 7))
+    assert encoded == [one, other]
+    first, second = (["map 1", 64, 128, 128, 1], ["map 2", 64, 128, 128, 1])
+    assert [list(arguments) for arguments in launched] == [
+        [*first, *second, 7],
+        [*second, *first, 7],
+        [*first, *first, 7],
+    ]
