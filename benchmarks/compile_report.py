@@ -1,11 +1,13 @@
 """What the compiler made of every kernel, per architecture, for ViT-B's mlp.fc1 at 64 images.
 
-No GPU is needed and none is timed. Tensor, shared, float and integer are the instructions of a warp and k-step, and the
-columns in clocks what a k-step of a tile takes of an SM: tensor cores at their dense peak; an instruction a clock from
-each of four schedulers; 128 bytes a clock through shared memory, counting copies into it, what warps read and write
-(from the SASS, without bank conflicts) and what wgmma or tcgen05 reads: an operand in shared memory once for every 64
-or 128 rows of the other, one in registers or tensor memory not at all; 64 bytes a clock from L2. "overlap" says whether
-combining a step's operand overlaps with MMA. What that makes of a product is in the predictions.
+No GPU is needed and none is timed. On sm_90 the first tile of every kernel that reads by TMA is shown beside the plan
+that is chosen. Tensor, shared, float and integer are the instructions of a warp and k-step, "instructions" all of them,
+and "barriers" its waits for other warps or for copies. The columns in clocks are what a k-step of a tile takes of an
+SM: tensor cores at their dense peak; an instruction a clock from each of four schedulers; 128 bytes a clock through
+shared memory, counting copies into it (and W, once, where threads load it), what warps read and write (from the SASS,
+without bank conflicts) and what wgmma or tcgen05 reads: an operand in shared memory once for every 64 or 128 rows of
+the other, one in registers or tensor memory not at all; 64 bytes a clock from L2. "overlap" says whether combining a
+step's operand overlaps with MMA. What that makes of a product is in the predictions.
 """
 
 import re
@@ -26,7 +28,7 @@ from benchmarks.results import Row
 from benchmarks.sass import Loop, main_loop
 from m2pt_kernels import gemm, plans
 from m2pt_kernels.combined import CombinedWeight
-from m2pt_kernels.plans import Plan
+from m2pt_kernels.plans import W_LOADS, Plan
 from m2pt_kernels.products import CombinedMatmul, GradParameters, Product
 
 TOKENS, IN_FEATURES, OUT_FEATURES = 12608, 768, 3072
@@ -97,12 +99,17 @@ class Kernel(NamedTuple):
     @property
     def unrolled(self) -> int:
         """k-steps in a turn of the loop."""
-        return UNROLLED if self.by == "hopper" else 1
+        return UNROLLED if self.by in W_LOADS and self.product != "grad_parameters" else 1
 
     @property
     def instructions(self) -> dict[str, float]:
         """Of a warp and k-step."""
         return {pipe: count / self.unrolled for pipe, count in self.loop.instructions.items()}
+
+    @property
+    def barriers(self) -> float:
+        """Waits of a warp and k-step."""
+        return self.loop.barriers / self.unrolled
 
     @property
     def warps(self) -> int:
@@ -172,37 +179,56 @@ def kernel(architecture: str, weights: str, position: int, plan: Plan) -> Kernel
 
 def chosen(architecture: str, product: Product, multiprocessors: int = 132) -> Plan:
     """Return the plan that computes a product without tuning, on a GPU of so many SMs."""
+    return candidates(architecture, product, multiprocessors)[0]
+
+
+def candidates(architecture: str, product: Product, multiprocessors: int = 132) -> list[Plan]:
+    """Return all plans, the chosen one first."""
     with compiling_for(TARGETS[architecture]), patch.object(plans, "multiprocessors", lambda device: multiprocessors):
-        return plans.candidates(product)[0]
+        return plans.candidates(product)
+
+
+def shown(architecture: str, product: Product) -> list[Plan]:
+    """Return the chosen plan, and for sm_90 the first of every other kernel that reads by TMA."""
+    found = candidates(architecture, product)
+    first = {plan.by: plan for plan in reversed(found)}
+    others = [first[by] for by in (*W_LOADS, "tma") if by in first and by != found[0].by]
+    return [found[0], *(others if architecture == "sm_90" else [])]
 
 
 def report(architecture: str) -> Iterator[Row]:
     """Yield the rows of one architecture."""
     for weights in WEIGHTS:
         for position, product in enumerate(products(TOKENS, IN_FEATURES, OUT_FEATURES, weights)):
-            plan = chosen(architecture, product)
-            made = kernel(architecture, weights, position, plan)
-            row: Row = {
-                "architecture": architecture,
-                "weights": weights,
-                "product": product.name,
-                "plan": str(plan),
-                "registers": made.resources.registers,
-                "spilled": made.resources.spilled,
-                "shared KiB": made.resources.shared / 1024,
-                "blocks per SM": "-",
-                **dict.fromkeys(PIPES, "-"),
-                **{f"{pipe}, clocks": "-" for pipe in Terms._fields},
-                "overlap": "-",
-            }
-            if made.loop is not None:
-                row |= {pipe: made.instructions.get(pipe, 0) for pipe in PIPES}
-                row |= {f"{pipe}, clocks": clocks for pipe, clocks in made.terms._asdict().items()}
-                row |= {
-                    "blocks per SM": made.resident,
-                    "overlap": costs_of(plan.by, product.name, made.arch).overlap,
-                }
-            yield row
+            for plan in shown(architecture, product):
+                yield row(architecture, weights, position, product, plan)
+
+
+def row(architecture: str, weights: str, position: int, product: Product, plan: Plan) -> Row:
+    """Show what a plan of `products(...)[position]` compiles to."""
+    made = kernel(architecture, weights, position, plan)
+    found: Row = {
+        "architecture": architecture,
+        "weights": weights,
+        "product": product.name,
+        "plan": str(plan),
+        "registers": made.resources.registers,
+        "spilled": made.resources.spilled,
+        "shared KiB": made.resources.shared / 1024,
+        "blocks per SM": "-",
+        **dict.fromkeys((*PIPES, "instructions", "barriers"), "-"),
+        **{f"{pipe}, clocks": "-" for pipe in Terms._fields},
+        "overlap": "-",
+    }
+    if made.loop is not None:
+        found |= {pipe: made.instructions.get(pipe, 0) for pipe in PIPES}
+        found |= {"instructions": sum(made.instructions.values()), "barriers": made.barriers}
+        found |= {f"{pipe}, clocks": clocks for pipe, clocks in made.terms._asdict().items()}
+        found |= {
+            "blocks per SM": made.resident,
+            "overlap": costs_of(plan.by, product.name, made.arch).overlap,
+        }
+    return found
 
 
 def compile_all() -> list[Row]:

@@ -24,11 +24,15 @@ PIPES = {
 
 
 class Loop(NamedTuple):
-    """One iteration of a warp: instructions by pipe, and bytes it moves between registers and shared memory."""
+    """One iteration of a warp: instructions by pipe, bytes it moves between registers and shared memory, and barriers.
+
+    Barriers are waits for other warps (BAR) and for what a barrier in shared memory counts (SYNCS).
+    """
 
     instructions: dict[str, int]
     shared_bytes: int
     stores_to_shared: int
+    barriers: int
 
 
 def main_loop(compiled: CompiledKernel) -> Loop | None:
@@ -54,7 +58,12 @@ def main_loop(compiled: CompiledKernel) -> Loop | None:
     loop = loop + min(forming, key=len, default=[])
     counts = Counter(_pipe(name) for name, _ in loop)
     shared = [name for name, _ in loop if _pipe(name) == "shared"]
-    return Loop(dict(counts), sum(map(_shared_bytes, shared)), sum(name.startswith("ST") for name in shared))
+    return Loop(
+        dict(counts),
+        sum(map(_shared_bytes, shared)),
+        stores_to_shared=sum(name.startswith("ST") for name in shared),
+        barriers=sum(name.startswith(("BAR.SYNC", "SYNCS.PHASECHK")) for name, _ in loop),
+    )
 
 
 def serialised_wgmma(compiled: CompiledKernel) -> list[str]:

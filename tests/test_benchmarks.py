@@ -386,14 +386,14 @@ def test_what_overlaps_where(by, product, arch, overlap):
 
 
 def test_terms_of_a_compiled_loop_by_hand():
-    loop = Loop({"tensor": 8, "shared": 64, "integer": 400}, shared_bytes=4 * 2048, stores_to_shared=0)
+    loop = Loop({"tensor": 8, "shared": 64, "integer": 400}, shared_bytes=4 * 2048, stores_to_shared=0, barriers=9)
     resources = Resources(registers=168, spilled=0, shared=196888)
     kernel = Kernel(90, "forward", "hopper", 384, 128, 32, 4, 2, None, loop, resources)
     # W and W_aux are copied in and read by warps, 64 rows of 128 each; wgmma reads x twice.
     shared = (384 * 64 + 2 * 128 * 32 * 4 + 2 * 384 * 64) / 128
     assert kernel.terms == (768, shared, 640, (8 + 64 + 400) / 4 * 8 / 4)
     grad = kernel._replace(product="grad_parameters", by="tma", rows=128, columns=256, depth=64, column_bytes=2)
-    grad = grad._replace(loop=Loop({"tensor": 4}, 0, 0))
+    grad = grad._replace(loop=Loop({"tensor": 4}, 0, 0, 0))
     assert grad.terms == (1024, 1024, 768, 8)
 
 
