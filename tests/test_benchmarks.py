@@ -335,7 +335,6 @@ LAUNCH = cost.Launch(tiles=21, steps=5, terms={"tensor": 100, "shared": 80, "iss
         ({}, cost.Costs(20, epilogue=300), 3, 3 * (5 * 120 + 300) / 1000),
         ({"tiles": 20}, cost.Costs(20, epilogue=300), 2, 2 * (5 * 120 + 300) / 1000),
         ({}, cost.Costs(20, 300, prologue=400), 3, 3 * (5 * 120 + 300 + 400) / 1000),
-        ({}, cost.Costs(20, 300, prologue=400, persistent=True), 3, (3 * (5 * 120 + 300) + 400) / 1000),
         ({}, cost.Costs(20, 300, overlap="no"), 3, 3 * (5 * (100 + 40 + 20) + 300) / 1000),
         ({"products": 2}, cost.Costs(20, 300, overlap="no"), 3, 3 * (5 * (100 + 40 + 2 * 20) + 300) / 1000),
         ({"resident": 2}, cost.Costs(20, 300), 3, 3 * (5 * 110 + 300) / 1000),
