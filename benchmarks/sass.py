@@ -36,7 +36,7 @@ class Loop(NamedTuple):
 
 
 def main_loop(compiled: CompiledKernel) -> Loop | None:
-    """The innermost loop with the most tensor instructions; None without any (float32 by FMA, unrolled) or on AMD.
+    """The loop that is densest in tensor instructions; None without any (float32 by FMA, unrolled) or on AMD.
 
     Where other warps form an operand in tensor memory (sm_100), their loop is added, as if every warp ran both.
     """
@@ -51,9 +51,8 @@ def main_loop(compiled: CompiledKernel) -> Loop | None:
     multiplying = [loop for loop in loops if _tensor_instructions(loop)]
     if not multiplying:
         return None
-    shortest = min(map(len, multiplying))
     # Blocks that wait for a barrier stand at the end and jump back, which looks like longer loops.
-    loop = max((loop for loop in multiplying if len(loop) <= 1.5 * shortest), key=_tensor_instructions)
+    loop = max(multiplying, key=lambda loop: _tensor_instructions(loop) / len(loop))
     forming = [loop for loop in loops if not _tensor_instructions(loop) and _stores_to_tensor_memory(loop)]
     loop = loop + min(forming, key=len, default=[])
     counts = Counter(_pipe(name) for name, _ in loop)

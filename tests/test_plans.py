@@ -26,6 +26,7 @@ from m2pt_kernels.products import CombinedMatmul, GradParameters
 from m2pt_kernels.tiles import GradTile, count_tiles, share_of
 from m2pt_kernels.versions import FITS_TALLEST
 
+by_tallest = pytest.mark.skipif(not FITS_TALLEST, reason="the tallest tile is of Triton 3.8 alone")
 HALF, FLOAT = torch.bfloat16, torch.float32
 HOPPER, AMPERE = TARGETS["sm_90"], TARGETS["sm_80"]
 
@@ -188,7 +189,7 @@ def chosen(monkeypatch, multiprocessors, tokens, in_features, out_features, targ
     ]
 
 
-@by_hopper
+@by_tallest
 @pytest.mark.parametrize(
     "multiprocessors, sizes, heights",
     [
@@ -203,7 +204,7 @@ def test_tiles_are_chosen_by_waves(monkeypatch, multiprocessors, sizes, heights)
     assert [plan.tile.shape[0] for plan in (forward, grad_input)] == heights
 
 
-@by_hopper
+@by_tallest
 def test_the_choice_on_an_h200_is_the_fastest_that_was_measured_there(monkeypatch):
     layers, compared = {layer.name: layer for layer in LAYERS}, 0
     for (name, _, weights, product), times in measured().items():
@@ -329,7 +330,7 @@ def test_what_takes_too_long_is_not_timed_but_of_every_kernel_the_first_is(monke
     product = changed(hopper(), left=matrix(12608, 128))
     every, some = [*plans.candidates(product), plans.EAGER], plans.worth_timing(product)
     assert some == [plan for plan in every if plan in some] and some[0] == every[0] and len(some) < len(every)
-    assert {plan.by for plan in some} == {*plans.W_LOADS, "tma", "pointers", "eager"}
+    assert {plan.by for plan in some} == {plan.by for plan in every}
     faulty = {plans.variant(plan, problem(product)): "wrong" for plan in some[:-1]}
     monkeypatch.setattr(plans.records, "faults", lambda *_: faulty)
     with pytest.warns(UserWarning, match="found faulty"):
