@@ -79,7 +79,7 @@ def test_a_launch_reuses_what_another_one_encoded(monkeypatch):
     utils = SimpleNamespace(launch=lambda *arguments: launched.append(arguments[-1]))
     monkeypatch.setattr(nvidia, "make_tensordesc_arg", make)
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
-    one, other = described(torch.empty(64, 128, dtype=HALF)), described(torch.empty(64, 128, dtype=HALF))
+    one, other = described(pitch=160), described(pitch=192)
     of_map = f"tensordesc<bf16[32, 32],{one.layout!r}>"
     compiled = SimpleNamespace(
         run=object.__new__(nvidia.CudaLauncher),
@@ -90,7 +90,7 @@ def test_a_launch_reuses_what_another_one_encoded(monkeypatch):
     for left, right in ((one, other), (other, one), (one, one)):
         compiled.run.launch(1, 1, 1, (left, right, 7))
     assert encoded == [one, other]
-    first, second = (["map 1", 64, 128, 128, 1], ["map 2", 64, 128, 128, 1])
+    first, second = (["map 1", 64, 128, 160, 1], ["map 2", 64, 128, 192, 1])
     assert [list(arguments) for arguments in launched] == [
         [*first, *second, 7],
         [*second, *first, 7],
