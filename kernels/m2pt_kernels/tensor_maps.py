@@ -36,15 +36,15 @@ class TensorMap(TensorDescriptor):
     """Says how TMA copies tiles of a matrix.
 
     Attributes:
+        kind: what a kernel is compiled for.
         encoded: what a launch makes of it, once there was one.
     """
 
     encoded: list[Any] | None = None
 
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What a kernel is compiled for."""
-        return self.base.dtype, *self.block_shape
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.kind = self.base.dtype, *self.block_shape
 
 
 def tensor_map(matrix: Tensor, shape: tuple[int, int], pitch: int, tile: tuple[int, int]) -> TensorMap:
