@@ -16,7 +16,7 @@ if gemm_hopper is None:
 
 from triton.backends.nvidia import driver as nvidia
 
-from m2pt_kernels.tensor_maps import DTYPES, tensor_map
+from m2pt_kernels.tensor_maps import DTYPES, map_of_several, tensor_map
 
 HALF = torch.bfloat16
 MATRIX = torch.empty(64, 128, dtype=HALF)
@@ -53,6 +53,36 @@ def test_another_one_has_another_map(change):
     assert tuple(map.block_shape) == arguments["tile"]
 
 
+SEVERAL = torch.empty(3, 64, 128, dtype=HALF)
+
+
+@pytest.mark.parametrize(
+    "other, shape, strides",
+    [
+        (SEVERAL[1:], (2, 64, 128), (8192, 128, 1)),
+        (SEVERAL[:2], (2, 64, 128), (8192, 128, 1)),
+        (SEVERAL[:, :48], (3, 48, 128), (8192, 128, 1)),
+        (SEVERAL[:, :, :120], (3, 64, 120), (8192, 128, 1)),
+        (SEVERAL[::2], (2, 64, 128), (16384, 128, 1)),
+        (SEVERAL[0], (1, 64, 128), (8192, 128, 1)),
+        (SEVERAL.view(torch.float16), (3, 64, 128), (8192, 128, 1)),
+    ],
+    ids=str,
+)
+def test_several_matrices_are_described_by_all_that_they_are(other, shape, strides):
+    assert map_of_several(SEVERAL, 32, 64) is map_of_several(SEVERAL.view(3, 64, 128), 32, 64)
+    map = map_of_several(other, 32, 64)
+    assert map is not map_of_several(SEVERAL, 32, 64)
+    assert (map.base.data_ptr(), map.kind) == (other.data_ptr(), (other.dtype, 1, 32, 64))
+    assert (tuple(map.shape), tuple(map.strides)) == (shape, strides)
+
+
+@pytest.mark.parametrize("tile", [(64, 64), (32, 32)])
+def test_tiles_of_several_matrices_are_of_one_each(tile):
+    assert map_of_several(SEVERAL, *tile).block_shape == [1, *tile]
+    assert map_of_several(SEVERAL, *tile) is not map_of_several(SEVERAL, 32, 64)
+
+
 def test_no_map_keeps_a_tensor():
     matrix = torch.empty(64, 128, dtype=HALF)
     alive = weakref.ref(matrix)
@@ -83,16 +113,16 @@ def test_a_launch_reuses_what_another_one_encoded(monkeypatch):
     of_map = f"tensordesc<bf16[32, 32],{one.layout!r}>"
     compiled = SimpleNamespace(
         run=object.__new__(nvidia.CudaLauncher),
-        src=SimpleNamespace(signature={"left": of_map, "right": of_map, "size": "i32"}),
+        src=SimpleNamespace(signature={"left": of_map, "none": "constexpr", "right": of_map, "size": "i32"}),
         metadata=SimpleNamespace(tensordesc_meta=[{}, {}]),
     )
     launches._encode_once(compiled)
     for left, right in ((one, other), (other, one), (one, one)):
-        compiled.run.launch(1, 1, 1, (left, right, 7))
+        compiled.run.launch(1, 1, 1, (left, None, right, 7))
     assert encoded == [one, other]
     first, second = (["map 1", 64, 128, 160, 1], ["map 2", 64, 128, 192, 1])
     assert [list(arguments) for arguments in launched] == [
-        [*first, *second, 7],
-        [*second, *first, 7],
-        [*first, *first, 7],
+        [*first, None, *second, 7],
+        [*second, None, *first, 7],
+        [*first, None, *first, 7],
     ]

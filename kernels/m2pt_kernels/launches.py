@@ -29,7 +29,7 @@ def launch(
     tensors: tuple[Tensor | None, ...],
     sizes: tuple[int | None, ...],
     tile: Any,
-    maps: tuple[Any, ...] = (),
+    maps: tuple[Any | None, ...] = (),
     **constants: Any,
 ) -> None:
     """Launch a grid of a kernel's programs on the current device and its current stream.
@@ -49,7 +49,7 @@ def launch(
         return
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
-    kinds = [map.kind for map in maps]
+    kinds = [None if map is None else map.kind for map in maps]
     pointers = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
     settings = knobs.runtime.debug, getattr(knobs.compilation, "instrumentation_mode", "")
     key = (kernel.fn, device, settings, *kinds, *pointers, sizes, tile, *constants.values())

@@ -52,10 +52,21 @@ def tensor_map(matrix: Tensor, shape: tuple[int, int], pitch: int, tile: tuple[i
 
     What is past the matrix is read as zero and not written.
     """
-    return _map(matrix.data_ptr(), matrix.dtype, *shape, pitch, *tile)
+    return _map(matrix.data_ptr(), matrix.dtype, shape, (pitch, 1), tile)
+
+
+def map_of_several(matrices: Tensor, height: int, width: int) -> TensorMap:
+    """Describe matrices, (n, rows, columns) or one alone, to copy tiles of such a size, each of one of them."""
+    rows, columns = matrices.shape[-2:]
+    pitch = matrices.stride(-2)
+    count, distance = (1, rows * pitch) if matrices.dim() == 2 else (len(matrices), matrices.stride(0))
+    strides = distance, pitch, 1
+    return _map(matrices.data_ptr(), matrices.dtype, (count, rows, columns), strides, (1, height, width))
 
 
 @lru_cache(MOST_MAPS)
-def _map(pointer: int, dtype: torch.dtype, rows: int, columns: int, pitch: int, height: int, width: int) -> TensorMap:
-    layout = gl.NVMMASharedLayout.get_default_for([height, width], DTYPES[dtype])
-    return TensorMap(Address(pointer, dtype), [rows, columns], [pitch, 1], [height, width], layout)
+def _map(
+    pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], tile: tuple[int, ...]
+) -> TensorMap:
+    layout = gl.NVMMASharedLayout.get_default_for(list(tile), DTYPES[dtype])
+    return TensorMap(Address(pointer, dtype), list(shape), list(strides), list(tile), layout)
