@@ -27,9 +27,9 @@ from .tiles import GROUP, count_tiles
 from .versions import TMA_OPTIONS
 
 # Named otherwise before Triton 3.8.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_barriers = mbarrier.allocate_mbarrier
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+allocate_barriers = mbarrier.allocate_mbarrier
 
 _GROUPS = gl.constexpr(2)
 _COLUMNS = gl.constexpr(64)
@@ -39,7 +39,7 @@ _UNROLL = gl.constexpr(4)
 
 
 @gluon.jit
-def _tile(index, rows, columns, BLOCK_ROWS: gl.constexpr, BLOCK_COLUMNS: gl.constexpr, GROUP: gl.constexpr):
+def tile_at(index, rows, columns, BLOCK_ROWS: gl.constexpr, BLOCK_COLUMNS: gl.constexpr, GROUP: gl.constexpr):
     """Return where a tile begins, in bands of GROUP rows of tiles, as `tiles.tile_of_program` does."""
     row_tiles = (rows - 1) // BLOCK_ROWS + 1
     per_band = GROUP * ((columns - 1) // BLOCK_COLUMNS + 1)
@@ -97,7 +97,7 @@ def _load_tiles(
     tiles = gl.cdiv(rows, BLOCK_M + MORE_M) * gl.cdiv(columns, _GROUPS * _COLUMNS)
     step = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row, column = _tile(index, rows, columns, BLOCK_M + MORE_M, _GROUPS * _COLUMNS, GROUP)
+        row, column = tile_at(index, rows, columns, BLOCK_M + MORE_M, _GROUPS * _COLUMNS, GROUP)
         for k in range(0, steps * BLOCK_K, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(emptied.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -105,10 +105,10 @@ def _load_tiles(
             BYTES: gl.constexpr = left.nbytes_per_cta + more_left.nbytes_per_cta + aux.nbytes_per_cta
             mbarrier.expect(barrier, BYTES + weight.nbytes_per_cta if WEIGHT_BY_TMA else BYTES)
             if WEIGHT_BY_TMA:
-                _load(weight, [k, column] if DEPTH_FIRST else [column, k], barrier, weights.index(stage))
-            _load(aux, [k, column] if DEPTH_FIRST else [column, k], barrier, auxes.index(stage))
-            _load(left, [row, k], barrier, lefts.index(stage))
-            _load(more_left, [row + BLOCK_M, k], barrier, more_lefts.index(stage))
+                async_load(weight, [k, column] if DEPTH_FIRST else [column, k], barrier, weights.index(stage))
+            async_load(aux, [k, column] if DEPTH_FIRST else [column, k], barrier, auxes.index(stage))
+            async_load(left, [row, k], barrier, lefts.index(stage))
+            async_load(more_left, [row + BLOCK_M, k], barrier, more_lefts.index(stage))
             step += 1
 
 
@@ -176,7 +176,7 @@ def _store_tile(map, tile, buffer, row, column, RELABEL: gl.constexpr):
     buffer.permute((1, 0)).store(tile)
     fence_async_shared()
     gl.barrier()
-    _store(map, [row, column], buffer)
+    async_store(map, [row, column], buffer)
 
 
 @gluon.jit
@@ -217,7 +217,7 @@ def _compute_tiles(
     offsets = along + gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))[None, :]
     step = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row, column = _tile(index, rows, columns, BLOCK_M + MORE_M, _GROUPS * _COLUMNS, GROUP)
+        row, column = tile_at(index, rows, columns, BLOCK_M + MORE_M, _GROUPS * _COLUMNS, GROUP)
         column += group * _COLUMNS
         scale = model_scale
         if aux_weight_scale_ptr is not None:
@@ -301,8 +301,8 @@ def combined_matmul_hopper_kernel(
     auxes = gl.allocate_shared_memory(aux_map.dtype, TILE, aux_map.layout)
     weights = gl.allocate_shared_memory(weight.dtype, TILE, weight.layout) if WEIGHT_BY_TMA else weight
     buffers = gl.allocate_shared_memory(output_map.dtype, [_GROUPS, BLOCK_M // 2, _COLUMNS], output_map.layout)
-    filled = _barriers(batch=STAGES)
-    emptied = _barriers(batch=STAGES)
+    filled = allocate_barriers(batch=STAGES)
+    emptied = allocate_barriers(batch=STAGES)
     for i in gl.static_range(STAGES):
         mbarrier.init(filled.index(i), count=1)
         mbarrier.init(emptied.index(i), count=_GROUPS)
