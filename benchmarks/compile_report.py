@@ -38,7 +38,7 @@ CONSUMER_WARPS = 8
 """Warps of a specialised kernel that compute; the others copy."""
 
 UNROLLED = 4
-"""Steps in a turn of the loop of the kernel that is scheduled by hand."""
+"""Steps in a turn of the loop of the kernel with the combined weight that is scheduled by hand."""
 PIPES = ("tensor", "shared", "float", "integer")
 ACTIVATIONS = torch.bfloat16
 WEIGHTS = {

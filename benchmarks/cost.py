@@ -64,6 +64,8 @@ COSTS = {
     # The same warps combine and multiply, and others fill the gaps. Assumed.
     "pointers": Costs(205, TILE, 0, "partly"),
     "tma, gradients": Costs(SPEEDS["tma, gradients"].wait, TILE, DESCRIPTORS),
+    # Assumed.
+    "hopper, gradients": Costs(SPEEDS["hopper, gradients"].wait, TILE),
     "pointers, gradients": Costs(205, TILE),
 }
 """By the kernels of a plan, where it matters by architecture; fitted unless it says assumed."""

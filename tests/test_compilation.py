@@ -30,7 +30,7 @@ KINDS = {
 by_tma = pytest.mark.skipif(not HAS_TMA_LOOPS, reason="Triton below 3.8 cannot compile the TMA kernels")
 by_hopper = pytest.mark.skipif(gemm_hopper is None, reason="this Triton's Gluon lacks what the kernel needs")
 if gemm_hopper is not None:
-    from m2pt_kernels.tensor_maps import tensor_map
+    from m2pt_kernels.tensor_maps import map_of_several, tensor_map
 
 
 def needs_compiler(target):
@@ -62,8 +62,9 @@ def first_tiles(monkeypatch):
 
 @pytest.fixture
 def without_gluon(monkeypatch):
-    """What the kernels in `gemm_hopper` would compute is left to those in `gemm_tma`."""
+    """What the kernels that are written in Gluon would compute is left to those in `gemm_tma`."""
     monkeypatch.setattr(plans, "gemm_hopper", None)
+    monkeypatch.setattr(plans, "gemm_hopper_gradients", None)
 
 
 def test_every_architecture_is_compiled_for():
@@ -139,6 +140,7 @@ def test_split_gradients_without_spills_and_within_shared_memory(target, storage
     )
     row = plans.architecture(TARGETS[target])
     tiles = {
+        "hopper": plans.hopper_grad_tiles(TARGETS[target], product),
         "tma": plans.TMA_GRAD_TILES.get(row, ()) if HAS_TMA_LOOPS else (),
         "pointers": (*plans.POINTER_GRAD_TILES[row]["half"], *plans.POINTER_GRAD_TILES["small"]["half"]),
     }
@@ -229,6 +231,16 @@ if gemm_hopper is not None:
             HOPPER | MAPS | weight | {"DEPTH_FIRST": depth_first, "WEIGHT_BY_TMA": by_map},
         )
 
+    GRADS = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "STAGES": 5, "num_stages": 1, "PIECE": 64}
+    GRADS |= {"grad_map": tiles_of(HALF, 64, 128), "x_map": tiles_of(HALF, 64, 128)}
+    for name in ("aux_map", "grad_weight_map", "grad_aux_map"):
+        GRADS[name] = map_of_several(torch.empty(2, 4096, 4096, dtype=HALF), 64, 64)
+    LAUNCHES["grad_parameters by TMA for sm_90"] = (
+        plans.gemm_hopper_gradients.grad_parameters_hopper_kernel,
+        TYPES,
+        GRADS,
+    )
+
 
 @pytest.mark.parametrize(
     "launch, argument",
@@ -251,7 +263,7 @@ def test_every_integer_may_be_one_odd_or_beyond_32_bits(launch, argument):
             arguments[param.name] = (constants | {"GROUP": 8, "MODELS": 2}).get(param.name, 4096)
     values = [1, 17, 2**31 + 16]
     if "TMA" in launch:  # some are refused: see `test_plans.py`
-        if argument in ("rows", "columns", "depth", "share"):
+        if argument in ("rows", "columns", "depth", "share", "splits"):
             values.remove(2**31 + 16)
         if argument == "columns" or argument.startswith("stride"):
             values.remove(1)
@@ -359,6 +371,67 @@ def test_a_bias_takes_no_registers_from_hoppers_products(weight_dtype):
     assert len(compiled) == HOPPER_TILES
     for kernel in compiled:
         assert resources(kernel).spilled == 0 and serialised_wgmma(kernel) == []
+
+
+def compile_gradients_by_hopper(product, splits):
+    """In all tiles of `gemm_hopper_gradients`; what adds splits is left out."""
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        for tile in plans.hopper_grad_tiles(TARGETS["sm_90"], product):
+            gemm.grad_parameters(product, plans.Plan("hopper", tile, splits))
+    return [kernel for kernel in compiled if kernel.metadata.name == "grad_parameters_hopper_kernel"]
+
+
+def gradients(models=1, dtype=HALF, weight=HALF, aux=HALF, grad_aux=None):
+    """Of a layer of 3088 outputs; aux is the dtype of W_aux, which the scale's gradient needs, grad_aux of its own."""
+    shape = (3088, 1040) if models == 1 else (models, 3088, 1040)
+    is_quantised = aux is not None and aux.itemsize == 1
+    return GradParameters(
+        torch.empty(600, 3088, dtype=dtype),
+        torch.empty(600, 1040, dtype=dtype),
+        None if aux is None else torch.empty(shape, dtype=aux),
+        None if grad_aux is None else torch.empty(models),
+        weight,
+        grad_aux,
+        torch.empty(*shape[:-1], 1) if is_quantised else None,
+    )
+
+
+@by_hopper
+@pytest.mark.parametrize(
+    "wanted, splits",
+    [
+        ({}, 1),
+        ({}, 3),
+        ({"aux": None}, 1),
+        ({"weight": None}, 1),
+        ({"weight": None, "aux": None, "grad_aux": FLOAT, "models": 2}, 1),
+        ({"weight": FLOAT, "grad_aux": FLOAT}, 1),
+        ({"weight": FLOAT, "aux": FLOAT, "grad_aux": FLOAT, "dtype": torch.float16}, 1),
+        ({"weight": FLOAT, "aux": FLOAT, "grad_aux": FLOAT, "models": 3}, 1),
+        ({"grad_aux": HALF, "models": 3}, 1),
+        ({"aux": torch.int8}, 1),
+        ({"weight": FLOAT, "aux": torch.float8_e4m3fn, "models": 8}, 1),
+    ],
+    ids=str,
+)
+def test_hoppers_gradients_begin_a_steps_products_before_the_last_ones_are_done(wanted, splits):
+    """In all tiles: no spills, nothing through shared memory in the loop, no product waited for at once."""
+    compiled = compile_gradients_by_hopper(gradients(**wanted), splits)
+    assert len(compiled) == 2
+    for kernel in compiled:
+        assert resources(kernel).spilled == 0
+        assert serialised_wgmma(kernel) == []
+        loop = main_loop(kernel)
+        assert loop.instructions["tensor"] == 4 and loop.stores_to_shared == 0
+
+
+@by_hopper
+def test_gradients_that_are_not_wanted_are_not_computed_by_another_ones_kernel():
+    plan = plans.Plan("hopper", plans.TMA_GRAD_TILES["hopper"][0])
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        for wanted in ({}, {"aux": None}, {"weight": None}, {"grad_aux": HALF}):
+            gemm.grad_parameters(gradients(**wanted), plan)
+    assert len(compiled) == 4
 
 
 @by_tma

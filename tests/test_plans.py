@@ -166,6 +166,12 @@ if gemm_hopper is not None:
         },
         "misaligned bias": {"bias": misaligned(matrix(256))},
     }
+    NOT_TAKEN["hopper", grad_parameters] = {
+        **NOT_TAKEN["tma", grad_parameters],
+        "target sm_100": {"target": TARGETS["sm_100"]},
+        "one matrix for both models": {"aux_weight": matrix(128, 256, dtype=torch.int8).expand(2, 128, 256)},
+        "models half a row more apart": {"aux_weight": models_apart(matrix(2, 128, 256, dtype=torch.int8), 128)},
+    }
 
 
 def on_meta(*shape, dtype=HALF):
@@ -206,6 +212,7 @@ def test_tiles_are_chosen_by_waves(monkeypatch, multiprocessors, sizes, heights)
 
 @by_tallest
 def test_the_choice_on_an_h200_is_the_fastest_that_was_measured_there(monkeypatch):
+    monkeypatch.setattr(plans, "gemm_hopper_gradients", None)  # which has not run there
     layers, compared = {layer.name: layer for layer in LAYERS}, 0
     for (name, _, weights, product), times in measured().items():
         found = dict(zip(PRODUCTS, chosen(monkeypatch, 132, *layers[name][1:], dtypes=WEIGHTS[weights]), strict=True))
@@ -252,10 +259,11 @@ def test_the_estimate_adds_up():
     assert estimates.clocks("pointers", narrow, work) == {1: pytest.approx(expected - 32 * 356)}
     tile = GradTile(128, 128, 64, num_warps=4, num_stages=5)
     few = work._replace(models=0, rows=512, depth=64 * 99)  # 16 tiles on 32 SMs
-    assert estimates.clocks("tma", tile, few._replace(multiprocessors=32)) == {
-        1: 99 * (512 + 65) + 15800,
-        2: pytest.approx(50 * (512 + 65) + 15800 + 5000 + 8 * 2 * 512 * 512 / (16 * 32)),
-    }
+    for by, fixed in (("tma", 15800), ("hopper", 2300)):
+        assert estimates.clocks(by, tile, few._replace(multiprocessors=32)) == {
+            1: 99 * (512 + 65) + fixed,
+            2: pytest.approx(50 * (512 + 65) + fixed + 5000 + 8 * 2 * 512 * 512 / (16 * 32)),
+        }
 
 
 @by_hopper
@@ -342,6 +350,7 @@ def test_what_takes_too_long_is_not_timed_but_of_every_kernel_the_first_is(monke
 def test_a_triton_without_tma_loops_has_pointers_alone(monkeypatch):
     monkeypatch.setattr(plans, "HAS_TMA_LOOPS", False)
     monkeypatch.setattr(plans, "gemm_hopper", None)
+    monkeypatch.setattr(plans, "gemm_hopper_gradients", None)
     for product in (forward, grad_input, grad_parameters):
         assert kernels(monkeypatch, product()) == {"pointers"}
 
@@ -486,7 +495,8 @@ def test_plans_and_launches_are_the_tensors_devices_not_the_current_ones(devices
             grad_parameters=lambda *_: made.append((by, None, devices.current())),
         )
 
-    monkeypatch.setattr(gemm, "_LAUNCHES", {by: launch(by) for by in ("pointers", "tma", *plans.W_LOADS)})
+    for name in ("_LAUNCHES", "_GRAD_LAUNCHES"):
+        monkeypatch.setattr(gemm, name, {by: launch(by) for by in ("pointers", "tma", *plans.W_LOADS)})
     monkeypatch.setattr(gemm.split_sums, "grad_parameters", lambda *_: None)
     tensors, grad_output = operands(16384, 1024, 1024, HALF, HALF, needs_grad=())
     x, weight, aux_weight, scale, bias = tensors.values()
@@ -494,7 +504,7 @@ def test_plans_and_launches_are_the_tensors_devices_not_the_current_ones(devices
     if tuned:  # for the other device
         TUNED[problem(CombinedMatmul(x, combined, bias))] = Plan("tma")
     best = "hopper" if gemm_hopper is not None else "tma"
-    on_hopper = ("tma" if tuned else best, best, "tma")
+    on_hopper = ("tma" if tuned else best, best, best)
     for target, expected in ((HOPPER, on_hopper), (AMPERE, ("pointers",) * 3)):
         if target is AMPERE:
             devices.add(x, grad_output)
@@ -553,6 +563,8 @@ def test_gluon_needs_no_memory_but_the_output(by):
     with compiling_for(TARGETS["sm_90"]) as compiled:
         for tile in plans.hopper_tiles(HOPPER, product.combined, by):
             gemm.compute(Plan(by, tile), product)
+        for tile in plans.hopper_grad_tiles(HOPPER, grad_parameters()):
+            gemm.compute(Plan("hopper", tile), grad_parameters())
     assert all(kernel.metadata.global_scratch_size == 0 for kernel in compiled)
 
 

@@ -2,7 +2,7 @@
 
 Triton's interpreter runs those in `gemm_tma` as well, without their specialised warps: there the operators are told
 that the device is a Hopper GPU, and given small tiles. On a Hopper or Blackwell GPU the same tests run with its own
-tiles, and with the kernel in `gemm_hopper`, which only a GPU executes, and without it.
+tiles, and with the kernels in `gemm_hopper` and `gemm_hopper_gradients`, which only a GPU executes, and without them.
 """
 
 import pytest
@@ -45,8 +45,10 @@ def products(request, device, monkeypatch):
     record(gemm_tma, "grad_parameters")
     if request.param == "gluon" and plans.gemm_hopper is not None:
         record(plans.gemm_hopper, "combined_matmul")
+        record(plans.gemm_hopper_gradients, "grad_parameters")
     else:
         monkeypatch.setattr(plans, "gemm_hopper", None)
+        monkeypatch.setattr(plans, "gemm_hopper_gradients", None)
     if INTERPRETED:
         monkeypatch.setattr(plans, "active_target", lambda: GPUTarget("cuda", 90, 32))
     if INTERPRETED and plans.HAS_TMA_LOOPS:

@@ -72,10 +72,9 @@ def times(monkeypatch):
     return dictated
 
 
-DEFAULT = [
-    ("combined_matmul_hopper_kernel", 3) if gemm_hopper is not None else ("combined_matmul_tma_kernel", 4),
-    ("grad_parameters_tma_kernel", 3),
-]
+DEFAULT = [("combined_matmul_tma_kernel", 4), ("grad_parameters_tma_kernel", 3)]
+if gemm_hopper is not None:
+    DEFAULT = [("combined_matmul_hopper_kernel", 3), ("grad_parameters_hopper_kernel", 3)]
 TUNED_TO = [("combined_matmul_tma_kernel", 5), ("grad_parameters_tma_kernel", 5)]
 
 

@@ -30,11 +30,13 @@ DESCRIPTORS = 13500
 """Clocks in which a block of `gemm_tma` makes descriptors of its operands, before all else. The blocks of `gemm_hopper`
 did so too when they were timed; now the host does, and these clocks are subtracted from what was measured."""
 SPEEDS = {
-    "pointers": Speed(wait=356, tile=TILE),
+    **dict.fromkeys(("pointers", "pointers, gradients"), Speed(wait=356, tile=TILE)),
     "tma": Speed(wait=80, tile=TILE + DESCRIPTORS),
     "tma, gradients": Speed(wait=65, tile=TILE + DESCRIPTORS),
+    "hopper, gradients": Speed(wait=65, tile=TILE),
     **dict.fromkeys(("hopper", "hopper_ldg"), Speed(wait=175, tile=TILE, overlaps=True)),
 }
+"""By the kernels of a plan. "hopper, gradients" was not timed: it is assumed to wait as "tma, gradients" does."""
 FLOPS = {
     "ampere": 2048,
     "ampere_small": 1024,
@@ -88,7 +90,7 @@ def clocks(by: str, tile: Any, work: Work) -> dict[int, float]:
     Only the reduction of gradients is split.
     """
     height, width, depth = tile.shape
-    speed = SPEEDS["tma, gradients" if by == "tma" and not work.models else by]
+    speed = SPEEDS[by if work.models else f"{by}, gradients"]
     multiply = 2 * height * width * depth / work.flops
     combine = COMBINE * work.models * width * depth
     if speed.overlaps:

@@ -14,6 +14,7 @@ from .plans import EAGER, Plan
 from .products import CombinedMatmul, GradParameters, Product
 
 _LAUNCHES = {"pointers": gemm_pointers, "tma": gemm_tma, **dict.fromkeys(plans.W_LOADS, plans.gemm_hopper)}
+_GRAD_LAUNCHES = {"pointers": gemm_pointers, "tma": gemm_tma, "hopper": plans.gemm_hopper_gradients}
 
 
 def combined_matmul(
@@ -52,7 +53,7 @@ def _grad_parameters(plan: Plan, product: GradParameters) -> tuple[Tensor | None
     empty, weight_dtype, aux_dtype = product.x.new_empty, product.weight_dtype, product.aux_dtype
     grad_weight = None if weight_dtype is None else empty(product.shape, dtype=weight_dtype)
     grad_aux = None if aux_dtype is None else empty(product.aux_shape, dtype=aux_dtype)
-    launch = _LAUNCHES[plan.by].grad_parameters
+    launch = _GRAD_LAUNCHES[plan.by].grad_parameters
     if plan.splits == 1:
         partial = launch(plan.tile, product, grad_weight, grad_aux)
     else:

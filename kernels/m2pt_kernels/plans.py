@@ -28,9 +28,9 @@ from .tiles import GradTile
 from .versions import FITS_TALLEST, HAS_TMA_LOOPS, RELEASE, is_trusted
 
 try:
-    from . import gemm_hopper
+    from . import gemm_hopper, gemm_hopper_gradients
 except (ImportError, AttributeError):  # Gluon is experimental: a release may lack a part, or name it otherwise
-    gemm_hopper = None
+    gemm_hopper = gemm_hopper_gradients = None
 
 W_LOADS = ("hopper", "hopper_ldg")
 """How `gemm_hopper` gets W: by TMA, or by plain loads. The first is used unless `warmup` finds the other faster."""
@@ -40,8 +40,9 @@ KERNELS = (
     gemm_pointers.grad_parameters_kernel,
     gemm_tma.combined_matmul_tma_kernel,
     gemm_tma.grad_parameters_tma_kernel,
-    split_sums.split_sums_kernel,
     *([] if gemm_hopper is None else [gemm_hopper.combined_matmul_hopper_kernel]),
+    *([] if gemm_hopper_gradients is None else [gemm_hopper_gradients.grad_parameters_hopper_kernel]),
+    split_sums.split_sums_kernel,
 )
 
 
@@ -303,8 +304,10 @@ def _clocks(product: Product) -> dict[Plan, float]:
     target = active_target()
     if isinstance(product, GradParameters):
         _check_readable(product.aux_weight, target)
+        by_tma = _is_grad_for_tma(product)
         tiles = {
-            "tma": tma_grad_tiles(target, product) if _is_grad_for_tma(product) else (),
+            "hopper": hopper_grad_tiles(target, product) if by_tma else (),
+            "tma": tma_grad_tiles(target, product) if by_tma else (),
             "pointers": _pointer_grad_tiles(target, product),
         }
     else:
@@ -431,6 +434,19 @@ def _are_addressable(aux_weight_scale: Tensor) -> bool:
     """Return whether TMA can address the quantisation scales of each auxiliary model."""
     distance = model_stride(aux_weight_scale) * aux_weight_scale.itemsize
     return _is_whole(aux_weight_scale.data_ptr()) and _is_whole(distance)
+
+
+def hopper_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequence[GradTile]:
+    """Return the tiles of `gemm_hopper_gradients`; none where it cannot compute."""
+    if gemm_hopper_gradients is None or architecture(target) != "hopper":
+        return ()
+    aux_weight = product.aux_weight
+    if aux_weight is not None and product.models > 1:
+        # As CUDA asks it of a map, and the others do not need: matrices lie whole rows apart.
+        rows, rest = divmod(model_stride(aux_weight), aux_weight.stride(-2))
+        if rest or not rows:
+            return ()
+    return TMA_GRAD_TILES["hopper"]
 
 
 def tma_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequence[GradTile]:
