@@ -26,7 +26,8 @@ from m2pt_kernels import (
 from m2pt_kernels.cases import KINDS, Shape
 from m2pt_kernels.combined import CombinedWeight
 from m2pt_kernels.plans import KERNELS, TUNED
-from m2pt_kernels.products import GradParameters
+from m2pt_kernels.products import CombinedMatmul, GradParameters
+from m2pt_kernels.verification import verify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
@@ -113,6 +114,42 @@ def test_a_product_is_one_kernel(size):
             torch.cuda.synchronize()
     kernels = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert len(kernels) == 1 and kernels[0].startswith("combined_matmul")
+
+
+def hopper_plans(product):
+    return [plan for plan in plans.candidates(product) if plan.by in plans.W_LOADS]
+
+
+def product_of(tokens, in_features, out_features, dtype=torch.bfloat16):
+    x, weight, aux_weight = (
+        torch.randn(*size, device="cuda").to(dtype)
+        for size in ((tokens, in_features), (out_features, in_features), (out_features, in_features))
+    )
+    return CombinedMatmul(x, CombinedWeight(weight, aux_weight, torch.full((1,), 0.3, device="cuda"), None, True))
+
+
+def test_maps_follow_memory_that_is_used_again():
+    """By the kernels for sm_90: tensors of other shapes lie where others lay before."""
+    addresses, sizes = [], [(512, 256, 384), (384, 256, 512), (512, 128, 768), (512, 256, 384)]
+    for tokens, in_features, out_features in sizes:
+        product = product_of(tokens, in_features, out_features)
+        addresses.append(product.left.data_ptr())
+        for plan in hopper_plans(product):
+            assert verify(plan, product).fault is None, plan
+        del product
+    assert len(set(addresses)) < len(addresses)
+
+
+def test_a_graph_reads_what_lies_where_its_maps_point():
+    product = product_of(1000, 256, 384)
+    for plan in hopper_plans(product):
+        gemm.compute(plan, product)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = gemm.compute(plan, product)
+        product.left.normal_()
+        graph.replay()
+        assert_same(output, gemm.compute(plan, product))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
