@@ -36,6 +36,10 @@ def matrix(*shape, dtype=HALF, gap=0):
     return torch.empty(*shape[:-1], shape[-1] + gap, dtype=dtype)[..., : shape[-1]]
 
 
+def on_meta(*shape, dtype=HALF):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def misaligned(tensor):
     """The same shape and strides, from an address that is no multiple of 16 bytes."""
     memory = torch.empty(tensor.untyped_storage().nbytes() // tensor.itemsize + 1, dtype=tensor.dtype)
@@ -159,6 +163,9 @@ if gemm_hopper is not None:
         **OTHER_GPUS,
         "target sm_100": {"target": TARGETS["sm_100"]},
         "two models": {"aux_weight": matrix(2, 256, 128)},
+        "left that reaches over 2 GiB": {"left": on_meta(2**13, 2**17)[:, :128]},
+        "2 GiB of output": {"left": on_meta(2**22, 128)},
+        "one row 2**40 bytes apart": {"left": matrix(1, 128).as_strided((1, 128), (2**39, 1))},
         "scales along the depth": {
             "transposed": False,
             "aux_weight": matrix(256, 128, dtype=torch.int8),
@@ -171,11 +178,13 @@ if gemm_hopper is not None:
         "target sm_100": {"target": TARGETS["sm_100"]},
         "one matrix for both models": {"aux_weight": matrix(128, 256, dtype=torch.int8).expand(2, 128, 256)},
         "models half a row more apart": {"aux_weight": models_apart(matrix(2, 128, 256, dtype=torch.int8), 128)},
+        "2 GiB of x": {"x": on_meta(2**22, 256), "grad_output": on_meta(2**22, 128)},
+        "2 GiB of gradients": {
+            "x": on_meta(1024, 2**14),
+            "grad_output": on_meta(1024, 2**14),
+            "aux_weight": on_meta(2, 2**14, 2**14, dtype=torch.int8),
+        },
     }
-
-
-def on_meta(*shape, dtype=HALF):
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def chosen(monkeypatch, multiprocessors, tokens, in_features, out_features, target=HOPPER, dtypes=(HALF, HALF)):

@@ -65,7 +65,7 @@ def launch(
     if isinstance(compiled, CompiledKernel):
         if len(HELD) >= MOST_HELD:  # of sizes that keep changing
             HELD.clear()
-        if maps:
+        if maps and not any(settings):  # what instruments a launch adds arguments
             _encode_once(compiled)
         HELD[key] = compiled, [constants[name] for name in kernel.arg_names[len(arguments) :]]
 

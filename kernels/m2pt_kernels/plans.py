@@ -276,6 +276,8 @@ TMA_GRAD_TILES: dict[str, Sequence[GradTile]] = {
 }
 _LDG_BLOCK, _LDG_PITCH = 128, 2**24
 """Plain loads of W are neither masked, nor do they count offsets of 64 bits inside a tile."""
+_MOST_DESCRIBED = 2**31
+"""Triton counts the bytes of a matrix in 32 bits where the host describes it, and some drivers' maps depend on them."""
 _LARGEST_SIZE_BY_TMA = 2**31 - 2**10
 """Coordinates have 32 bits, and a tile may reach past the matrix."""
 
@@ -306,7 +308,7 @@ def _clocks(product: Product) -> dict[Plan, float]:
         _check_readable(product.aux_weight, target)
         by_tma = _is_grad_for_tma(product)
         tiles = {
-            "hopper": hopper_grad_tiles(target, product) if by_tma else (),
+            "hopper": hopper_grad_tiles(target, product) if by_tma and _are_grads_described(product) else (),
             "tma": tma_grad_tiles(target, product) if by_tma else (),
             "pointers": _pointer_grad_tiles(target, product),
         }
@@ -315,7 +317,7 @@ def _clocks(product: Product) -> dict[Plan, float]:
         _check_readable(combined.aux_weight, target)
         by_tma = _is_for_tma(*product)
         tiles = {
-            **{by: hopper_tiles(target, combined, by) if by_tma else () for by in W_LOADS},
+            **{by: hopper_tiles(target, combined, by) if by_tma and _are_described(*product) else () for by in W_LOADS},
             "tma": tma_tiles(target, combined) if by_tma else (),
             "pointers": _pointer_tiles(target, left, combined),
         }
@@ -434,6 +436,23 @@ def _are_addressable(aux_weight_scale: Tensor) -> bool:
     """Return whether TMA can address the quantisation scales of each auxiliary model."""
     distance = model_stride(aux_weight_scale) * aux_weight_scale.itemsize
     return _is_whole(aux_weight_scale.data_ptr()) and _is_whole(distance)
+
+
+def _is_described(matrix: Tensor) -> bool:
+    """Return whether the host can describe a matrix, or several."""
+    reaches = (size * stride for size, stride in zip(matrix.shape, matrix.stride(), strict=True))
+    return max(reaches) * matrix.itemsize < _MOST_DESCRIBED
+
+
+def _are_described(left: Tensor, combined: CombinedWeight, bias: Tensor | None) -> bool:
+    output_bytes = len(left) * combined.shape[1] * left.itemsize
+    return output_bytes < _MOST_DESCRIBED and all(map(_is_described, (left, combined.weight, combined.aux_weight)))
+
+
+def _are_grads_described(product: GradParameters) -> bool:
+    gradients = product.models * product.shape[0] * product.shape[1] * 4
+    matrices = (product.grad_output, product.x, product.aux_weight)
+    return gradients < _MOST_DESCRIBED and all(_is_described(matrix) for matrix in matrices if matrix is not None)
 
 
 def hopper_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequence[GradTile]:
