@@ -8,7 +8,6 @@ import pytest
 import torch
 import triton
 
-from m2pt_kernels import launches
 from m2pt_kernels.plans import gemm_hopper
 
 if gemm_hopper is None:
@@ -16,7 +15,7 @@ if gemm_hopper is None:
 
 from triton.backends.nvidia import driver as nvidia
 
-from m2pt_kernels.tensor_maps import DTYPES, map_of_several, tensor_map
+from m2pt_kernels.tensor_maps import DTYPES, encode_once, map_of_several, tensor_map
 
 HALF = torch.bfloat16
 MATRIX = torch.empty(64, 128, dtype=HALF)
@@ -116,7 +115,7 @@ def test_a_launch_reuses_what_another_one_encoded(monkeypatch):
         src=SimpleNamespace(signature={"left": of_map, "none": "constexpr", "right": of_map, "size": "i32"}),
         metadata=SimpleNamespace(tensordesc_meta=[{}, {}]),
     )
-    launches._encode_once(compiled)
+    encode_once(compiled)
     for left, right in ((one, other), (other, one), (one, one)):
         compiled.run.launch(1, 1, 1, (left, None, right, 7))
     assert encoded == [one, other]

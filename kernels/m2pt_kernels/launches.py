@@ -5,7 +5,6 @@ from typing import Any
 import triton
 from torch import Tensor
 from triton import knobs
-from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 
@@ -66,7 +65,9 @@ def launch(
         if len(HELD) >= MOST_HELD:  # of sizes that keep changing
             HELD.clear()
         if maps and not any(settings):  # what instruments a launch adds arguments
-            _encode_once(compiled)
+            from .tensor_maps import encode_once  # which needs Gluon, as maps do
+
+            encode_once(compiled)
         HELD[key] = compiled, [constants[name] for name in kernel.arg_names[len(arguments) :]]
 
 
@@ -75,24 +76,3 @@ def _compile(kernel: JITFunction, *arguments: Any, **options: Any) -> None:
         kernel.warmup(*arguments, **options)
     except Exception as error:  # whatever the compiler raises
         raise NotCompiledError(f"{type(error).__name__}: {error}") from error
-
-
-def _encode_once(compiled: CompiledKernel) -> None:
-    """Let launches reuse what encoding a map gave: encoding all of a product's takes longer than the rest of a launch.
-
-    Triton before 3.8 offers no place for this.
-    """
-    launcher = compiled.run
-    if isinstance(launcher, nvidia.CudaLauncher) and hasattr(nvidia, "wrap_handle_tensordesc_impl"):
-        launcher.launch = nvidia.wrap_handle_tensordesc_impl(
-            triton.runtime.driver.active.utils.launch,
-            compiled.src.signature,
-            compiled.metadata.tensordesc_meta,
-            _encoded,
-        )
-
-
-def _encoded(map: Any, *described: Any) -> list[Any]:
-    if map.encoded is None:
-        map.encoded = nvidia.make_tensordesc_arg(map, *described)
-    return map.encoded

@@ -8,8 +8,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.experimental.gluon.language as gl
 from torch import Tensor
+from triton.backends.nvidia import driver as nvidia
+from triton.compiler import CompiledKernel
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 DTYPES = {
@@ -70,3 +73,24 @@ def _map(
 ) -> TensorMap:
     layout = gl.NVMMASharedLayout.get_default_for(list(tile), DTYPES[dtype])
     return TensorMap(Address(pointer, dtype), list(shape), list(strides), list(tile), layout)
+
+
+def encode_once(compiled: CompiledKernel) -> None:
+    """Let launches reuse what encoding a map gave: encoding all of a product's takes longer than the rest of a launch.
+
+    Triton before 3.8 offers no place for this.
+    """
+    launcher = compiled.run
+    if isinstance(launcher, nvidia.CudaLauncher) and hasattr(nvidia, "wrap_handle_tensordesc_impl"):
+        launcher.launch = nvidia.wrap_handle_tensordesc_impl(
+            triton.runtime.driver.active.utils.launch,
+            compiled.src.signature,
+            compiled.metadata.tensordesc_meta,
+            _encoded,
+        )
+
+
+def _encoded(map: TensorMap, *described: Any) -> list[Any]:
+    if map.encoded is None:
+        map.encoded = nvidia.make_tensordesc_arg(map, *described)
+    return map.encoded
