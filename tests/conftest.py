@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from m2pt_kernels import implementation, records
 from m2pt_kernels.devices import INTERPRETED
-from m2pt_kernels.plans import UNTUNED
+from m2pt_kernels.plans import NOT_COMPILED, UNTUNED
 
 if INTERPRETED:
     PATHS = [("triton", "cpu")]
@@ -64,4 +64,5 @@ def _choose_plans_anew(tmp_path, monkeypatch):
     """As tests change what they depend on; what the user's folder says of this GPU is not read."""
     monkeypatch.setenv("M2PT_CACHE_DIR", str(tmp_path / "m2pt_kernels"))
     UNTUNED.clear()
+    NOT_COMPILED.clear()
     records.faults.cache_clear()

@@ -17,7 +17,7 @@ from m2pt_kernels.gemm_pointers import combined_matmul_kernel, grad_parameters_k
 from m2pt_kernels.plans import gemm_hopper
 from m2pt_kernels.products import CombinedMatmul, GradParameters
 from m2pt_kernels.split_sums import split_sums_kernel
-from m2pt_kernels.versions import FITS_TALLEST, HAS_TMA_LOOPS, RELEASE
+from m2pt_kernels.versions import HAS_ALL_HOPPER_TILES, HAS_TMA_LOOPS, RELEASE
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 KINDS = {
@@ -245,7 +245,7 @@ if gemm_hopper is not None:
 @pytest.mark.parametrize(
     "launch, argument",
     [
-        pytest.param(launch, param.name, marks=by_tma if "TMA" in launch else ())
+        pytest.param(launch, param.name, marks=by_tma if kernel.fn.__name__.endswith("tma_kernel") else ())
         for launch, (kernel, *_) in LAUNCHES.items()
         for param in kernel.params
         if not param.is_constexpr and not param.name.endswith(("_ptr", "_map", "weight"))
@@ -328,7 +328,7 @@ def compile_by_hopper(product):
     return compiled
 
 
-HOPPER_TILES = 4 + 3 if FITS_TALLEST else 3
+HOPPER_TILES = 4 + 3 if HAS_ALL_HOPPER_TILES else 3
 
 
 @by_hopper
@@ -352,7 +352,7 @@ def test_hopper_combines_the_next_step_while_it_multiplies(product, dtype, weigh
     is_forward = product == "forward"
     combined = CombinedWeight(weight, aux_weight, torch.empty(1), scales, transposed=is_forward)
     compiled = compile_by_hopper(CombinedMatmul(x if is_forward else grad_output, combined))
-    by_loads = 0 if is_forward or not FITS_TALLEST else 3  # which are not of what lies across the depth
+    by_loads = 0 if is_forward or not HAS_ALL_HOPPER_TILES else 3  # which are not of what lies across the depth
     expected = HOPPER_TILES - by_loads if is_forward or scales is None else 0  # nor are scales those of the depth
     assert len(compiled) == expected
     for kernel in compiled:

@@ -14,7 +14,8 @@ from triton.runtime import JITFunction
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt_kernels import launches
 from m2pt_kernels.devices import active_target
-from m2pt_kernels.launches import HELD, launch
+from m2pt_kernels.launches import HELD, NotCompiledError, launch
+from m2pt_kernels.plans import gemm_hopper
 from m2pt_kernels.tiles import GradTile
 
 TILE = GradTile(16, 16, 16, num_warps=4, num_stages=2)
@@ -146,6 +147,81 @@ def test_hooks_see_every_launch(driver):
     for metadata, enter, leave in (launched[6:9] for launched in driver.launched):
         assert enter is knobs.runtime.launch_enter_hook and leave is knobs.runtime.launch_exit_hook
         assert metadata.get()["name"] == "copy_kernel"
+
+
+if gemm_hopper is not None:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+
+    from m2pt_kernels import tensor_maps
+    from m2pt_kernels.tensor_maps import DTYPES, tensor_map
+
+    @gluon.jit
+    def filling_kernel(
+        map, output_ptr, size, stride, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    ):  # fmt: skip
+        gl.store(output_ptr, map.block_type.shape[0] + size + stride)
+
+    def filling(dtype=torch.float32, height=32, rows=64):
+        map = tensor_map(torch.empty(rows, 64).view(dtype), (rows, 32), 64, (height, 16))
+        return {
+            "kernel": filling_kernel,
+            "grid": (1, 1),
+            "tensors": (OUTPUT,),
+            "sizes": (64, 16),
+            "tile": TILE,
+            "maps": (map,),
+        }
+
+
+with_maps = pytest.mark.skipif(gemm_hopper is None, reason="this Triton's Gluon lacks what the kernels need")
+
+
+@with_maps
+@needs_compiler("sm_90")
+def test_a_launch_takes_its_own_maps(driver):
+    first, second = filling(rows=64), filling(rows=96)
+    for arguments in (first, second, first):
+        launch(**arguments)
+    filling_kernel.device_caches.clear()
+    assert len(HELD) == 1
+    assert [launched[9] for launched in driver.launched] == [*first["maps"], *second["maps"], *first["maps"]]
+
+
+@with_maps
+@needs_compiler("sm_90")
+@pytest.mark.parametrize("change", [{"dtype": torch.int32}, {"height": 64}], ids=str)
+def test_maps_of_other_tiles_and_dtypes_are_compiled_anew(driver, change, monkeypatch):
+    monkeypatch.setitem(DTYPES, torch.int32, gl.int32)
+    for arguments in (filling(), filling(**change)) * 2:
+        launch(**arguments)
+    filling_kernel.device_caches.clear()
+    assert len(HELD) == 2
+
+
+@with_maps
+@needs_compiler("sm_90")
+@pytest.mark.parametrize("debug", [False, True])
+def test_maps_are_encoded_once_unless_launches_are_instrumented(driver, monkeypatch, debug):
+    once = []
+    monkeypatch.setattr(knobs.runtime, "debug", debug)
+    monkeypatch.setattr(tensor_maps, "encode_once", once.append)
+    launch(**filling())
+    filling_kernel.device_caches.clear()
+    assert len(once) == (0 if debug else 1)
+
+
+@with_maps
+@needs_compiler("sm_90")
+@pytest.mark.parametrize("error, raised", [(ValueError("bad"), NotCompiledError), (OSError("disk full"), OSError)])
+def test_what_the_compiler_raises_says_that_nothing_was_compiled(driver, monkeypatch, error, raised):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(JITFunction, "warmup", fail)
+    with pytest.raises(raised, match=str(error)):
+        launch(**filling())
+    assert not HELD and not driver.launched
 
 
 @needs_compiler("sm_90")

@@ -24,9 +24,9 @@ from m2pt_kernels.ops import path_of
 from m2pt_kernels.plans import TUNED, UNTUNED, Plan, gemm_hopper, problem
 from m2pt_kernels.products import CombinedMatmul, GradParameters
 from m2pt_kernels.tiles import GradTile, count_tiles, share_of
-from m2pt_kernels.versions import FITS_TALLEST
+from m2pt_kernels.versions import HAS_ALL_HOPPER_TILES
 
-by_tallest = pytest.mark.skipif(not FITS_TALLEST, reason="the tallest tile is of Triton 3.8 alone")
+by_all_tiles = pytest.mark.skipif(not HAS_ALL_HOPPER_TILES, reason="of Triton 3.8 alone: its assembler fits them")
 HALF, FLOAT = torch.bfloat16, torch.float32
 HOPPER, AMPERE = TARGETS["sm_90"], TARGETS["sm_80"]
 
@@ -204,7 +204,7 @@ def chosen(monkeypatch, multiprocessors, tokens, in_features, out_features, targ
     ]
 
 
-@by_tallest
+@by_all_tiles
 @pytest.mark.parametrize(
     "multiprocessors, sizes, heights",
     [
@@ -219,7 +219,7 @@ def test_tiles_are_chosen_by_waves(monkeypatch, multiprocessors, sizes, heights)
     assert [plan.tile.shape[0] for plan in (forward, grad_input)] == heights
 
 
-@by_tallest
+@by_all_tiles
 def test_the_choice_on_an_h200_is_the_fastest_that_was_measured_there(monkeypatch):
     monkeypatch.setattr(plans, "gemm_hopper_gradients", None)  # which has not run there
     layers, compared = {layer.name: layer for layer in LAYERS}, 0
@@ -589,28 +589,27 @@ NOT_LOADED = {
 }
 
 
-@by_hopper
+@by_all_tiles
 @pytest.mark.parametrize("change", NOT_LOADED)
 def test_w_is_loaded_by_threads_only_without_edges_along_the_depth(change):
     combined = hopper().combined
-    assert plans.hopper_tiles(HOPPER, combined, "hopper_ldg") or not FITS_TALLEST
+    assert plans.hopper_tiles(HOPPER, combined, "hopper_ldg")
     changed = combined._replace(**NOT_LOADED[change])
     assert plans.hopper_tiles(HOPPER, changed) and not plans.hopper_tiles(HOPPER, changed, "hopper_ldg")
 
 
-@by_hopper
+@by_all_tiles
 def test_of_both_ways_to_load_w_the_constant_names_the_untuned_one(monkeypatch):
     monkeypatch.setattr(plans, "active_target", lambda: HOPPER)
     product = changed(hopper(), left=matrix(12608, 128))
     for order in (plans.W_LOADS, plans.W_LOADS[::-1]):
         monkeypatch.setattr(plans, "W_LOADS", order)
         first = {plan.tile: plan.by for plan in reversed(plans.candidates(product)) if plan.by in order}
-        assert {by for tile, by in first.items() if tile.MORE_M < 128} == {order[0]} or not FITS_TALLEST
+        assert {by for tile, by in first.items() if tile.MORE_M < 128} == {order[0]}
 
 
 def test_what_does_not_compile_is_left_out_with_one_warning(monkeypatch):
     monkeypatch.setattr(plans, "active_target", lambda: AMPERE)
-    monkeypatch.setattr(plans, "NOT_COMPILED", set())
     product, tried = forward(), []
 
     def combined_matmul(tile, *_):

@@ -11,7 +11,7 @@ from test_compilation import by_tma, for_target
 
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt_kernels import cross_modal_linear
-from m2pt_kernels.plans import POINTER_GRAD_TILES, POINTER_TILES
+from m2pt_kernels.plans import POINTER_GRAD_TILES, POINTER_TILES, gemm_hopper, gemm_hopper_gradients
 from m2pt_kernels.versions import NEWEST, OLDEST, RELEASE
 
 COMPILE = """
@@ -55,12 +55,17 @@ def test_an_unknown_triton_gets_portable_kernels_and_one_warning(release):
 def test_an_unknown_triton_is_trusted_on_demand():
     finished = run(COMPILE, "4.0", M2PT_TRUST_TRITON="1")
     by_pointers, by_tma = finished.stdout.splitlines()
-    assert by_pointers.count("8") == 2 and by_tma.count("_tma_kernel 12") == 2
+    assert by_pointers.count("8") == 2 and by_tma == "combined_matmul_tma_kernel 12 grad_parameters_hopper_kernel 12"
     assert "portable" not in finished.stderr
 
 
 def test_the_installed_triton_is_known():
     assert OLDEST <= RELEASE <= NEWEST
+
+
+def test_the_kernels_in_gluon_are_there_from_triton_3_7_on():
+    expected = RELEASE >= (3, 7)
+    assert (gemm_hopper is not None) == (gemm_hopper_gradients is not None) == expected
 
 
 def test_an_interpreter_that_does_not_work_with_numpy_is_refused():

@@ -28,7 +28,7 @@ TILE = 2300
 """Clocks of a tile before its first step and after its last."""
 DESCRIPTORS = 13500
 """Clocks in which a block of `gemm_tma` makes descriptors of its operands, before all else. The blocks of `gemm_hopper`
-did so too when they were timed; now the host does, and these clocks are subtracted from what was measured."""
+did so too when they were timed; now the host does, and their estimates leave these clocks out."""
 SPEEDS = {
     **dict.fromkeys(("pointers", "pointers, gradients"), Speed(wait=356, tile=TILE)),
     "tma": Speed(wait=80, tile=TILE + DESCRIPTORS),

@@ -20,7 +20,12 @@ _GRAD_LAUNCHES = {"pointers": gemm_pointers, "tma": gemm_tma, "hopper": plans.ge
 def combined_matmul(
     left: Tensor, combined: CombinedWeight, bias: Tensor | None = None, plan: Plan | None = None
 ) -> Tensor:
-    """Return left times combined plus bias, contiguous and in left's dtype. `plan` replaces the one that is chosen."""
+    """Return left times combined plus bias, contiguous and in left's dtype. `plan` replaces the one that is chosen.
+
+    Raises:
+        NotCompiledError: the kernel of `plan` does not compile.
+        ValueError: the device cannot read a float8 W_aux.
+    """
     with device_of(left):
         return _by_plan(_combined_matmul, CombinedMatmul(left, combined, bias).prepared(), plan)
 
@@ -42,6 +47,9 @@ def grad_parameters(
     The scale's is reduced in two stages of fixed order, a sum per row of a tile and the sum of those, without atomics:
     repeated runs give the same bits. So they do where the tokens are split, which takes float32 memory of N x K for
     each split until this returns, `estimates.MOST_SPLIT_BYTES` at most unless `plan` says otherwise.
+
+    Raises:
+        NotCompiledError, ValueError: as `combined_matmul`.
     """
     with device_of(product.x):
         return _by_plan(_grad_parameters, product.prepared(), plan)
@@ -75,5 +83,9 @@ def _by_plan(function: Callable[[Plan, Any], Any], product: Product, plan: Plan 
 
 
 def compute(plan: Plan, product: Product) -> Any:
-    """Compute a product by one of its plans."""
+    """Compute a product by one of its plans.
+
+    Raises:
+        NotCompiledError: its kernel does not compile.
+    """
     return combined_matmul(*product, plan) if isinstance(product, CombinedMatmul) else grad_parameters(product, plan)

@@ -342,13 +342,17 @@ class CombinedTile(NamedTuple):
 
 
 class LoadingTile(CombinedTile):
-    """Is such a tile whose threads load W by themselves, along the depth; its columns and depth have no edges."""
+    """A tile whose threads load W themselves, along the depth; 128 divides the columns and the depth."""
 
 
 def combined_matmul(
     tile: CombinedTile, left: Tensor, combined: CombinedWeight, bias: Tensor | None, output: Tensor
 ) -> None:
-    """Write a `CombinedMatmul` to output, contiguous. A quantised W_aux has a scale for each row in memory."""
+    """Write a `CombinedMatmul` to output, contiguous. A quantised W_aux has a scale for each row in memory.
+
+    Raises:
+        NotCompiledError: the kernel does not compile.
+    """
     weight_by_tma = not isinstance(tile, LoadingTile)
     (weight, aux_weight, *scales), (rows, depth), columns = combined[:4], left.shape, output.shape[1]
     (depth_first, outer), (_, width, step) = combined.layout, tile.shape

@@ -309,6 +309,9 @@ def grad_parameters(
     """Write the weights' gradients that are given; return the scale's, if wanted, as partial sums (n, ...).
 
     With several splits grad_weight alone is written, (splits, N, K), in float32: of each share of the tokens.
+
+    Raises:
+        NotCompiledError: the kernel does not compile.
     """
     grad_output, x, aux_weight, cross_modal_scale, *_, aux_weight_scale = product
     (rows, columns), depth, models = product.shape, len(x), product.models

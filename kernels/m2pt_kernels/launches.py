@@ -40,7 +40,7 @@ def launch(
         maps: arguments before the tensors, as `tensor_maps` makes them.
 
     Raises:
-        NotCompiledError: a kernel that takes maps does not compile; for it Triton's experimental part is used.
+        NotCompiledError: a kernel that takes maps does not compile; such kernels use Triton's experimental Gluon.
     """
     target = active_target()
     if target is None or target.backend != "cuda":  # elsewhere code also depends on how large a tensor's storage is
@@ -74,5 +74,7 @@ def launch(
 def _compile(kernel: JITFunction, *arguments: Any, **options: Any) -> None:
     try:
         kernel.warmup(*arguments, **options)
+    except OSError:  # of the compiler's cache
+        raise
     except Exception as error:  # whatever the compiler raises
         raise NotCompiledError(f"{type(error).__name__}: {error}") from error

@@ -25,7 +25,7 @@ from .products import GradParameters, Product
 from .quantization import DTYPES as QUANTIZED
 from .quantization import reads_float8
 from .tiles import GradTile
-from .versions import FITS_TALLEST, HAS_TMA_LOOPS, RELEASE, is_trusted
+from .versions import HAS_ALL_HOPPER_TILES, HAS_TMA_LOOPS, RELEASE, is_trusted
 
 try:
     from . import gemm_hopper, gemm_hopper_gradients
@@ -33,7 +33,7 @@ except (ImportError, AttributeError):  # Gluon is experimental: a release may la
     gemm_hopper = gemm_hopper_gradients = None
 
 W_LOADS = ("hopper", "hopper_ldg")
-"""How `gemm_hopper` gets W: by TMA, or by plain loads. The first is used unless `warmup` finds the other faster."""
+"""How `gemm_hopper` gets W: by TMA, or by plain loads (LDG). Without `warmup`, which times both, by the first."""
 
 KERNELS = (
     gemm_pointers.combined_matmul_kernel,
@@ -275,9 +275,9 @@ TMA_GRAD_TILES: dict[str, Sequence[GradTile]] = {
     ),
 }
 _LDG_BLOCK, _LDG_PITCH = 128, 2**24
-"""Plain loads of W are neither masked, nor do they count offsets of 64 bits inside a tile."""
+"""Plain loads of W are not masked, and use offsets of 32 bits within a tile."""
 _MOST_DESCRIBED = 2**31
-"""Triton counts the bytes of a matrix in 32 bits where the host describes it, and some drivers' maps depend on them."""
+"""Triton computes the extent of what the host describes in 32 bits, and for some drivers changes the map by it."""
 _LARGEST_SIZE_BY_TMA = 2**31 - 2**10
 """Coordinates have 32 bits, and a tile may reach past the matrix."""
 
@@ -316,8 +316,9 @@ def _clocks(product: Product) -> dict[Plan, float]:
         left, combined, _ = product
         _check_readable(combined.aux_weight, target)
         by_tma = _is_for_tma(*product)
+        by_map = by_tma and _are_described(left, combined)
         tiles = {
-            **{by: hopper_tiles(target, combined, by) if by_tma and _are_described(*product) else () for by in W_LOADS},
+            **{by: hopper_tiles(target, combined, by) if by_map else () for by in W_LOADS},
             "tma": tma_tiles(target, combined) if by_tma else (),
             "pointers": _pointer_tiles(target, left, combined),
         }
@@ -359,12 +360,12 @@ def hopper_tiles(target: GPUTarget | None, combined: CombinedWeight, by: str = W
     if combined.aux_weight_scale is not None and not combined.transposed:  # the scales lie along the depth
         return ()
     tile, heights = gemm_hopper.CombinedTile, ((256, 128), (256, 64), (256, 32), (128, 32))
-    if not FITS_TALLEST or by == "hopper_ldg":  # whose loads leave no registers for it
+    if not HAS_ALL_HOPPER_TILES or by == "hopper_ldg":  # loads leave no registers for the tallest
         heights = heights[1:]
     if by == "hopper_ldg":
         depth_first, outer = combined.layout
         edges = any(size % _LDG_BLOCK for size in combined.shape)
-        if not FITS_TALLEST or depth_first or edges or combined.weight.stride(outer) >= _LDG_PITCH:
+        if not HAS_ALL_HOPPER_TILES or depth_first or edges or combined.weight.stride(outer) >= _LDG_PITCH:
             return ()
         tile = gemm_hopper.LoadingTile
     bytes_by_tma = combined.aux_weight.itemsize + (combined.weight.itemsize if by == "hopper" else 0)
@@ -444,7 +445,7 @@ def _is_described(matrix: Tensor) -> bool:
     return max(reaches) * matrix.itemsize < _MOST_DESCRIBED
 
 
-def _are_described(left: Tensor, combined: CombinedWeight, bias: Tensor | None) -> bool:
+def _are_described(left: Tensor, combined: CombinedWeight) -> bool:
     output_bytes = len(left) * combined.shape[1] * left.itemsize
     return output_bytes < _MOST_DESCRIBED and all(map(_is_described, (left, combined.weight, combined.aux_weight)))
 
@@ -639,10 +640,13 @@ def leave_out(plan: Plan, product: Product, error: Exception) -> None:
     """Choose another plan from now on in this process where a kernel does not compile; warn once of each kernel."""
     key = problem(product)
     name = variant(plan, key)
+    if name in NOT_COMPILED:  # by another thread
+        return
     NOT_COMPILED.add(name)
     _forget(key.device, {name})
     reason = str(error).partition("\n")[0]
-    _warn_once(f"{name} does not compile with Triton {triton.__version__} ({reason}): next is {choose(product)}")
+    message = f"{name} does not compile with Triton {triton.__version__} ({reason}): next is {choose(product)}"
+    warnings.warn(message, stacklevel=2)
 
 
 @cache
@@ -661,4 +665,4 @@ def _forget(device: str, variants: Container[str]) -> None:
     UNTUNED.clear()
     for key, plan in tuple(TUNED.items()):
         if key.device == device and variant(plan, key) in variants:
-            del TUNED[key]
+            TUNED.pop(key, None)  # as another thread may do the same

@@ -1,7 +1,7 @@
 """Describe matrices to TMA on the host, each once.
 
 A map depends on nothing but what it is kept by, and holds an address, no tensor: it cannot become stale, and keeps no
-memory. To encode it for a kernel is left to Triton.
+memory. So does what Triton encodes of it, which is the same for every kernel: the dtype and the tile say how.
 """
 
 from functools import lru_cache
@@ -15,6 +15,8 @@ from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .versions import NEWEST, RELEASE
+
 DTYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
@@ -23,6 +25,7 @@ DTYPES = {
     torch.float8_e4m3fn: gl.float8e4nv,
 }
 MOST_MAPS = 2**14
+"""So many are kept, each of about a kilobyte."""
 
 
 class Address(NamedTuple):
@@ -53,7 +56,7 @@ class TensorMap(TensorDescriptor):
 def tensor_map(matrix: Tensor, shape: tuple[int, int], pitch: int, tile: tuple[int, int]) -> TensorMap:
     """Describe a matrix of such a shape whose rows begin `pitch` entries apart, to copy tiles of it.
 
-    What is past the matrix is read as zero and not written.
+    What is past the matrix is read as zero and not written. `plans` says what TMA can address.
     """
     return _map(matrix.data_ptr(), matrix.dtype, shape, (pitch, 1), tile)
 
@@ -78,10 +81,10 @@ def _map(
 def encode_once(compiled: CompiledKernel) -> None:
     """Let launches reuse what encoding a map gave: encoding all of a product's takes longer than the rest of a launch.
 
-    Triton before 3.8 offers no place for this.
+    Triton before 3.8 offers no place for this, and what newer ones offer is not known.
     """
     launcher = compiled.run
-    if isinstance(launcher, nvidia.CudaLauncher) and hasattr(nvidia, "wrap_handle_tensordesc_impl"):
+    if isinstance(launcher, nvidia.CudaLauncher) and (3, 8) <= RELEASE <= NEWEST:
         launcher.launch = nvidia.wrap_handle_tensordesc_impl(
             triton.runtime.driver.active.utils.launch,
             compiled.src.signature,

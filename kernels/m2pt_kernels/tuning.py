@@ -21,6 +21,7 @@ from tqdm import tqdm
 from . import gemm, plans, records
 from .devices import device_of
 from .divided import check_undivided
+from .launches import NotCompiledError
 from .plans import EAGER, TUNED, Plan, Problem
 from .products import Product
 from .verification import verify
@@ -137,6 +138,8 @@ def _time(key: Problem, product: Product, named: dict[str, Plan]) -> dict[str, f
                     milliseconds[name] = _milliseconds(partial(gemm.compute, plan, product))
         except triton.OutOfResources:
             milliseconds[name] = math.inf
+        except NotCompiledError as error:
+            plans.leave_out(plan, product, error)
         except Exception as error:
             if product[0].is_cuda:
                 torch.cuda.synchronize()  # raises where the failure has left the device unusable

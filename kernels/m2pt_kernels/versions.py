@@ -14,15 +14,15 @@ OLDEST, NEWEST = (3, 5), (3, 9)
 HAS_TMA_LOOPS = RELEASE >= (3, 8)
 """Triton 3.4 to 3.6 do not compile the loops of `gemm_tma`; 3.7 does, with barriers that share their memory."""
 
-FITS_TALLEST = RELEASE == (3, 8)
-"""The assembler of 3.9 makes the products of `gemm_hopper`'s tallest tile wait for each other, and spills where W is
-loaded by threads; so does that of 3.7."""
+HAS_ALL_HOPPER_TILES = RELEASE == (3, 8)
+"""Of `gemm_hopper` others lack the tallest tile, which 3.7 spills and whose products 3.9 makes wait for each other, and
+the tiles whose threads load W, which both spill."""
 
 OPTIONS = {"enable_fp_fusion": True}
 """In every kernel multiplications and additions become one instruction, which Triton 3.10 will do only if asked."""
 
 TMA_OPTIONS = OPTIONS
-"""The kernels in `gemm_tma` and `gemm_hopper` need more from Triton 3.9 on."""
+"""The kernels that read by TMA need more from Triton 3.9 on."""
 if RELEASE >= (3, 9):
     # It assembles for sm_90 with ptxas 13, which by default spills registers of the largest tiles.
     TMA_OPTIONS = OPTIONS | {"ptx_options": "--register-usage-level=0"}
