@@ -67,7 +67,7 @@ SEVERAL = torch.empty(3, 64, 128, dtype=HALF)
         (SEVERAL[0], (1, 64, 128), (8192, 128, 1)),
         (SEVERAL.view(torch.float16), (3, 64, 128), (8192, 128, 1)),
     ],
-    ids=str,
+    ids=["address", "fewer", "rows", "columns", "distance", "one", "dtype"],
 )
 def test_several_matrices_are_described_by_all_that_they_are(other, shape, strides):
     assert map_of_several(SEVERAL, 32, 64) is map_of_several(SEVERAL.view(3, 64, 128), 32, 64)
