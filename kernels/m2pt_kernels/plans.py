@@ -353,7 +353,7 @@ def _check_readable(aux_weight: Tensor | None, target: GPUTarget | None) -> None
         raise ValueError(f"aux_weight: float8_e4m3fn needs CUDA and compute capability 8.9, this is {target.arch}")
 
 
-def hopper_tiles(target: GPUTarget | None, combined: CombinedWeight, by: str = W_LOADS[0]) -> Sequence[Any]:
+def hopper_tiles(target: GPUTarget | None, combined: CombinedWeight, by: str = "hopper") -> Sequence[Any]:
     """Return the tiles of `gemm_hopper`, for one auxiliary model; none where it cannot compute."""
     if gemm_hopper is None or architecture(target) != "hopper" or combined.models > 1:
         return ()
