@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -87,8 +88,9 @@ def figures(out):
     return [line for line in lines if "loss" in line or "model" in line]
 
 
-def run(arguments, fsyncs=None, rank=None, port=None, timeout=None):
-    """A training process; it kills itself when it is about to complete its `fsyncs`-th file."""
+def run(arguments, fsyncs=None, rank=None, port=None, timeout=None, poison=None):
+    """A training process; it kills itself when it is about to complete its `fsyncs`-th file. In the process and at the
+    step of `poison` a layer's output is not a number."""
     os.setsid()  # so that a signal can be sent to it and its data workers together
     multiprocessing.set_start_method("fork", force=True)  # for its data workers, as in a run from the command line
     no_plots(pytest.MonkeyPatch())
@@ -104,6 +106,8 @@ def run(arguments, fsyncs=None, rank=None, port=None, timeout=None):
     if rank is not None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    if poison is not None and poison[0] == rank:
+        poison_at(poison[1])
     if timeout is not None:
         dist.init_process_group = partial(dist.init_process_group, timeout=timedelta(seconds=timeout))
     sys.exit(main(arguments))
@@ -259,6 +263,22 @@ def poison_weight(trainer):
     nn.init.constant_(trainer.module.blocks[1].mlp.fc1.weight[:1], math.nan)
 
 
+def poison_at(step):
+    """Make a layer's output not a number in one step of this process."""
+    loss = Trainer._loss
+
+    def poisoned_loss(trainer, model, batch):
+        hook = trainer.module.blocks[1].mlp.fc1.register_forward_hook(
+            lambda module, input, output: output * (math.nan if trainer.step == step else 1), prepend=True
+        )
+        try:
+            return loss(trainer, model, batch)
+        finally:
+            hook.remove()
+
+    Trainer._loss = poisoned_loss
+
+
 def poison_scale(trainer):
     nn.init.constant_(trainer.module.blocks[0].attn.proj.cross_modal_scale, math.inf)
 
@@ -294,31 +314,49 @@ POISONS = {
     poison_scale: "the loss is nan; the first that is not finite is the output of blocks.0.attn.proj",
     poison_input: "the loss is nan; the first that is not finite is the input",
     poison_at_random: "the loss is nan; the first that is not finite is the output of blocks.1.norm2",
-    poison_gradient: "the gradient is {}; the first that is not finite is the gradient of blocks.0.mlp.fc2.weight",
+    poison_gradient: "the norm of the gradient is {}; the first that is not finite is the gradient of blocks.0.mlp.fc2.weight",
     poison_loss: "the loss is nan; the first that is not finite is the loss itself",
 }
 
 
-@pytest.mark.parametrize("machine", ["accumulation=1", "accumulation=2", "step_in_backward=true"])
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize(
+    "setting",
+    ["machine.accumulation=1", "machine.accumulation=2", "machine.step_in_backward=true", "optimizer.name=lars"],
+)
 @pytest.mark.parametrize("poison", POISONS, ids=lambda poison: poison.__name__)
-def test_what_is_not_finite_stops_with_step_and_layer(folder, monkeypatch, capsys, poison, machine):
-    out = folder / f"{poison.__name__}-{machine}"
+def test_what_is_not_finite_stops_with_step_and_layer(folder, monkeypatch, capsys, poison, setting, interval):
+    """Also where loss and gradient are read back some steps later."""
+    out = folder / f"{poison.__name__}-{setting}-{interval}"
     update = Trainer.update
 
     def poisoned_update(trainer, batches):
-        if trainer.step == 5:
+        if trainer.step == 5 and not hasattr(trainer, "is_poisoned"):
+            trainer.is_poisoned = True
             poison(trainer)
         return update(trainer, batches)
 
     monkeypatch.setattr(Trainer, "update", poisoned_update)
-    assert main(command(folder, out.name, f"machine.{machine}")) == 2
+    steps = [f"run.checkpoint_steps={interval}", "run.log_steps=1000"]
+    assert main(command(folder, out.name, setting, *steps)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    step = state(out)["step"]
-    assert error.startswith(f"m2pt: error: step {step}: ")
-    assert any(POISONS[poison].format(norm) in error for norm in ("nan", "inf", "not finite"))
+    step = int(re.match(r"m2pt: error: step (\d+): ", error)[1])
+    assert any(POISONS[poison].format(norm) in error for norm in ("nan", "inf"))
     assert step == 5 or (poison is poison_at_random and step > 5)
+    assert state(out)["step"] == step // interval * interval
     assert all(value.isfinite().all() for value in state(out)["model"].values())
     assert not (out / "result.json").exists()
+
+
+def test_every_process_stops_at_the_step_that_was_not_finite_in_one(folder, start, capfd):
+    """Where it is read back some steps later, too."""
+    out = folder / "not_finite_in_one"
+    arguments = command(folder, out.name, "run.checkpoint_steps=4", "run.log_steps=1000")
+    assert statuses(start_two(start, arguments, poison=(1, 6))) == [2, 2]
+    errors = [line for line in capfd.readouterr().err.splitlines() if "m2pt: error" in line]
+    assert len(errors) == 2 and all("m2pt: error: step 6: the loss is nan" in error for error in errors)
+    assert any("the first that is not finite is the output of blocks.1.mlp.fc1" in error for error in errors)
+    assert state(out)["step"] == 4
 
 
 def test_weights_that_are_not_finite_are_not_saved(folder, monkeypatch, capsys):

@@ -1,11 +1,13 @@
 """What only makes sense on a GPU: graphs, streams, threads, several devices, its memory, and its own check."""
 
 import copy
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from test_ops import assert_as_good_as_torch, operands, outputs
+from test_readbacks import ONCE, batches_of, recipe_of, trainer_of
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -292,6 +294,22 @@ def test_threads_that_race_for_the_first_product():
     for pair, results in zip(pairs, found, strict=True):
         for result in results:
             assert_same(result, step(*pair))
+
+
+@pytest.mark.parametrize("setting", ONCE)
+def test_training_does_not_wait_for_the_device_between_lines_of_the_log(setting):
+    recipe = recipe_of("image", *ONCE[setting])
+    trainer, passes = trainer_of(recipe, "cuda"), recipe.machine.accumulation
+    batches = [[part.pin_memory() for part in batch] for batch in batches_of(recipe, 4)]
+    trainer.update(batches[:passes])
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for first in range(passes, len(batches), passes):
+            trainer.update(batches[first : first + passes])
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert math.isfinite(trainer.figures()["loss"]) and trainer.step == 4
 
 
 @pytest.fixture

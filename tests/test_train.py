@@ -365,31 +365,83 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(folder, tmp_path, capsys)
     assert not (out / "result.json").exists()
 
 
-@pytest.mark.parametrize("step_in_backward", ["true", "false"])
-def test_a_loss_that_is_not_finite_leaves_the_weights(step_in_backward, folder):
-    recipe = tiny_recipe("image", folder, f"machine.step_in_backward={step_in_backward}")
+UPDATES = {
+    "fused": [],
+    "not fused": ["optimizer.name=momentum"],
+    "clipped": ["optimizer.clip_grad=1.0"],
+    "in backward": ["machine.step_in_backward=true"],
+    "in backward, not fused": ["machine.step_in_backward=true", "optimizer.name=momentum"],
+    "float16": ["machine.precision=float16"],
+}
+
+
+def trainer_of(model, folder, *more):
+    recipe = tiny_recipe("image", folder, *more)
+    return Trainer(model, lambda model, batch: model(batch).float().square().mean(), recipe, ALONE, 2)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_no_update_is_made_from_the_first_loss_on_that_is_not_finite(update, folder):
     model = tiny_model("image", 2)
+    trainer = trainer_of(model, folder, *UPDATES[update])
+    images = torch.randn(4, 3, 32, 32)
+    trainer.update([images])
+    assert math.isfinite(trainer.figures()["loss"])
+    trainer.update([images])
     before = copy.deepcopy(model.state_dict())
-    trainer = Trainer(model, lambda model, batch: model(batch).mean() * math.inf, recipe, ALONE, 2)
-    with pytest.raises(FloatingPointError, match="step 0: the loss is"):
-        trainer.update([torch.randn(4, 3, 32, 32)])
+    trainer.update([images * math.inf])
+    for _ in range(3):
+        trainer.update([images])
+    for read in (trainer.figures, trainer.state_dict, trainer.figures):
+        with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
+            read()
+    assert trainer.step == 2
     assert_equal(model.state_dict(), before)
 
 
-def test_a_gradient_that_is_not_finite_is_not_applied_in_backward(folder):
-    recipe = tiny_recipe("image", folder, "machine.step_in_backward=true")
+@pytest.mark.parametrize("update", ["in backward", "in backward, not fused"])
+def test_a_gradient_that_is_not_finite_is_not_applied_in_backward(folder, update):
     model = tiny_model("image", 2)
+    trainer = trainer_of(model, folder, *UPDATES[update], "optimizer.base_lr=1.0", "schedule.warmup_lr=0.1")
     weight = model.blocks[1].mlp.fc1.weight
-    before = weight.detach().clone()
-    trainer = Trainer(model, lambda model, batch: model(batch).square().mean(), recipe, ALONE, 2)
-    poison = weight.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(FloatingPointError, match="step 0: the gradient is not finite"):
-        trainer.update([torch.randn(4, 3, 32, 32)])
-    assert torch.equal(weight, before) and weight.grad is None
-    assert all(value.isfinite().all() for value in model.state_dict().values())
-    poison.remove()
+    before = copy.deepcopy(model.state_dict())
+    weight.register_hook(lambda gradient: gradient * math.nan)
     trainer.update([torch.randn(4, 3, 32, 32)])
-    assert not torch.equal(weight, before)
+    with pytest.raises(FloatingPointError, match="step 0: the norm of the gradient is nan"):
+        trainer.figures()
+    found = trainer.first_not_finite([])
+    assert found == "the first that is not finite is the gradient of blocks.1.mlp.fc1.weight"
+    assert torch.equal(weight, before["blocks.1.mlp.fc1.weight"]) and weight.grad is None
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert not torch.equal(model.head.weight, before["head.weight"])
+
+
+def test_a_gradient_scaler_leaves_a_step_out_and_training_goes_on(folder):
+    model = tiny_model("image", 2)
+    trainer = trainer_of(model, folder, *UPDATES["float16"], "run.ema_decay=0.5")
+    images = torch.randn(4, 3, 32, 32)
+    poison = model.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    before, scale = copy.deepcopy(model.state_dict()), trainer.scaler.get_scale()
+    trainer.update([images])
+    assert not math.isfinite(trainer.figures()["gradient_norm"]) and trainer.scaler.get_scale() == scale / 2
+    assert_equal(model.state_dict(), before)
+    poison.remove()
+    for _ in range(2):
+        trainer.update([images])
+    assert trainer.state_dict()["step"] == 3 and not torch.equal(model.head.weight, before["head.weight"])
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_run_of_an_optimizer_that_was_not_fused_is_resumed(folder, tmp_path, fused):
+    settings = ["run.checkpoint_steps=1", "schedule.epochs=2"]
+    with interrupted(3):
+        out = run("image", folder, tmp_path, *settings, code=130)
+    state = checkpoint(out)
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = fused
+    torch.save(state, out / "last.pth")
+    run("image", folder, out, *settings, "--resume")
+    assert all(group["fused"] for group in checkpoint(out)["optimizer"]["param_groups"])
 
 
 def test_adam_with_states_of_a_byte(folder, tmp_path, monkeypatch):

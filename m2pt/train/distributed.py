@@ -43,9 +43,13 @@ class World:
             value /= self.size
         return value
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
-        return self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers; the device is not asked, nor waited for."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def interleave(self, rows: Tensor) -> Tensor:
         """Rows that were dealt out one by one, as many to every process, in their order, in every process."""
@@ -94,7 +98,7 @@ def processes() -> Iterator[World]:
         return
     store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"m2pt/{next(MEETINGS)}", store)  # torch leaves addresses of an earlier meeting there
-    backend = "nccl" if on_gpu else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device if on_gpu else None)
     try:
         yield World(rank, size, device)

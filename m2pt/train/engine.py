@@ -70,7 +70,10 @@ class Trainer:
     """A model in training: its optimizer steps, and the state from which they continue bit for bit on a CPU.
 
     Everything random in a step follows from the seed, the step and the process, so that there is no generator to save;
-    the learning rate follows from the step.
+    the learning rate follows from the step. Loss and gradient are checked on the device, and read back only by
+    `figures`: from the first step on that is not finite every update is left out, so that it is as if that step came
+    next. An optimizer that is not fused has to be told by the host, which reads back once per step (or per parameter,
+    where the step is inside backward).
 
     Args:
         module: the model, on the device.
@@ -82,7 +85,7 @@ class Trainer:
 
     Attributes:
         evaluated: the model to evaluate: `module`, or the moving average of its weights.
-        step: how many steps are done.
+        step: how many steps are done; once `figures` has raised its error, those before the one that it names.
     """
 
     def __init__(
@@ -116,36 +119,39 @@ class Trainer:
         if self.ema is not None and sharded:
             shard(self.ema.module, recipe.machine)
         self.optimizer = create_optimizer(module, recipe)
-        self.left_out: set[str] = set()
+        self.trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         if recipe.machine.step_in_backward:
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(partial(self._leave_out, name))
+            for name, parameter in self.trained.items():
+                parameter.register_post_accumulate_grad_hook(partial(self._check_gradient, name))
             step_in_backward(self.optimizer)
         self.scheduler = create_scheduler(self.optimizer, recipe, updates_per_epoch)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.machine.precision == "float16")
         self.step = 0
+        self.has_failed = torch.zeros((), dtype=torch.bool, device=world.device)
+        self.is_left_out = self.has_failed
+        self.norms: dict[str, Tensor] = {}
+        self.record = torch.zeros(3 + len(self.trained), dtype=torch.float64, device=world.device)
+        """The number of the last step, or of the first that was not finite, its loss, the norm of its gradient, and the
+        norm of every parameter's."""
+        self.has_finite_loss = True
+        self.not_finite: list[str] = []
 
     @property
     def evaluated(self) -> nn.Module:
         return self.module if self.ema is None else self.ema.module
 
-    def update(self, batches: Iterable[Any]) -> dict[str, float]:
+    def update(self, batches: Iterable[Any]) -> None:
         """One optimizer step over the passes in `batches`, as many as the recipe accumulates.
 
-        Returns:
-            The loss, averaged over all passes and processes, the norm of its gradient before clipping where it is
-            known, and the learning rate of the head.
+        Nothing is read back, and nothing raised where loss or gradient are not finite: see `figures`.
 
         Raises:
-            FloatingPointError: the loss or its gradient is not finite. The weights are as they were; but where the step
-                is inside backward, those with a finite gradient have made it.
             ValueError: there are fewer passes.
         """
         self._seed()
         self.scheduler.step_update(self.step)
         self.optimizer.zero_grad()
-        self.left_out.clear()
+        self.norms.clear()
         self.model.train()
         loss = torch.zeros((), device=self.world.device)
         number, passes = 0, self.recipe.machine.accumulation
@@ -153,14 +159,33 @@ class Trainer:
             loss += self._backward(batch, is_last=number == passes)
         if number < passes:  # a stream that leaves out what it cannot read, and with it everything
             raise ValueError(f"data: the training split ended at step {self.step}, after {number} of {passes} passes")
-        figures = {"loss": self._finite_mean(loss)}
-        if not self.recipe.machine.step_in_backward:
-            figures["gradient_norm"] = self._step()
-        elif self.world.any(bool(self.left_out)):
-            raise FloatingPointError(f"step {self.step}: the gradient is not finite")
+        loss = self.world.mean(loss)
+        norm = self._norm() if self.recipe.machine.step_in_backward else self._step(loss)
+        self._note(loss, norm)
         if self.ema is not None:
             self.ema.update(self.module)
         self.step += 1
+
+    def figures(self) -> dict[str, float]:
+        """What is logged of the last step, read back from the device.
+
+        Returns:
+            The loss, averaged over all passes and processes, the norm of its gradient before clipping unless the step
+            is inside backward, and the learning rate of the head.
+
+        Raises:
+            FloatingPointError: loss or gradient were not finite, in this step or an earlier one, which is named. The
+                weights are as they were before it; but where the step is inside backward, those whose gradient came
+                before the first that is not finite have made it.
+        """
+        step, loss, norm, *norms = self.record.tolist()
+        self.has_finite_loss = math.isfinite(loss)
+        if not (self.has_finite_loss and (math.isfinite(norm) or self.scaler.is_enabled())):
+            self.step = int(step)
+            self.not_finite = [name for name, each in zip(self.trained, norms, strict=True) if not math.isfinite(each)]
+            what = f"the norm of the gradient is {norm}" if self.has_finite_loss else f"the loss is {loss}"
+            raise FloatingPointError(f"step {self.step}: {what}")
+        figures = {"loss": loss} if self.recipe.machine.step_in_backward else {"loss": loss, "gradient_norm": norm}
         return figures | {"learning_rate": max(group["lr"] for group in self.optimizer.param_groups)}
 
     def _seed(self) -> None:
@@ -172,58 +197,66 @@ class Trainer:
             with offloading(machine):
                 loss = self._loss(self.model, batch) / machine.accumulation
             if machine.step_in_backward:
-                self._finite_mean(loss.detach().clone())
+                self.is_left_out = self.has_failed | ~self.world.mean(loss.detach().clone()).isfinite()
             self.scaler.scale(loss).backward()
         return loss.detach()
 
-    def _leave_out(self, name: str, parameter: Tensor) -> None:
-        """Before the step inside backward, take away a gradient that is not finite; to know it, wait for the GPU.
-
-        Nothing is raised here, because other processes would wait in vain for this one to go on with backward.
-        """
-        if not _is_finite(cast(Tensor, parameter.grad)):
-            self.left_out.add(name)
+    def _check_gradient(self, name: str, parameter: Tensor) -> None:
+        """Before the step inside backward: leave it out from the first gradient on that is not finite."""
+        self.norms[name] = torch.linalg.vector_norm(_local(cast(Tensor, parameter.grad)))
+        self.is_left_out = self.is_left_out | ~self.norms[name].isfinite()
+        if self._leaves_out():
             parameter.grad = None
 
-    def _finite_mean(self, loss: Tensor) -> float:
-        mean = self.world.mean(loss).item()
-        if not math.isfinite(mean):
-            raise FloatingPointError(f"step {self.step}: the loss is {mean}")
-        return mean
+    def _leaves_out(self) -> bool:
+        """Whether the host has to leave the update out; a fused optimizer does it on the device, and is told here."""
+        if not self.optimizer.defaults.get("fused"):
+            return bool(self.is_left_out)
+        cast(Any, self.optimizer).found_inf = self.is_left_out.float()  # as torch's GradScaler tells it
+        return False
 
-    def _step(self) -> float:
+    def _step(self, loss: Tensor) -> Tensor:
+        """Clip the gradient and make the step, unless loss or gradient are not finite; the norm of the gradient."""
         self.scaler.unscale_(self.optimizer)
-        norm = self._clip()
-        self.scaler.step(self.optimizer)
+        trained = {name: parameter for name, parameter in self.trained.items() if parameter.grad is not None}
+        gradients = [_local(cast(Tensor, parameter.grad)) for parameter in trained.values()]
+        self.norms = dict(zip(trained, torch._foreach_norm(gradients), strict=True))
+        norm = self._norm()
+        if self.recipe.optimizer.clip_grad:
+            nn.utils.clip_grads_with_norm_(trained.values(), self.recipe.optimizer.clip_grad, norm)
+        self.is_left_out = self.has_failed | ~loss.isfinite() | ~norm.isfinite()
+        if not self._leaves_out():
+            self.optimizer.step()
         self.scaler.update()
         return norm
+
+    def _norm(self) -> Tensor:
+        """The norm of the whole gradient, the same in every process."""
+        norm = torch.linalg.vector_norm(torch.stack(list(self.norms.values())))
+        if self.recipe.machine.sharding == "fsdp":
+            norm = (self.world.mean(norm.square()) * self.world.size).sqrt()
+        return norm
+
+    def _note(self, loss: Tensor, norm: Tensor) -> None:
+        """Record the step, unless an earlier one was not finite; a scaler leaves gradients out that are not."""
+        step, none = torch.full_like(loss, self.step, dtype=torch.float64), torch.zeros_like(loss)
+        record = torch.stack([step, loss, norm, *(self.norms.get(name, none) for name in self.trained)])
+        self.record = torch.where(self.has_failed, self.record, record)
+        is_finite = loss.isfinite() if self.scaler.is_enabled() else loss.isfinite() & norm.isfinite()
+        self.has_failed = self.has_failed | ~is_finite
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
         with autocast(self.recipe.machine, self.world.device):
             return self.objective(model, to_device(batch, self.world.device))
 
-    def _clip(self) -> float:
-        """Clip the gradient, unless it is not finite: clipping would spread that over all layers."""
-        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
-        total = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
-        norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
-        if not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler leaves such a step out
-            raise FloatingPointError(f"step {self.step}: the norm of the gradient is {norm}")
-        nn.utils.clip_grads_with_norm_(parameters, self.recipe.optimizer.clip_grad or math.inf, total)
-        return norm
-
     def first_not_finite(self, batches: Iterable[Any]) -> str:
-        """What in this process is the first not to be finite in the step over these passes that `update` has refused.
+        """What in this process is the first not to be finite in the step over these passes that `figures` has named.
 
         The passes are computed again, unless weights have changed in backward.
         """
-        found = [] if self.world.any(bool(self.left_out)) else self._outputs_not_finite(batches)
-        if not found:  # backward goes from the last layer to the first
-            found = [
-                f"the gradient of {name}"
-                for name, parameter in reversed(list(self.module.named_parameters()))
-                if name in self.left_out or not (parameter.grad is None or _is_finite(parameter.grad))
-            ]
+        has_changed = self.recipe.machine.step_in_backward and self.has_finite_loss
+        found = [] if has_changed else self._outputs_not_finite(batches)
+        found += [f"the gradient of {name}" for name in reversed(self.not_finite)]  # as backward goes
         return f"the first that is not finite is {found[0]}" if found else "everything is finite in this process"
 
     @torch.no_grad()
@@ -260,11 +293,13 @@ class Trainer:
         """The whole state in plain containers, on the CPU; where it is sharded, in the first process only.
 
         Raises:
-            FloatingPointError: a trained weight is not finite; nothing can be continued from it.
+            FloatingPointError: a step was not finite, or a trained weight is not; nothing can be continued from it.
         """
-        trained = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
-        damaged = next((name for name, p in trained if not _is_finite(p)), None)
-        if self.world.any(damaged is not None):
+        self.figures()
+        damaged = next(
+            (name for name, parameter in self.trained.items() if not _local(parameter).isfinite().all()), None
+        )
+        if self.world.largest(damaged is not None):
             raise FloatingPointError(f"step {self.step}: {damaged or 'a weight'} is not finite")
         model, optimizer = get_state_dict(self.module, self.optimizer, options=WHOLE)
         state = {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict(), "step": self.step}
@@ -289,15 +324,17 @@ class Trainer:
             if differing := sorted(state[part].keys() ^ (self.entries - self.without)):
                 raise ValueError(f"{part}: {', '.join(differing[:5])}: only the checkpoint has it, or only the model")
             set_model_state_dict(module, state[part], options=replace(WHOLE, strict=False))
+        for group in state["optimizer"]["param_groups"]:  # of a run that began with another release
+            if "fused" in group:
+                group["fused"] = self.optimizer.defaults["fused"]
         set_optimizer_state_dict(self.module, self.optimizer, state["optimizer"], options=WHOLE)
         self.scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all of a tensor is finite, or this process's part of it."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return bool(local.isfinite().all())
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -15,6 +15,10 @@ from ..checks import require
 from ..groups import parameter_groups
 from .recipe import Loss, Recipe
 
+FUSED = {"adam", "adamw"}
+"""Optimizers whose fused form is taken where the recipe says nothing else: it can leave an update out on the device.
+Momentum's cannot leave out the first one: its state would then be what was in memory."""
+
 
 def create_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """timm's optimizer over what is trainable, each layer with its learning rate.
@@ -24,6 +28,7 @@ def create_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
         ValueError: there is no such optimizer, or none here: those of bitsandbytes need a GPU and whole parameters.
     """
     settings = recipe.optimizer
+    is_fused = settings.name in FUSED and settings.options.keys().isdisjoint({"fused", "foreach", "differentiable"})
     if settings.name.startswith("bnb"):
         require("bitsandbytes", "adam8bit")
         if recipe.machine.sharding == "fsdp":
@@ -34,7 +39,7 @@ def create_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
             opt=settings.name,
             lr=recipe.learning_rate,
             param_group_fn=lambda model: scaled_groups(model, recipe),
-            **settings.options,
+            **settings.options | ({"fused": True} if is_fused else {}),
         )
     except AssertionError as error:  # timm's for a missing GPU
         raise ValueError(f"optimizer.name: {settings.name}: {error}") from None

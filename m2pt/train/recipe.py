@@ -107,7 +107,9 @@ class Optimizer:
     Attributes:
         base_lr: the learning rate for a batch of 256; it is multiplied by `data.batch_size / 256`.
         name, weight_decay, layer_decay, options: of `timm.optim.create_optimizer_v2`; the options are the optimizer's.
-            "bnbadamw8bit" is AdamW with states of a byte, on GPUs, with the extra `adam8bit`.
+            "bnbadamw8bit" is AdamW with states of a byte, on GPUs, with the extra `adam8bit`. "adam" and "adamw" are
+            fused unless the options say otherwise; with one that is not fused every step waits for a GPU once, to know
+            whether its gradient is finite.
         scale_learning_rate: factor of the cross-modal scales' learning rate over that of their block.
         clip_grad: the largest norm of the gradient; 0 for any.
     """
@@ -214,8 +216,7 @@ class Machine:
         checkpoint_activations: compute the blocks' activations again in backward.
         offload_activations: keep the inputs of these blocks in the host's memory until then.
         step_in_backward: update each parameter inside backward and free its gradient, see `m2pt.step_in_backward`;
-            the norm of the gradient is then not known, and not logged, and every gradient waits for a GPU to say
-            whether it is finite.
+            the norm of the gradient is then not logged.
         compile: torch.compile the model.
         sharding: what several processes do: "ddp" keeps the model in each, "fsdp" divides it among them.
     """

@@ -262,26 +262,26 @@ def _fit(
     start, since = time.perf_counter(), trainer.step
     with termination() as asked, _passes(trainer, dataset) as passes:
         while trainer.step < steps:
-            try:
-                figures = trainer.update(itertools.islice(passes, recipe.machine.accumulation))
-            except FloatingPointError as error:
-                with _passes(trainer, dataset) as again:
-                    found = trainer.first_not_finite(itertools.islice(again, recipe.machine.accumulation))
-                raise FloatingPointError(f"{error}; {found}") from None
+            trainer.update(itertools.islice(passes, recipe.machine.accumulation))
             step = trainer.step
-            is_stopping = world.any(asked.is_set())
+            is_stopping = bool(world.largest(asked.is_set()))
             log.bar.update()
-            if step % recipe.run.log_steps == 0 or step == steps:
+            epoch, is_inside = divmod(step, steps_per_epoch)
+            is_logged = step % recipe.run.log_steps == 0 or step == steps
+            is_due = recipe.run.checkpoint_steps and step % recipe.run.checkpoint_steps == 0
+            is_saved = not is_inside or is_due or is_stopping
+            if not (is_logged or is_saved):
+                continue
+            figures = _figures(trainer, dataset)
+            if is_logged:
                 rate = (step - since) * recipe.data.batch_size / (time.perf_counter() - start)
                 log.write(step, **figures, samples_per_second=rate)
                 start, since = time.perf_counter(), step
             paused = time.perf_counter()
-            epoch, is_inside = divmod(step, steps_per_epoch)
             is_ending = is_stopping or step == steps
             if measure is not None and not (is_inside or is_ending) and epoch % recipe.run.eval_epochs == 0:
                 log.write(step, **measure())
-            is_due = recipe.run.checkpoint_steps and step % recipe.run.checkpoint_steps == 0
-            if not is_inside or is_due or is_stopping:
+            if is_saved:
                 state = trainer.state_dict()
                 if world.is_first:
                     save_checkpoint(out, state, recipe, dataset.class_names)
@@ -289,6 +289,20 @@ def _fit(
                 log.write(step, stopped="SIGTERM")
                 raise SystemExit(TERMINATED)
             start += time.perf_counter() - paused
+
+
+def _figures(trainer: Trainer, dataset: Any) -> dict[str, float]:
+    """What is logged of the last step.
+
+    Raises:
+        FloatingPointError: a step was not finite; the message names it, and the layer.
+    """
+    try:
+        return trainer.figures()
+    except FloatingPointError as error:
+        with _passes(trainer, dataset) as again:
+            found = trainer.first_not_finite(itertools.islice(again, trainer.recipe.machine.accumulation))
+        raise FloatingPointError(f"{error}; {found}") from None
 
 
 def _passes(trainer: Trainer, dataset: Any) -> AbstractContextManager[Iterator[Any]]:
