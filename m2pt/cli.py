@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .train import Recipe
 
+RESUMING = "the same command with --resume goes on from the last checkpoint"
 AUX_DTYPES = ("bfloat16", "int8", "int4", "float8_e4m3fn")
 
 
@@ -18,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status.
 
     0: done; 1: `check` found a faulty kernel; 2: refused, or stopped by a loss that is not finite or the loss of a data
-    worker, and a line on stderr says why; 130: interrupted.
+    worker, and a line on stderr says why; 130: interrupted by Ctrl-C, of which the first lets training finish its step
+    and save its state.
 
     Raises:
         SystemExit: help or the version was printed (0), the arguments are not understood (2), or SIGTERM came during
@@ -33,9 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.replaced = rest
     try:
         return arguments.run(arguments) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         can_resume = hasattr(arguments, "resume") and (arguments.out / "last.pth").exists()
-        print("m2pt: interrupted" + "; --resume goes on from the last checkpoint" * can_resume, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("m2pt: interrupted", *interrupt.args, *[RESUMING] * can_resume, sep="; ", file=sys.stderr)
         return 130
     except (ArithmeticError, ImportError, OSError, TypeError, ValueError) as error:
         print("m2pt: error:", *str(error).split(), file=sys.stderr)

@@ -12,6 +12,7 @@ import threading
 import time
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ import torch.distributed as dist
 from tiny_runs import assert_equal, interrupted, no_plots
 from torch import nn
 
+import m2pt.train.run
 from m2pt.checkpoints import save_state_dict
-from m2pt.cli import main
+from m2pt.cli import RESUMING, main
 from m2pt.models import create_model
 from m2pt.train.engine import Trainer
 from m2pt.train.log import read_log
@@ -37,6 +39,8 @@ SETTINGS += [
     "run.ema_decay=0.5",
 ]
 STEPS = 20
+STATUSES = {"SIGTERM": 143, "SIGINT": 130}
+SAVED = f"m2pt: interrupted; step {{}} is saved; {RESUMING}"
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +92,18 @@ def figures(out):
     return [line for line in lines if "loss" in line or "model" in line]
 
 
-def run(arguments, fsyncs=None, rank=None, port=None, timeout=None, poison=None):
+def run(arguments, fsyncs=None, rank=None, port=None, timeout=None, poison=None, slow=False):
     """A training process; it kills itself when it is about to complete its `fsyncs`-th file. In the process and at the
     step of `poison` a layer's output is not a number."""
+    if slow:
+        update = Trainer.update
+        Trainer.update = lambda trainer, batches: (time.sleep(0.2), update(trainer, batches), time.sleep(1))
     os.setsid()  # so that a signal can be sent to it and its data workers together
+    stderr = Path(arguments[arguments.index("--out") + 1]).with_suffix(f".{rank}.err")
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     multiprocessing.set_start_method("fork", force=True)  # for its data workers, as in a run from the command line
     no_plots(pytest.MonkeyPatch())
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where the tests run in the background
     fsync, done = os.fsync, []
 
     def fsync_or_die(descriptor):
@@ -146,6 +156,15 @@ def statuses(processes, seconds=60):
     return [process.exitcode for process in processes]
 
 
+def said(out):
+    """What the last processes that wrote to `out` said on stderr, without torch's lines and the progress."""
+    files = sorted(out.parent.glob(f"{out.name}.*.err"))
+    lines = [line for file in files for line in file.read_text().splitlines() if line.startswith("m2pt: ")]
+    for file in files:
+        file.unlink()
+    return lines
+
+
 def wait_for(out, lines):
     """Until the log has so many lines."""
     end = time.monotonic() + 60
@@ -187,31 +206,72 @@ def test_killed_runs_end_as_if_nothing_had_been(folder, start, repetitions):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_sigterm_finishes_the_step_and_saves(folder, start, workers, repetitions):
+@pytest.mark.parametrize("name, status", STATUSES.items())
+def test_a_signal_finishes_the_step_and_saves(folder, start, name, status, workers, repetitions):
     moments = random.Random(workers)
     for number in range((repetitions + 1) // 2):
-        out = folder / f"terminated{workers}-{number}"
+        out = folder / f"{name}{workers}-{number}"
         arguments = command(folder, out.name, f"machine.workers={workers}", "run.checkpoint_steps=0")
         process = start(arguments)
         wait_for(out, moments.randrange(1, STEPS // 2))
-        os.killpg(process.pid, signal.SIGTERM)  # with its data workers, as a scheduler does
-        assert statuses([process]) == [143]
+        os.killpg(process.pid, signal.Signals[name])  # with its data workers, as a scheduler and a terminal do
+        assert statuses([process]) == [status]
         stop = read_log(out)[-1]
-        assert stop["stopped"] == "SIGTERM" and state(out)["step"] == stop["step"] < STEPS
+        assert stop["stopped"] == name and state(out)["step"] == stop["step"] < STEPS
+        assert said(out) == [SAVED.format(stop["step"])] * (name == "SIGINT")
         assert statuses([start([*arguments, "--resume"])]) == [0]
         assert_ended_alike(out, folder / "whole")
 
 
-def test_sigterm_to_one_of_two_processes_stops_both(folder, start):
-    whole, out = folder / "whole2", folder / "terminated2"
+def test_a_signal_to_one_of_two_processes_stops_both(folder, start):
+    whole, out = folder / "whole2", folder / "stopped2"
     assert statuses(start_two(start, command(folder, whole.name))) == [0, 0]
-    processes = start_two(start, command(folder, out.name))
-    wait_for(out, 7)
-    os.kill(processes[1].pid, signal.SIGTERM)
-    assert statuses(processes) == [143, 143]
-    assert 7 <= state(out)["step"] < STEPS
-    assert statuses(start_two(start, [*command(folder, out.name), "--resume"])) == [0, 0]
+    arguments, done = command(folder, out.name), 0
+    for name, status in STATUSES.items():
+        processes = start_two(start, arguments)
+        wait_for(out, done + 5)
+        os.kill(processes[1].pid, signal.Signals[name])
+        assert statuses(processes) == [status, status]
+        done = state(out)["step"]
+        assert said(out) == [SAVED.format(done)] * (name == "SIGINT")
+        arguments = [*command(folder, out.name), "--resume"]
+    assert 10 <= done < STEPS
+    assert statuses(start_two(start, arguments)) == [0, 0]
     assert_ended_alike(out, whole)
+
+
+def test_a_second_ctrl_c_ends_at_once(folder, start):
+    out = folder / "twice"
+    process = start(command(folder, out.name, "run.checkpoint_steps=2"), slow=True)
+    wait_for(out, 3)
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.3)  # a step takes longer
+    assert statuses([process]) == [130]
+    assert said(out) == [f"m2pt: interrupted; {RESUMING}"]
+    assert state(out)["step"] == 2 and "stopped" not in read_log(out)[-1]
+
+
+@pytest.mark.parametrize("name, status", STATUSES.items())
+def test_a_signal_cuts_an_evaluation_short_and_saves(folder, monkeypatch, capsys, name, status):
+    out, evaluate = folder / f"evaluation-{name}", m2pt.train.run.evaluate
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.Signals[name])
+        return evaluate(*arguments)
+
+    arguments = command(folder, out.name, "run.checkpoint_steps=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(m2pt.train.run, "evaluate", interrupted)
+        if name == "SIGINT":
+            assert main(arguments) == status
+            assert capsys.readouterr().err.splitlines()[-1] == SAVED.format(STEPS // 2)
+        else:
+            with pytest.raises(SystemExit, match=str(status)):
+                main(arguments)
+    assert state(out)["step"] == STEPS // 2 and not any("top1" in line for line in read_log(out))
+    assert main([*arguments, "--resume"]) == 0
+    assert_ended_alike(out, folder / "whole")
 
 
 @pytest.mark.parametrize("lost", [0, 1])
@@ -233,10 +293,10 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout(folder, start):
     assert statuses(processes[:1]) not in ([None], [0])
 
 
-def test_sigterm_outside_of_training_is_left_to_the_caller(folder):
-    before = signal.getsignal(signal.SIGTERM)
+def test_signals_outside_of_training_are_left_to_the_caller(folder):
+    before = [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)]
     assert main([*command(folder, "whole"), "--resume"]) == 0
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_training_in_a_thread(folder):
@@ -314,7 +374,7 @@ POISONS = {
     poison_scale: "the loss is nan; the first that is not finite is the output of blocks.0.attn.proj",
     poison_input: "the loss is nan; the first that is not finite is the input",
     poison_at_random: "the loss is nan; the first that is not finite is the output of blocks.1.norm2",
-    poison_gradient: "the norm of the gradient is {}; the first that is not finite is the gradient of blocks.0.mlp.fc2.weight",
+    poison_gradient: "the norm of the gradient is {}; the first that is not finite is the gradient of blocks.0.mlp.fc2",
     poison_loss: "the loss is nan; the first that is not finite is the loss itself",
 }
 
@@ -348,14 +408,15 @@ def test_what_is_not_finite_stops_with_step_and_layer(folder, monkeypatch, capsy
     assert not (out / "result.json").exists()
 
 
-def test_every_process_stops_at_the_step_that_was_not_finite_in_one(folder, start, capfd):
+def test_every_process_stops_at_the_step_that_was_not_finite_in_one(folder, start):
     """Where it is read back some steps later, too."""
     out = folder / "not_finite_in_one"
     arguments = command(folder, out.name, "run.checkpoint_steps=4", "run.log_steps=1000")
     assert statuses(start_two(start, arguments, poison=(1, 6))) == [2, 2]
-    errors = [line for line in capfd.readouterr().err.splitlines() if "m2pt: error" in line]
+    errors = said(out)
     assert len(errors) == 2 and all("m2pt: error: step 6: the loss is nan" in error for error in errors)
-    assert any("the first that is not finite is the output of blocks.1.mlp.fc1" in error for error in errors)
+    assert errors[0].endswith("everything is finite in this process")
+    assert errors[1].endswith("the first that is not finite is the output of blocks.1.mlp.fc1")
     assert state(out)["step"] == 4
 
 

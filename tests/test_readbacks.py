@@ -91,9 +91,9 @@ def readbacks(tmp_path, monkeypatch):
         recipe = recipe_of(modality, *more)
         trainer, batches = trainer_of(recipe, pretraining=pretraining), batches_of(recipe, STEPS)
         monkeypatch.setattr(m2pt.train.run, "_passes", lambda *arguments: nullcontext(iter(batches)))
-        with Log(tmp_path, True, 0, STEPS) as log, counted() as counts:
-            with pytest.raises(ValueError, match=f"ended at step {STEPS}"):
-                m2pt.train.run._fit(trainer, None, tmp_path, log, 1000, None)
+        end = pytest.raises(ValueError, match=f"ended at step {STEPS}")
+        with Log(tmp_path, True, 0, STEPS) as log, counted() as counts, end:
+            m2pt.train.run._fit(trainer, None, tmp_path, log, 1000, None)
         return counts
 
     return count

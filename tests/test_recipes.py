@@ -8,6 +8,7 @@ import torch
 from m2pt.data import create_dataset
 from m2pt.models import create_model
 from m2pt.train import load_recipe, parse_assignment, shipped_recipes
+from m2pt.train.optimization import create_scheduler
 
 RECIPES = Path(__file__).parent.parent / "m2pt" / "recipes"
 CLASSES = {"image": 1000, "audio": 527, "point": 40, "video": 400}
@@ -150,6 +151,24 @@ def test_a_value_is_replaced_by_its_dotted_key():
     assert recipe.replaced({"run.seed": 3}).run.seed == 3 and recipe.run.seed == 0
 
 
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_recipe_can_be_cut_to_one_epoch(name):
+    """Its warm-up is then the first tenth of it; a longer run keeps the recipe's."""
+    recipe = load_recipe(name, {"schedule.epochs": 1})
+    steps = 20
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": 1.0}], lr=recipe.learning_rate)
+    scheduler = create_scheduler(optimizer, recipe, steps)
+    rates = []
+    for step in range(steps):
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    warmup_lr = recipe.schedule.warmup_lr
+    assert rates[:3] == pytest.approx([warmup_lr, (warmup_lr + recipe.learning_rate) / 2, recipe.learning_rate])
+    assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] < 0.05 * recipe.learning_rate
+    whole = load_recipe(name).schedule
+    assert whole.warmup == whole.warmup_epochs < whole.epochs
+
+
 def test_a_recipe_is_read_from_a_file(tmp_path):
     file = tmp_path / "own.toml"
     file.write_text((RECIPES / "image_imagenet.toml").read_text())
@@ -186,7 +205,7 @@ def test_an_assignment_needs_key_and_value(text):
         ({"schedule.epochs": 1.5}, TypeError, "^schedule.epochs: expected int, got 1.5"),
         ({"schedule.epochs": True}, TypeError, "^schedule.epochs: expected int, got True"),
         ({"schedule.epochs": 0}, ValueError, "^schedule.epochs: expected a positive integer, got 0"),
-        ({"schedule.epochs": 5}, ValueError, "^schedule.warmup_epochs: expected 0 to 4, got 5"),
+        ({"schedule.warmup_epochs": -1}, ValueError, "^schedule.warmup_epochs: expected 0 or more, got -1"),
         ({"model": 3}, TypeError, "^model: expected a table, got 3"),
         ({"data.layout.x": 3}, ValueError, "^data.layout.x: layout is a value, not a table"),
         ({"model.size.x": 3}, TypeError, "^model.size: expected str, got {'x': 3}"),

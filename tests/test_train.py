@@ -740,6 +740,19 @@ def test_learning_rate_follows_warmup_and_cosine(folder):
         assert optimizer.param_groups[head]["lr"] == pytest.approx(expected)
 
 
+def test_a_warmup_that_is_too_long_is_shortened_said_once_and_resumed(folder, tmp_path, capsys):
+    settings = ["schedule.epochs=2", "schedule.warmup_epochs=2", "run.checkpoint_steps=1"]
+    line = (
+        "m2pt: schedule.warmup_epochs: 2 is not less than schedule.epochs (2): the warm-up is shortened to 0.2 epochs"
+    )
+    whole = run("image", folder, tmp_path / "whole", *settings)
+    assert [each for each in capsys.readouterr().err.splitlines() if each.startswith("m2pt: ")] == [line]
+    with interrupted(1):
+        parts = run("image", folder, tmp_path / "parts", *settings, code=130)
+    run("image", folder, parts, *settings, "--resume")
+    assert_equal(checkpoint(parts), checkpoint(whole))
+
+
 def test_lars_adapts_matrices_only(folder):
     recipe = tiny_recipe("image", folder, "optimizer.name=lars", "optimizer.weight_decay=0.0")
     for group in create_optimizer(connected_model(folder), recipe).param_groups:

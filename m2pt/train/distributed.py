@@ -70,20 +70,30 @@ def is_first_process() -> bool:
 
 
 @contextmanager
-def termination() -> Iterator[threading.Event]:
-    """Inside the block SIGTERM sets the event instead of ending the process.
+def termination() -> Iterator[set[int]]:
+    """Inside the block SIGTERM and Ctrl-C add their number to the set instead of ending the process; a second Ctrl-C
+    raises KeyboardInterrupt.
 
-    Python lets only the main thread decide about signals; in another one nothing changes.
+    Python lets only the main thread decide about signals; in another one nothing changes, nor where Ctrl-C is ignored,
+    as of a command that a script runs in the background.
     """
-    asked = threading.Event()
+    asked: set[int] = set()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = signal.signal(signal.SIGTERM, lambda *arguments: asked.set())
+
+    def note(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and number in asked:
+            raise KeyboardInterrupt
+        asked.add(number)
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

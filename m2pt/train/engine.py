@@ -256,7 +256,8 @@ class Trainer:
         """
         has_changed = self.recipe.machine.step_in_backward and self.has_finite_loss
         found = [] if has_changed else self._outputs_not_finite(batches)
-        found += [f"the gradient of {name}" for name in reversed(self.not_finite)]  # as backward goes
+        if self.has_finite_loss:
+            found += [f"the gradient of {name}" for name in reversed(self.not_finite)]  # as backward goes
         return f"the first that is not finite is {found[0]}" if found else "everything is finite in this process"
 
     @torch.no_grad()

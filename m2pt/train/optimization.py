@@ -62,8 +62,8 @@ def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_p
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=settings.name,
-        num_epochs=settings.epochs - settings.warmup_epochs,
-        warmup_epochs=settings.warmup_epochs,
+        num_epochs=settings.epochs - settings.warmup,
+        warmup_epochs=settings.warmup,
         warmup_lr=settings.warmup_lr,
         warmup_prefix=True,
         min_lr=settings.min_lr,

@@ -134,7 +134,11 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """timm's scheduler, stepped every update; `epochs` counts the warm-up in."""
+    """timm's scheduler, stepped every update; `epochs` counts the warm-up in.
+
+    A warm-up of `warmup_epochs` that is not shorter than the run, as where only `epochs` was replaced, is shortened to
+    the first tenth of the run: see `warmup`.
+    """
 
     epochs: int
     name: str = "cosine"
@@ -144,9 +148,12 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_positive(epochs=self.epochs)
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(f"warmup_epochs: expected 0 to {self.epochs - 1}, got {self.warmup_epochs}")
-        check_not_negative(warmup_lr=self.warmup_lr, min_lr=self.min_lr)
+        check_not_negative(warmup_epochs=self.warmup_epochs, warmup_lr=self.warmup_lr, min_lr=self.min_lr)
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up that are made."""
+        return self.warmup_epochs if self.warmup_epochs < self.epochs else self.epochs / 10
 
 
 @dataclass(frozen=True)

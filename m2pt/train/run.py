@@ -4,8 +4,9 @@ import itertools
 import os
 import shutil
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from .files import CHECKPOINT, CLASS_NAMES, load_checkpoint, load_trained, save_
 from .log import Log, plot_curves, plot_scales
 from .metrics import metric_of
 from .optimization import create_loss
-from .recipe import Recipe
+from .recipe import Recipe, Schedule
 
 SCALE = ".cross_modal_scale"
 TERMINATED = 128 + signal.SIGTERM
@@ -61,12 +62,15 @@ def train(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> dict[
         FloatingPointError: the loss, a gradient or a weight is not finite; the message names the step and the layer.
         FileNotFoundError, TypeError, ValueError: recipe, data and checkpoints do not fit, or `out` holds a run already.
         OSError: `out` cannot be written to.
-        SystemExit: SIGTERM came during training. The step was finished and the state saved; the status is 143.
+        KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM came during training. The step was finished, or an evaluation
+            cut short, and the state saved; the status of SystemExit is 143. Before and after training Ctrl-C ends at
+            once, and so does a second one.
     """
     out = _checked(recipe, out)
     if recipe.pretraining is not None:
         raise ValueError("recipe: this one is for pretraining, with `m2pt pretrain`")
     _require_free(out, resume)
+    _say_shortened(recipe.schedule)
     test_set = _test_set(recipe)
     with processes() as world:
         train_set = _training_set(recipe, world)
@@ -80,11 +84,11 @@ def train(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> dict[
         trainer = Trainer(module.to(world.device), objective, recipe, world, steps)
         metric, batches = metric_of(test_set), test_batches(test_set, recipe, world)
 
-        def measure(model: nn.Module) -> Metrics:
-            return evaluate(model, test_set, batches, metric, recipe.machine, world)
+        def measure(model: nn.Module, asked: Callable[[], int] = lambda: 0) -> Metrics:
+            return evaluate(model, test_set, _until_stopped(batches, asked), metric, recipe.machine, world)
 
         with _log_of(trainer, out, train_set.class_names, resume, steps) as log:
-            _fit(trainer, train_set, out, log, steps, lambda: measure(trainer.evaluated))
+            _fit(trainer, train_set, out, log, steps, lambda asked: measure(trainer.evaluated, asked))
             trained = measure(trainer.evaluated)
             weights = trainer.weights()
             if world.is_first:
@@ -119,7 +123,7 @@ def pretrain(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> No
         FloatingPointError: the loss, a gradient or a weight is not finite; the message names the step and the layer.
         FileNotFoundError, TypeError, ValueError: recipe and data do not fit, or `out` holds a run already.
         OSError: `out` cannot be written to.
-        SystemExit: as by `train`.
+        KeyboardInterrupt, SystemExit: as by `train`.
     """
     out = _checked(recipe, out)
     if recipe.pretraining is None:
@@ -127,6 +131,7 @@ def pretrain(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> No
     if recipe.auxiliary.path or recipe.model.trainable != "all":
         raise ValueError("recipe: pretraining has no auxiliary model and no probe")
     _require_free(out, resume)
+    _say_shortened(recipe.schedule)
     with processes() as world:
         train_set = _training_set(recipe, world)
         steps = steps_per_epoch(samples_of(train_set), recipe.data)
@@ -192,6 +197,16 @@ def _auxiliary_weights(recipe: Recipe, num_classes: int, expected: Mapping[str, 
     return {name: tensor for name, tensor in module.state_dict().items() if name in left_out}
 
 
+def _say_shortened(schedule: Schedule) -> None:
+    """Say on stderr that the warm-up is shorter than the recipe's, in the first of several processes."""
+    if schedule.warmup != schedule.warmup_epochs and is_first_process():
+        print(
+            f"m2pt: schedule.warmup_epochs: {schedule.warmup_epochs} is not less than schedule.epochs"
+            f" ({schedule.epochs}): the warm-up is shortened to {schedule.warmup} epochs",
+            file=sys.stderr,
+        )
+
+
 def _say_taken(path: str | os.PathLike, taken: Weights | None) -> None:
     """Print which weights were taken, if the file holds both, in the first of several processes."""
     if taken is not None and is_first_process():
@@ -253,23 +268,48 @@ def _initialised(recipe: Recipe, num_classes: int) -> Any:
     return model
 
 
+class _StoppedError(Exception):
+    """A signal has asked to stop in the middle of an evaluation."""
+
+
+def _until_stopped(batches: Iterable[Any], asked: Callable[[], int]) -> Iterator[Any]:
+    with running(batches) as loaded:
+        for batch in loaded:
+            if asked():
+                raise _StoppedError
+            yield batch
+
+
 def _fit(
-    trainer: Trainer, dataset: Any, out: Path, log: Log, steps_per_epoch: int, measure: Callable[[], Metrics] | None
+    trainer: Trainer,
+    dataset: Any,
+    out: Path,
+    log: Log,
+    steps_per_epoch: int,
+    measure: Callable[[Callable[[], int]], Metrics] | None,
 ) -> None:
-    """Train to the end of the schedule."""
+    """Train to the end of the schedule.
+
+    Args:
+        measure: the metrics, given a function that returns the signal that asks to stop, 0 for none.
+    """
     recipe, world = trainer.recipe, trainer.world
     steps = recipe.schedule.epochs * steps_per_epoch
     start, since = time.perf_counter(), trainer.step
-    with termination() as asked, _passes(trainer, dataset) as passes:
+    with termination() as signals, _passes(trainer, dataset) as passes:
+
+        def asked() -> int:
+            return world.largest(max(signals, default=0))
+
         while trainer.step < steps:
             trainer.update(itertools.islice(passes, recipe.machine.accumulation))
             step = trainer.step
-            is_stopping = bool(world.largest(asked.is_set()))
+            stop = asked()
             log.bar.update()
             epoch, is_inside = divmod(step, steps_per_epoch)
             is_logged = step % recipe.run.log_steps == 0 or step == steps
             is_due = recipe.run.checkpoint_steps and step % recipe.run.checkpoint_steps == 0
-            is_saved = not is_inside or is_due or is_stopping
+            is_saved = not is_inside or is_due or stop
             if not (is_logged or is_saved):
                 continue
             figures = _figures(trainer, dataset)
@@ -278,16 +318,19 @@ def _fit(
                 log.write(step, **figures, samples_per_second=rate)
                 start, since = time.perf_counter(), step
             paused = time.perf_counter()
-            is_ending = is_stopping or step == steps
+            is_ending = stop or step == steps
             if measure is not None and not (is_inside or is_ending) and epoch % recipe.run.eval_epochs == 0:
-                log.write(step, **measure())
+                try:
+                    log.write(step, **measure(asked))
+                except _StoppedError:
+                    stop = asked()
             if is_saved:
                 state = trainer.state_dict()
                 if world.is_first:
                     save_checkpoint(out, state, recipe, dataset.class_names)
-            if is_stopping:
-                log.write(step, stopped="SIGTERM")
-                raise SystemExit(TERMINATED)
+            if stop:
+                log.write(step, stopped=signal.Signals(stop).name)
+                raise SystemExit(TERMINATED) if stop == signal.SIGTERM else KeyboardInterrupt(f"step {step} is saved")
             start += time.perf_counter() - paused
 
 

@@ -107,8 +107,8 @@ def _delayed_interrupt() -> Iterator[None]:
         yield
     finally:
         _restore("SIGINT", before)
-        if asked:
-            signal.raise_signal(signal.SIGINT)
+        for number in asked:
+            signal.raise_signal(number)
 
 
 def _restore(name: str, handler: Any) -> None:
