@@ -11,23 +11,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.utils import random_seed
 from torch import Tensor, nn
 
-from m2pt_kernels.quantization import DTYPES as QUANTIZED
-
-from .. import freeze_for_linear_probe, reparameterize_aux_into_target_model
-from ..checkpoint_formats import load_auxiliary, load_pretrained
-from ..checkpoints import TAKEN, Weights, check_weights, load_state_dict, save_state_dict
+from ..checkpoints import Weights, check_weights, load_state_dict, save_state_dict
 from ..checks import checked_path
 from ..data import create_dataset
 from ..data.common import Samples, missing, some
-from ..models import MaskedAutoencoder, create_model
+from ..models import MaskedAutoencoder
 from ..pathway import places
 from ..pathway_files import digests, frozen_entries
 from .batches import pass_size, running, samples_of, steps_per_epoch, test_batches, training_batches
-from .deployment import build_plain, check_auxiliary, deployed, description, probe_head
+from .creation import connect, create_trained_model, created, initialised, read_auxiliaries, say_taken
+from .deployment import build_plain, check_auxiliary, deployed, description
 from .distributed import World, is_first_process, processes, termination
 from .engine import Trainer, classification_objective, evaluate
 from .files import CHECKPOINT, CLASS_NAMES, load_checkpoint, load_trained, save_checkpoint, write_json
@@ -137,7 +133,7 @@ def pretrain(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> No
         steps = steps_per_epoch(samples_of(train_set), recipe.data)
         views = train_set.views
         random_seed(recipe.run.seed)
-        model = _initialised(recipe, num_classes=0)
+        model = initialised(recipe, num_classes=0)
         autoencoder = MaskedAutoencoder(model, **vars(recipe.pretraining)).to(world.device)
 
         def objective(model: nn.Module, batch: Any) -> Tensor:
@@ -173,7 +169,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str | os.PathLike, weights: 
     check_weights(weights)
     test_set = _test_set(recipe)
     trained = load_trained(checkpoint, weights)
-    _say_taken(checkpoint, trained.taken)
+    say_taken(checkpoint, trained.taken)
     _number_as_trained(test_set, trained.class_names, recipe)
     state_dict = trained.state_dict
     if trained.digests is not None:
@@ -191,7 +187,7 @@ def _auxiliary_weights(recipe: Recipe, num_classes: int, expected: Mapping[str, 
     """What a checkpoint leaves out, by its names in the state dict, from the files of the auxiliary models."""
     if not recipe.auxiliary.path:
         raise ValueError("auxiliary.path: missing, and the checkpoint leaves out auxiliary weights")
-    module = _connected(_created(recipe, num_classes), recipe)
+    module = connect(created(recipe, num_classes), read_auxiliaries(recipe), recipe)
     check_auxiliary(digests(places(module)), expected)
     left_out = frozen_entries(module)
     return {name: tensor for name, tensor in module.state_dict().items() if name in left_out}
@@ -205,67 +201,6 @@ def _say_shortened(schedule: Schedule) -> None:
             f" ({schedule.epochs}): the warm-up is shortened to {schedule.warmup} epochs",
             file=sys.stderr,
         )
-
-
-def _say_taken(path: str | os.PathLike, taken: Weights | None) -> None:
-    """Print which weights were taken, if the file holds both, in the first of several processes."""
-    if taken is not None and is_first_process():
-        print(f"{path}: {TAKEN[taken]}")
-
-
-def create_trained_model(recipe: Recipe, num_classes: int, multi_label: bool) -> Any:
-    """The recipe's model with its pathway, on the CPU; what the recipe does not train is frozen.
-
-    Raises:
-        FileNotFoundError, ValueError: a checkpoint is missing or does not fit, or the loss does not fit the targets.
-    """
-    if multi_label and recipe.loss.name != "binary_cross_entropy":
-        raise ValueError("loss.name: samples with several classes need 'binary_cross_entropy'")
-    random_seed(recipe.run.seed)
-    module = _initialised(recipe, num_classes)
-    if recipe.auxiliary.path:
-        _connected(module, recipe)
-    if recipe.model.trainable == "head":
-        module.head = probe_head(module.head)
-        module.requires_grad_(False)
-        module.head.requires_grad_(True)
-        if recipe.auxiliary.path:
-            freeze_for_linear_probe(module)
-    return module
-
-
-def _connected(module: nn.Module, recipe: Recipe) -> nn.Module:
-    aux_models = {path: load_auxiliary(path) for path in recipe.auxiliary.paths}
-    for path, aux_model in aux_models.items():
-        _say_taken(path, aux_model.weights)
-    dtype = recipe.auxiliary.dtype
-    quantized = dtype in QUANTIZED.values()
-    if dtype and not quantized:
-        for aux_model in aux_models.values():
-            aux_model.to(getattr(torch, dtype))
-    return reparameterize_aux_into_target_model(
-        module,
-        aux_models,
-        is_aux_trainable=recipe.auxiliary.trainable,
-        aux_dtype=dtype if quantized else None,
-        blocks=recipe.auxiliary.blocks or None,
-    )
-
-
-def _created(recipe: Recipe, num_classes: int) -> Any:
-    model = recipe.model
-    return create_model(model.modality, model.size, model.task, num_classes=num_classes, **model.overrides)
-
-
-def _initialised(recipe: Recipe, num_classes: int) -> Any:
-    model = _created(recipe, num_classes)
-    if recipe.model.init:
-        report = load_pretrained(model, recipe.model.init)
-        if is_first_process():
-            print(report)
-    if recipe.machine.checkpoint_activations:
-        model.set_grad_checkpointing()
-    return model
 
 
 class _StoppedError(Exception):
