@@ -146,6 +146,7 @@ def simulate(
     passes: int = 1,
     on_host: bool = False,
     average: nn.Module | None = None,
+    buckets: bool = False,
     splits: Splits = most_splits,
 ) -> dict[Moment, Bytes]:
     """The peaks of a training step, inside `fake`.
@@ -158,15 +159,17 @@ def simulate(
         passes: how many gradients are added for a step; from the second on each is like the second.
         on_host: what forward saves waits in the host's memory.
         average: of the weights, if there is one.
+        buckets: whether the gradients are there a second time, as DDP sends them.
         splits: of gradients, as the GPU's kernels divide them.
     """
     timeline = Timeline()
-    layers = [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]
-    timeline.hold("W_aux", [tensor for layer in layers for tensor in (layer.aux_weight, layer.aux_weight_scale)])
+    timeline.hold("W_aux", auxiliary_tensors(model))
     for module in (model, *([] if average is None else [average])):
         timeline.hold("weights", [*module.parameters(), *module.buffers()])
     timeline.hold("optimizer", [value for state in optimizer.state.values() for value in state.values()])
     timeline.hold("activations", tree_leaves(batch))
+    sent = [torch.empty_like(p) for p in model.parameters() if p.requires_grad and buckets]
+    timeline.hold("gradients", sent)
     with _noted(model, timeline), timeline, SplitSums(splits):
         for _ in range(min(passes, 2)):
             timeline.mark("start", 0)
@@ -212,6 +215,13 @@ def _noted(model: nn.Module, timeline: Timeline) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def auxiliary_tensors(model: nn.Module) -> list[Tensor]:
+    """W_aux of every fused layer, with its scales where it is quantised."""
+    layers = [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]
+    both = [tensor for layer in layers for tensor in (layer.aux_weight, layer.aux_weight_scale)]
+    return [tensor for tensor in both if tensor is not None]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

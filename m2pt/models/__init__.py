@@ -22,13 +22,19 @@ SIZES: dict[str, dict[str, Any]] = {
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "so400m": {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304 / 1152},
     "giant": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
+    "gigantic": {"embed_dim": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 64 / 13},
+    "22b": {"embed_dim": 6144, "depth": 48, "num_heads": 48},
 }
-"""timm's ViTs."""
+"""timm's ViTs; "22b" has the sizes of ViT-22B (Dehghani et al., ICML 2023) in plain blocks, one after the other."""
 
 PUBLISHED: dict[tuple[str, str], dict[str, Any]] = {
     ("image", "huge"): {"patch_size": 14},
+    ("image", "so400m"): {"patch_size": 14},
     ("image", "giant"): {"patch_size": 14},
+    ("image", "gigantic"): {"patch_size": 14},
+    ("image", "22b"): {"patch_size": 14},
     ("point", "base"): {"num_heads": 6},
 }
 """Where the published model of a modality and size is not `SIZES` with the modality's own defaults."""

@@ -156,18 +156,18 @@ def steps_per_epoch(samples: int, data: Data) -> int:
     return samples // data.batch_size
 
 
-def pass_size(recipe: Recipe, world: World) -> int:
-    """Samples of one forward pass of one process.
+def pass_size(recipe: Recipe, processes: int) -> int:
+    """Samples of one forward pass of one of so many processes.
 
     Raises:
         ValueError: the batch cannot be divided evenly, or not into pairs where its samples are mixed.
     """
-    parts = recipe.machine.accumulation * world.size
+    parts = recipe.machine.accumulation * processes
     pairs = 2 if recipe.loss.mixup or recipe.loss.cutmix else 1
     size = recipe.data.batch_size
     if size % (parts * pairs):
         raise ValueError(
-            f"data.batch_size: expected a multiple of {parts * pairs} for {world.size} processes,"
+            f"data.batch_size: expected a multiple of {parts * pairs} for {processes} processes,"
             f" {recipe.machine.accumulation} passes{' and mixed pairs' if pairs == 2 else ''}, got {size}"
         )
     return size // parts
@@ -193,7 +193,7 @@ def _streamed(dataset: Any, recipe: Recipe, world: World, start: int) -> Iterato
     for epoch in range(start // steps, recipe.schedule.epochs):
         dataset.set_epoch(epoch)
         generator = torch.Generator().manual_seed(derived_seed(recipe.run.seed, epoch, world.rank))
-        sampling = {"batch_size": pass_size(recipe, world), "drop_last": True, "generator": generator}
+        sampling = {"batch_size": pass_size(recipe, world.size), "drop_last": True, "generator": generator}
         seen = max(start - epoch * steps, 0) * passes
         with running(Batches(StreamedSamples(dataset), recipe.machine, world, **sampling)) as batches:
             yield from itertools.islice(batches, seen, steps * passes)

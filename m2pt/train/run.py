@@ -317,7 +317,7 @@ def _require_free(out: Path, resume: bool) -> None:
 
 
 def _training_set(recipe: Recipe, world: World) -> Any:
-    size = pass_size(recipe, world)
+    size = pass_size(recipe, world.size)
     stream = {"batch_size": size, "seed": recipe.run.seed} if recipe.data.layout == "webdataset" else {}
     dataset = _opened(recipe, recipe.data.train_split, training=True, **stream)
     if recipe.data.on_error == "stop":

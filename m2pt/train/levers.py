@@ -1,0 +1,62 @@
+"""What lowers the peak memory of a training step, as values of a recipe."""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import Any
+
+from .recipe import Recipe
+
+INT8 = "int8 W_aux"
+ADAM = "8-bit Adam"
+IN_BACKWARD = "step in backward"
+CHECKPOINTING = "checkpointing"
+ON_HOST = "block inputs on the host"
+
+QUANTIZED = ("int8", "int4", "float8_e4m3fn")
+
+LEVERS: dict[str, dict[str, Any]] = {
+    INT8: {"auxiliary.dtype": "int8"},
+    ADAM: {"optimizer.name": "bnbadamw8bit"},
+    IN_BACKWARD: {"machine.step_in_backward": True},
+    CHECKPOINTING: {"machine.checkpoint_activations": True},
+    ON_HOST: {"machine.offload_activations": True},
+}
+"""In the order of the time that they cost: the first three little, then a second forward pass, then copies too."""
+
+COSTS = {INT8: 1, ADAM: 1, IN_BACKWARD: 1, CHECKPOINTING: 10, ON_HOST: 20}
+"""Whose sums put combinations in order; they are no times."""
+
+
+def further_levers(recipe: Recipe) -> list[str]:
+    """Those that the recipe leaves out and could have; the last goes with checkpointing only."""
+    auxiliary, optimizer, machine = recipe.auxiliary, recipe.optimizer, recipe.machine
+    alone = machine.accumulation == 1 and not optimizer.clip_grad and machine.precision != "float16"
+    can_have = {
+        INT8: bool(auxiliary.path)
+        and not auxiliary.trainable
+        and auxiliary.dtype not in ("int8", "int4", "float8_e4m3fn"),
+        ADAM: optimizer.name == "adamw" and machine.sharding != "fsdp",
+        IN_BACKWARD: not machine.step_in_backward and alone and not machine.compile,
+        CHECKPOINTING: not machine.checkpoint_activations,
+        ON_HOST: not (machine.offload_activations or machine.compile),
+    }
+    return [lever for lever in LEVERS if can_have[lever]]
+
+
+def settings_of(levers: Sequence[str]) -> dict[str, Any]:
+    """Their values by dotted key, as `load_recipe` takes them."""
+    return {key: value for lever in levers for key, value in LEVERS[lever].items()}
+
+
+def low_memory(recipe: Recipe, on_gpu: bool) -> dict[str, Any]:
+    """The values of every further lever; 8-bit Adam needs a GPU."""
+    return settings_of([lever for lever in further_levers(recipe) if on_gpu or lever != ADAM])
+
+
+def cheapest_first(recipe: Recipe) -> Iterator[tuple[str, ...]]:
+    """All combinations of further levers, from none to all, in the order of `COSTS`."""
+    levers = further_levers(recipe)
+    found = [chosen for count in range(len(levers) + 1) for chosen in combinations(levers, count)]
+    has_checkpointing = recipe.machine.checkpoint_activations
+    possible = [chosen for chosen in found if ON_HOST not in chosen or has_checkpointing or CHECKPOINTING in chosen]
+    yield from sorted(possible, key=lambda chosen: sum(COSTS[lever] for lever in chosen))

@@ -1,0 +1,355 @@
+"""The peak memory of a recipe's training step: simulated, with every further lever, and made to fit a GPU."""
+
+import copy
+import math
+import os
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.optim import Optimizer
+
+from ..checks import check_positive
+from ..models import MaskedAutoencoder
+from ..optimizer_in_backward import step_in_backward
+from ..simulation import PARTS, Bytes, Moment, auxiliary_tensors, blocks_of, fake, simulate
+from .batches import pass_size
+from .creation import connect, created, restrict
+from .engine import autocast, offloading
+from .levers import INT8, cheapest_first, further_levers, settings_of
+from .optimization import create_loss, create_optimizer
+from .recipe import Data, Model, Recipe, Schedule, load_recipe
+from .recipe import Optimizer as OptimizerSettings
+
+GIB = 2**30
+RESERVED = 1 * GIB
+"""Of a GPU, for CUDA itself, the workspaces of its libraries and what the allocator rounds up."""
+
+SIMULATED_BLOCKS = (3, 4)
+"""The depths that are simulated: moments of a step are linear in the depth, of a block in its place."""
+
+STAND_IN = "an auxiliary model of the same size"
+EIGHT_BIT = ("bnbadam8bit", "bnbadamw8bit")
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The simulated peak of a training step.
+
+    Attributes:
+        recipe: what was asked for.
+        peak: bytes by part, see `m2pt.simulation.PARTS`, at the moment when their sum is the largest.
+        further: the same with each further lever, and those before it.
+        fitting: dotted key -> value of the cheapest levers with which a GPU of `gpu_bytes` holds it; None if none do,
+            or no GPU was given.
+        gpu_bytes: of the GPU's memory, or None.
+    """
+
+    recipe: Recipe
+    peak: Bytes
+    further: dict[str, Bytes]
+    fitting: dict[str, Any] | None = None
+    gpu_bytes: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU that was given holds it as it is."""
+        return self.fitting == {}
+
+    def __str__(self) -> str:
+        rows = {"as asked": self.peak} | {f"+ {lever}": peak for lever, peak in self.further.items()}
+        width = max(map(len, rows))
+        lines = [f"{'GiB':{width}} {'peak':>8} " + " ".join(f"{part:>11}" for part in PARTS)]
+        for name, peak in rows.items():
+            figures = " ".join(f"{peak[part] / GIB:11.2f}" for part in PARTS)
+            lines.append(f"{name:{width}} {sum(peak.values()) / GIB:8.2f} {figures}")
+        return "\n".join(lines)
+
+
+def estimate_memory(
+    recipe: str | os.PathLike | Recipe,
+    replaced: Mapping[str, Any] | None = None,
+    *,
+    gpu_gib: float | None = None,
+    num_classes: int = 1000,
+) -> MemoryEstimate:
+    """Simulate the peak memory of a training step in one process, by part, and what every further lever makes of it.
+
+    Nothing is computed, and no data or checkpoint is read. Of transformers of equal blocks a few blocks are simulated,
+    from which the others follow. What CUDA, its libraries and the allocator's rounding take is left out, but 1 GiB is
+    kept for it where a GPU is given. Where no auxiliary model is named, one of the same size is assumed.
+
+    Args:
+        recipe: a `Recipe`, a recipe's name or path, or the name of a timm model, which is then trained by AdamW in
+            bfloat16 on batches of 64.
+        replaced: dotted key -> value, as of `load_recipe`.
+        gpu_gib: memory of a GPU in GiB, to find the cheapest levers that fit it.
+        num_classes: of the data.
+
+    Raises:
+        FileNotFoundError: there is no such recipe and no such timm model.
+        TypeError, ValueError: as by `load_recipe`; the recipe divides the model (machine.sharding) or has an optimizer
+            that cannot be simulated.
+    """
+    check_positive(num_classes=num_classes)
+    asked = resolved(recipe, replaced)
+    if not asked.auxiliary.path and asked.pretraining is None:
+        asked = asked.replaced({"auxiliary.path": STAND_IN})
+    return estimate(asked, None if gpu_gib is None else int(gpu_gib * GIB), num_classes=num_classes)
+
+
+def resolved(recipe: str | os.PathLike | Recipe, replaced: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe, also of a timm model by its name."""
+    replaced = {} if replaced is None else replaced
+    if isinstance(recipe, Recipe):
+        return recipe.replaced(replaced)
+    name = os.fspath(recipe)
+    if timm.is_model(name):
+        plain = Recipe(Model("image", name), Data("image_folder", 64), OptimizerSettings(1e-3), Schedule(1))
+        return plain.replaced(replaced)
+    return load_recipe(name, replaced)
+
+
+def estimate(
+    recipe: Recipe, gpu_bytes: int | None, *, num_classes: int, processes: int = 1, views: int | None = None
+) -> MemoryEstimate:
+    """As `estimate_memory`, of one of several processes, and with the pathway that the recipe has."""
+
+    @cache
+    def simulated(levers: tuple[str, ...]) -> Bytes:
+        return simulated_peak(recipe.replaced(settings_of(levers)), num_classes, processes, views)
+
+    @cache
+    def int8_bytes() -> int:
+        return _aux_bytes(recipe.replaced(settings_of([INT8])))
+
+    def peak(levers: Sequence[str]) -> Bytes:
+        """W_aux is there all the time, so that its dtype moves all peaks alike."""
+        parts = simulated(tuple(lever for lever in levers if lever != INT8))
+        return parts | {"W_aux": int8_bytes()} if INT8 in levers else parts
+
+    levers = further_levers(recipe)
+    further = {lever: peak(levers[: index + 1]) for index, lever in enumerate(levers)}
+    fitting = None
+    if gpu_bytes is not None and does_fit(peak(levers), gpu_bytes):
+        fitting = settings_of(next(chosen for chosen in cheapest_first(recipe) if does_fit(peak(chosen), gpu_bytes)))
+    return MemoryEstimate(recipe, peak(()), further, fitting, gpu_bytes)
+
+
+def does_fit(peak: Bytes, gpu_bytes: int) -> bool:
+    """Whether a GPU with so much free memory holds a peak."""
+    return sum(peak.values()) + RESERVED <= gpu_bytes
+
+
+def fit_passes(recipe: Recipe, gpu_bytes: int, *, num_classes: int = 1000, processes: int = 1) -> Recipe:
+    """The recipe with the fewest passes a step, machine.accumulation, with which a GPU holds its batch.
+
+    Raises:
+        ValueError: no number of passes will do.
+    """
+    if recipe.machine.step_in_backward:
+        raise ValueError("data.batch_size: expected a number with machine.step_in_backward, got auto: a step is a pass")
+    possible = []
+    for passes in range(1, recipe.data.batch_size + 1):
+        with suppress(ValueError):
+            pass_size(changed := recipe.replaced({"machine.accumulation": passes}), processes)
+            possible.append(changed)
+    peak = partial(simulated_peak, num_classes=num_classes, processes=processes)
+    place = bisect_left(possible, True, key=lambda changed: does_fit(peak(changed), gpu_bytes))
+    if place == len(possible):
+        raise ValueError(
+            f"data.batch_size: auto: passes of {recipe.data.batch_size // possible[-1].machine.accumulation} samples"
+            f" need {gib(peak(possible[-1]))} GiB, more than {(gpu_bytes - RESERVED) / GIB:.1f}"
+        )
+    return possible[place]
+
+
+def gib(peak: Bytes) -> str:
+    return f"{sum(peak.values()) / GIB:.1f}"
+
+
+def simulated_peak(recipe: Recipe, num_classes: int, processes: int = 1, views: int | None = None) -> Bytes:
+    """Bytes by part at the peak of one step in one process of several, under DDP."""
+    if recipe.machine.sharding == "fsdp":
+        raise ValueError("machine.sharding: the memory of 'fsdp' is not simulated")
+    of_depth = partial(_moments, recipe, num_classes, processes, views)
+    moments = of_depth(None) if (depth := _equal_blocks(recipe)) is None else _extrapolated(of_depth, depth)
+    return max(moments.values(), key=lambda parts: sum(parts.values()))
+
+
+def _equal_blocks(recipe: Recipe) -> int | None:
+    """How many blocks the model has, if they are equal and their number can be chosen, and it is not small."""
+    with torch.device("meta"):
+        blocks = blocks_of(_created(recipe, 0))
+        shapes = [[parameter.shape for parameter in block.parameters()] for block in blocks]
+        if len(blocks) <= max(SIMULATED_BLOCKS) or any(shape != shapes[0] for shape in shapes):
+            return None
+        try:
+            fewer = blocks_of(_created(_with_depth(recipe, min(SIMULATED_BLOCKS)), 0))
+        except (TypeError, ValueError, RuntimeError):  # a model that has no such argument
+            return None
+    return len(blocks) if len(fewer) == min(SIMULATED_BLOCKS) else None
+
+
+def _extrapolated(of_depth: Callable[[int], dict[Moment, Bytes]], depth: int) -> dict[Moment, Bytes]:
+    fewer, more = map(of_depth, SIMULATED_BLOCKS)
+    left = depth - max(SIMULATED_BLOCKS)
+    return {
+        moment: {part: more[moment][part] + left * (more[moment][part] - fewer[moment][part]) for part in PARTS}
+        for moment in fewer.keys() & more.keys()
+    }
+
+
+def _with_depth(recipe: Recipe, depth: int | None) -> Recipe:
+    return recipe if depth is None else recipe.replaced({"model.overrides.depth": depth})
+
+
+def _created(recipe: Recipe, num_classes: int) -> Any:
+    model = recipe.model
+    if model.size in timm.list_models():
+        return timm.create_model(model.size, num_classes=num_classes, **model.overrides)
+    return created(recipe, num_classes)
+
+
+def _moments(
+    recipe: Recipe, num_classes: int, processes: int, views: int | None, depth: int | None
+) -> dict[Moment, Bytes]:
+    """The peaks of a step's moments, with the model at a depth."""
+    recipe = _with_depth(recipe, depth)
+    with torch.device("meta"):
+        module = _built(recipe, num_classes).train()
+        average = _built(recipe, num_classes) if recipe.run.ema_decay else None
+    with fake():
+        for each in (module, *([] if average is None else [average])):
+            each.to_empty(device="cpu")
+        optimizer = _optimizer(module, recipe, simulated=True)
+        batch = _example(module, recipe, processes, views, "cpu")
+        return simulate(
+            module,
+            optimizer,
+            batch,
+            partial(_loss, module, recipe, batch),
+            passes=recipe.machine.accumulation,
+            on_host=recipe.machine.offload_activations,
+            average=average,
+            buckets=processes > 1,
+        )
+
+
+def _aux_bytes(recipe: Recipe) -> int:
+    """Of the auxiliary weights and their scales."""
+    with torch.device("meta"):
+        return sum(tensor.nbytes for tensor in auxiliary_tensors(_built(recipe, 0)))
+
+
+def measured_peak(recipe: Recipe, num_classes: int) -> int:
+    """Bytes that a step really takes at its peak on the current GPU, in this process alone.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+    """
+    with torch.device("cuda"):
+        module = _built(recipe, num_classes).train()
+    average = copy.deepcopy(module) if recipe.run.ema_decay else None
+    optimizer = _optimizer(module, recipe, simulated=False)
+    batch = _example(module, recipe, 1, None, "cuda")
+    for _ in range(2):  # the first brings in the workspaces of libraries
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(min(recipe.machine.accumulation, 2)):
+            with offloading(recipe.machine):
+                loss = _loss(module, recipe, batch)
+            loss.backward()
+            del loss
+        optimizer.step()
+        optimizer.zero_grad()
+    del average
+    return torch.cuda.max_memory_allocated()
+
+
+def _built(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's model, with auxiliary models of its own size in place of those of the recipe."""
+    module = _created(recipe, 0 if recipe.pretraining else num_classes)
+    if recipe.auxiliary.path:
+        connect(module, {path: _created(recipe, 0) for path in recipe.auxiliary.paths}, recipe)
+    restrict(module, recipe)
+    if recipe.machine.checkpoint_activations:
+        module.set_grad_checkpointing()
+    return MaskedAutoencoder(module, **vars(recipe.pretraining)) if recipe.pretraining else module
+
+
+def _optimizer(module: nn.Module, recipe: Recipe, simulated: bool) -> Optimizer:
+    """The recipe's, its states already there."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if simulated and recipe.optimizer.name in EIGHT_BIT:
+        optimizer: Optimizer = EightBitStates(trained, {})
+    else:
+        optimizer = create_optimizer(module, recipe)
+    if simulated:
+        for group in optimizer.param_groups:
+            if group.get("foreach", False) is None and not group.get("fused"):
+                group["foreach"] = True  # as torch does on a GPU
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer.step()
+    except DataDependentOutputException as error:
+        raise ValueError(f"optimizer.name: {recipe.optimizer.name} cannot be simulated: {error}") from None
+    optimizer.zero_grad()
+    if recipe.machine.step_in_backward:
+        step_in_backward(optimizer)
+    return optimizer
+
+
+class EightBitStates(Optimizer):
+    """The states of bitsandbytes' 8-bit Adam, whose kernels update in place: nothing is computed."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and not self.state[parameter]:
+                    self.state[parameter] = self.states_of(parameter)
+
+    def states_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Two moments: of small parameters float32, else bytes with a float32 for each block of 256."""
+        count = parameter.numel()
+        if count < 4096:
+            return {name: torch.empty_like(parameter, dtype=torch.float32) for name in ("state1", "state2")}
+        states = {name: torch.empty_like(parameter, dtype=torch.uint8) for name in ("state1", "state2")}
+        blocks = {name: torch.empty(math.ceil(count / 256)) for name in ("absmax1", "absmax2")}
+        return states | blocks
+
+
+def _example(module: Any, recipe: Recipe, processes: int, views: int | None, device: str) -> tuple[Any, Tensor]:
+    """Input and target of one pass of one process."""
+    settings = recipe.data.settings
+    size = pass_size(recipe, processes)
+    size *= settings.get("repeats", 1) if views is None else views
+    labels = torch.zeros(size, dtype=torch.long, device=device)
+    model = module.model if recipe.pretraining else module
+    empty = partial(torch.zeros, device=device)
+    if recipe.model.modality == "point":
+        segments = recipe.model.task == "segmentation"
+        cloud = empty(size, settings.get("points", 2048 if segments else 1024), 3)
+        return ((cloud, labels), labels.new_zeros(cloud.shape[:2])) if segments else (cloud, labels)
+    embed = model.patch_embed
+    shape = getattr(embed, "clip_size", None) or embed.img_size or model.default_cfg["input_size"][1:]
+    return empty(size, embed.proj.in_channels, *shape), labels
+
+
+def _loss(module: nn.Module, recipe: Recipe, batch: tuple[Any, Tensor]) -> Tensor:
+    """The loss of a pass, by the recipe's precision."""
+    input, target = batch
+    with autocast(recipe.machine, target.device):
+        if recipe.pretraining:
+            return module(input)
+        logits = module(input)
+        if recipe.loss.name == "binary_cross_entropy" or recipe.loss.mixup or recipe.loss.cutmix:
+            target = torch.zeros_like(logits, dtype=torch.float32)
+        return create_loss(recipe.loss)(logits, target)
