@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checks import check_state_dict, checked_path, one_of
+from .checks import checked_path, one_of
+from .tensor_checks import check_state_dict
 from .linear import is_left_out, merged_weight
 
 WRAPPERS = ("module", "state_dict", "model", "base_model", "model_state_dict")

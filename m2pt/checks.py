@@ -5,15 +5,11 @@ Every message begins with the name of the argument or of the module.
 
 import importlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any, SupportsIndex
-
-from torch import Tensor, nn
-
-from m2pt_kernels.checks import check_tensor
-from m2pt_kernels.divided import check_whole
 
 
 def qualified_name(value: Any) -> str:
@@ -21,29 +17,11 @@ def qualified_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def check_module(argument: str, module: nn.Module) -> None:
-    """Raise a TypeError unless it is a module."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{argument}: expected a torch.nn.Module, got {type(module).__name__}")
-
-
 def check_kind(kind: Any, expected: str, **arguments: Any) -> None:
     """Raise a TypeError for an argument of another kind than the expected."""
     for name, value in arguments.items():
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected {expected}, got {value!r}")
-
-
-def check_readable(argument: str, tensor: Tensor) -> None:
-    """Raise a TypeError for a tensor of a class whose operators another package defines, as quantised ones are."""
-    if type(tensor).__module__.split(".")[0] not in ("torch", __package__) and _has_own_operators(type(tensor)):
-        remedy = "connect unquantised layers, and quantise what merging leaves"
-        raise TypeError(f"{argument}: expected a plain tensor, got a {qualified_name(tensor)}: {remedy}")
-
-
-def _has_own_operators(kind: type[Tensor]) -> bool:
-    own = [vars(base) for base in kind.__mro__[: kind.__mro__.index(Tensor)] if base is not nn.Parameter]
-    return any(name in entries for entries in own for name in ("__torch_function__", "__torch_dispatch__"))
 
 
 def check_sizes(**sizes: int) -> None:
@@ -62,29 +40,18 @@ def checked_path(argument: str, path: str | os.PathLike) -> Path:
         raise TypeError(f"{argument}: expected a path, got {path!r}") from None
 
 
-def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
-    """That it holds named tensors with data.
-
-    Raises:
-        TypeError: something else.
-        ValueError: a tensor that is sparse, nested, divided among processes, or on the meta device.
-    """
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict: expected tensors by name, got {type(state_dict).__name__}")
-    for name, tensor in state_dict.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise TypeError(f"state_dict: expected tensors by name, got {type(tensor).__name__} for {name!r}")
-        check_tensor(f"state_dict: {name}", tensor)
-        check_whole(f"state_dict: {name}", tensor)
-        if tensor.is_meta:
-            raise ValueError(f"state_dict: {name}: expected a tensor with data, got one on the meta device")
-
-
 def one_of(argument: str, value: str, allowed: Collection[str]) -> str:
-    """`value`, if it is allowed; otherwise a ValueError that lists what is."""
+    """`value`, if it is allowed; otherwise a ValueError that lists what is and names the nearest."""
     if value not in list(allowed):
-        raise ValueError(f"{argument}: expected one of {', '.join(sorted(allowed))}; got {value!r}")
+        expected = ", ".join(sorted(allowed))
+        raise ValueError(f"{argument}: expected one of {expected}; got {value!r}{nearest(value, allowed)}")
     return value
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """How a message about an unknown name ends: "; did you mean 'x'?", or nothing if no known one is near."""
+    matches = get_close_matches(str(name), known, cutoff=0.7)
+    return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 
 
 def check_positive(**settings: int) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .checks import check_kind, check_module, check_not_negative
+from .checks import check_kind, check_not_negative
+from .tensor_checks import check_module
 from .linear import fused_in
 
 

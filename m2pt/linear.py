@@ -16,7 +16,8 @@ from m2pt_kernels.checks import GEMM_DTYPES, check_tensor
 from m2pt_kernels.divided import check_whole
 from m2pt_kernels.quantization import DTYPES
 
-from .checks import check_kind, check_readable, check_sizes
+from .checks import check_kind, check_sizes, nearest
+from .tensor_checks import check_readable
 from .hooks import check_no_hooks, check_no_tensor_hooks
 
 STAYS_FROZEN = (
@@ -291,7 +292,8 @@ class FusedCrossModalLinear(nn.Linear):
                 raise ValueError("aux_weight: there are NaN or infinite entries, or ones beyond bfloat16's range")
             return rounded, None
         if dtype not in DTYPES.values():
-            raise ValueError(f"dtype: expected one of bfloat16, {', '.join(DTYPES.values())}, got {dtype!r}")
+            dtypes = ["bfloat16", *DTYPES.values()]
+            raise ValueError(f"dtype: expected one of {', '.join(dtypes)}, got {dtype!r}{nearest(dtype, dtypes)}")
         return quantize(self.aux_weight, dtype)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -27,7 +27,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from .checkpoints import written_whole
-from .checks import check_kind, checked_path, require
+from .checks import check_kind, checked_path, nearest, require
 from .train import Recipe, load_recipe, train
 from .train.distributed import is_first_process
 from .train.files import CHECKPOINT, flat, write_json
@@ -110,8 +110,10 @@ def _target(table: Any, place: str) -> Recipe:
 
 def _require_keys(table: Any, required: Sequence[str], place: str, optional: Sequence[str] = ()) -> None:
     if not isinstance(table, dict) or table.keys() - set(optional) != set(required):
+        keys = (*required, *optional)
         got = ", ".join(table) if isinstance(table, dict) else repr(table)
-        raise ValueError(f"{place}: expected the keys {', '.join((*required, *optional))}; got {got}")
+        unknown = next((key for key in table if key not in keys), "") if isinstance(table, dict) else ""
+        raise ValueError(f"{place}: expected the keys {', '.join(keys)}; got {got}{nearest(unknown, keys)}")
 
 
 def run_matrix(matrix: Matrix, out: str | os.PathLike) -> str:

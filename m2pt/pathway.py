@@ -14,7 +14,8 @@ from m2pt_kernels import dequantize
 from m2pt_kernels.divided import flattened_modules, fsdp_modules, is_divided, whole
 
 from .calls import is_known_to_read, stop_watching
-from .checks import check_kind, check_module, qualified_name
+from .checks import check_kind, qualified_name
+from .tensor_checks import check_module
 from .linear import FusedCrossModalLinear, kept
 from .replacement import has_multiplied
 

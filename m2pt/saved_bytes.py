@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from m2pt_kernels.divided import check_undivided
 
-from .checks import check_module
+from .tensor_checks import check_module
 from .linear import FusedCrossModalLinear
 
 

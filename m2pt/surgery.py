@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from m2pt_kernels.divided import is_divided
 
 from .calls import Sample, check_calls, check_sample, is_known_to_read, stop_watching, watch_pathways
-from .checks import check_kind, check_module, check_readable, qualified_name
+from .checks import check_kind, nearest, qualified_name
+from .tensor_checks import check_module, check_readable
 from .hooks import check_no_hooks, check_no_tensor_hooks, has_forward_hooks
 from .linear import RELEASED, Auxiliary, FusedCrossModalLinear, fused_in, is_plain_linear
 from .pairing import (
@@ -138,7 +139,8 @@ def remove_auxiliary(model: nn.Module, name: str) -> nn.Module:
     """
     check_kind(str, "the name of an auxiliary model", name=name)
     if not _without(model, lambda auxiliary: auxiliary.model == name):
-        raise ValueError(f"name: expected one of {', '.join(_auxiliary_names(model))}; got {name!r}")
+        names = _auxiliary_names(model)
+        raise ValueError(f"name: expected one of {', '.join(names)}; got {name!r}{nearest(name, names)}")
     return model
 
 

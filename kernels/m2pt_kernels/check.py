@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
+from difflib import get_close_matches
 from itertools import product as pairs
 from pathlib import Path
 
@@ -87,7 +88,9 @@ def layers(model: str, batch: int) -> list[Shape]:
     import timm
 
     if not timm.is_model(model):
-        raise ValueError(f"--model: expected the name of a timm model, got {model!r}")
+        near = " or ".join(map(repr, get_close_matches(model, timm.list_models(), cutoff=0.7)))
+        hint = f"; did you mean {near}?" if near else ""
+        raise ValueError(f"--model: expected the name of a timm model, got {model!r}{hint}")
     shapes: set[Shape] = set()
     with torch.device("meta"):
         network = timm.create_model(model)

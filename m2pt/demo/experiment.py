@@ -13,10 +13,11 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import cross_modal_scales, merge_pathways, quantization_errors, reparameterize_aux_into_target_model
 from ..checkpoints import load_state_dict, save_state_dict
 from ..models import MaskedAutoencoder
+from ..pathway import cross_modal_scales, merge_pathways, quantization_errors
 from ..saved_bytes import published_formulation, saved_for_backward_bytes
+from ..surgery import reparameterize_aux_into_target_model
 from .data import SPEAKERS, Speech, labelled_subset, load_digit_images, load_speech
 from .models import digit_transformer, speech_transformer
 from .settings import Settings, TrainingSettings

@@ -1,11 +1,14 @@
 """The four modalities: a tokenizer, timm's blocks, a head. Blocks of one size fit each other in any two modalities."""
 
+import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+from timm.models import VisionTransformer
 from torch import nn
 
-from ..checks import check_sizes
+from ..checks import check_sizes, nearest
 from .mae import MaskedAutoencoder
 from .part_segmentation import PartSegmenter
 from .point import PointClassifier
@@ -77,17 +80,28 @@ def create_model(
             have.
     """
     if modality not in MODALITIES:
-        raise ValueError(f"modality: expected one of {', '.join(MODALITIES)}, got {modality!r}")
+        raise ValueError(f"modality: expected one of {', '.join(MODALITIES)}, got {modality!r}{nearest(modality, MODALITIES)}")
     if size not in list(SIZES):
-        raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
+        raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}{nearest(size, SIZES)}")
     if (modality, task) not in list(BUILDERS):
-        tasks = ", ".join(known for of, known in BUILDERS if of == modality)
-        raise ValueError(f"task: expected one of {tasks} for {modality!r}, got {task!r}")
+        tasks = [known for of, known in BUILDERS if of == modality]
+        expected = f"expected one of {', '.join(tasks)} for {modality!r}"
+        raise ValueError(f"task: {expected}, got {task!r}{nearest(task, tasks)}")
     check_sizes(num_classes=num_classes)
     settings = {**SIZES[size], **PUBLISHED.get((modality, size), {}), **overrides}
+    build = BUILDERS[modality, task]
     try:
-        return BUILDERS[modality, task](num_classes=num_classes, **settings)
+        return build(num_classes=num_classes, **settings)
     except TypeError as error:
-        raise TypeError(f"overrides: {overrides}: {error}") from error
+        known = _argument_names(build)
+        unknown = (f"there is no {name!r}{nearest(name, known)}" for name in overrides if name not in known)
+        raise TypeError(f"overrides: {overrides}: {next(unknown, error)}") from error
     except (ArithmeticError, AssertionError, RuntimeError) as error:  # what timm and torch make of impossible sizes
         raise ValueError(f"overrides: {overrides}: {error}") from error
+
+
+def _argument_names(build: Callable[..., nn.Module]) -> set[str]:
+    """Of a class and those it is made of, or of a function that makes a VisionTransformer."""
+    kinds = inspect.getmro(build) if isinstance(build, type) else (build, VisionTransformer)
+    own = itertools.takewhile(lambda kind: kind is not nn.Module, kinds)
+    return {name for kind in own for name in inspect.signature(kind).parameters}

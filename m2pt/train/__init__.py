@@ -1,10 +1,12 @@
 """Training, evaluation and masked pretraining of the four modalities, with a pathway or without."""
 
-from .recipe import Recipe, load_recipe, parse_assignment, shipped_recipes
-from .run import evaluate_checkpoint, pretrain, train
+from typing import TYPE_CHECKING
+
+from .recipe import Recipe, describe_recipe, load_recipe, parse_assignment, shipped_recipes
 
 __all__ = [
     "Recipe",
+    "describe_recipe",
     "evaluate_checkpoint",
     "load_recipe",
     "parse_assignment",
@@ -12,3 +14,10 @@ __all__ = [
     "shipped_recipes",
     "train",
 ]
+
+if TYPE_CHECKING:
+    from .run import evaluate_checkpoint, pretrain, train
+else:
+    from ..lazy import attach
+
+    __getattr__, __dir__ = attach(__name__, {"evaluate_checkpoint": "run", "pretrain": "run", "train": "run"})

@@ -6,18 +6,21 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from ..checks import require
+from ..checks import nearest, require
 from ..groups import parameter_groups
 from .recipe import Loss, Recipe
 
 FUSED = {"adam", "adamw"}
 """Optimizers whose fused form is taken where the recipe says nothing else: it can leave an update out on the device.
 Momentum's cannot leave out the first one: its state would then be what was in memory."""
+
+SCHEDULERS = ("cosine", "tanh", "step", "multistep", "plateau", "poly")
+"""Some that every supported timm has."""
 
 
 def create_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -29,6 +32,11 @@ def create_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     """
     settings = recipe.optimizer
     is_fused = settings.name in FUSED and settings.options.keys().isdisjoint({"fused", "foreach", "differentiable"})
+    known = list_optimizers()
+    if settings.name.lower().rpartition("_")[2] not in known:  # before it may stand "lookahead"
+        raise ValueError(
+            f"optimizer.name: expected one of timm's optimizers, got {settings.name!r}{nearest(settings.name, known)}"
+        )
     if settings.name.startswith("bnb"):
         require("bitsandbytes", "adam8bit")
         if recipe.machine.sharding == "fsdp":
@@ -57,19 +65,26 @@ def scaled_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_per_epoch: int) -> Scheduler:
-    """timm's scheduler, a function of the number of updates."""
+    """timm's scheduler, a function of the number of updates.
+
+    Raises:
+        ValueError: there is no such scheduler, or it does not fit the number of epochs.
+    """
     settings = recipe.schedule
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=settings.name,
-        num_epochs=settings.epochs - settings.warmup,
-        warmup_epochs=settings.warmup,
-        warmup_lr=settings.warmup_lr,
-        warmup_prefix=True,
-        min_lr=settings.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=settings.name,
+            num_epochs=settings.epochs - settings.warmup,
+            warmup_epochs=settings.warmup,
+            warmup_lr=settings.warmup_lr,
+            warmup_prefix=True,
+            min_lr=settings.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except ValueError as error:
+        raise ValueError(f"schedule.name: {str(error).rstrip('.')}{nearest(settings.name, SCHEDULERS)}") from None
     return scheduler
 
 

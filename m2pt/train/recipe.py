@@ -9,7 +9,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..checks import check_kind, check_not_negative, check_positive, check_probability, check_sizes
+from ..checks import check_kind, check_not_negative, check_positive, check_probability, check_sizes, nearest, one_of
+from .toml import toml_value
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -17,6 +18,7 @@ else:
     import tomli as tomllib
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+_FOLDER = importlib.resources.files("m2pt") / "recipes"
 
 
 @dataclass(frozen=True)
@@ -295,11 +297,32 @@ class Recipe:
         """Plain containers, as in the TOML file."""
         return {name: table for name, table in asdict(self).items() if table is not None}
 
+    def as_toml(self) -> str:
+        """The text of a TOML file from which `load_recipe` makes an equal recipe; every value is in it.
+
+        Raises:
+            TypeError: a value of `overrides`, `settings` or `options` is not of JSON's kinds.
+        """
+        tables = (
+            "\n".join([f"[{name}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())])
+            for name, table in self.as_dict().items()
+        )
+        return "\n\n".join(tables)
+
 
 def shipped_recipes() -> list[str]:
     """The names of the recipes that come with the package."""
-    folder = importlib.resources.files("m2pt") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(entry.name.removesuffix(".toml") for entry in _FOLDER.iterdir() if entry.name.endswith(".toml"))
+
+
+def describe_recipe(name: str) -> str:
+    """What a shipped recipe is for: the comment on the first line of its file.
+
+    Raises:
+        ValueError: `name` is not in `shipped_recipes()`.
+    """
+    one_of("name", name, shipped_recipes())
+    return (_FOLDER / f"{name}.toml").read_text("utf-8").partition("\n")[0].removeprefix("# ")
 
 
 def load_recipe(recipe: str, replaced: Mapping[str, Any] | None = None) -> Recipe:
@@ -362,12 +385,13 @@ def _build_replaced(table: dict[str, Any], replaced: Mapping[str, Any]) -> Recip
 
 def _read(recipe: str) -> dict[str, Any]:
     if recipe in shipped_recipes():
-        content = (importlib.resources.files("m2pt") / "recipes" / f"{recipe}.toml").read_bytes()
+        content = (_FOLDER / f"{recipe}.toml").read_bytes()
     elif Path(recipe).is_file():
         content = Path(recipe).read_bytes()
     else:
-        shipped = ", ".join(shipped_recipes())
-        raise FileNotFoundError(f"recipe: {recipe}: no such file, and none of those shipped: {shipped}")
+        shipped = shipped_recipes()
+        expected = f"no such file, and none of those shipped: {', '.join(shipped)}"
+        raise FileNotFoundError(f"recipe: {recipe}: {expected}{nearest(Path(recipe).stem, shipped)}")
     try:
         return tomllib.loads(content.decode())
     except ValueError as error:  # of TOML, or of UTF-8
@@ -378,7 +402,7 @@ def _build(kind: Any, table: dict[str, Any], place: str) -> Any:
     kinds = get_type_hints(kind)
     for key in table:
         if key not in kinds:
-            raise ValueError(f"{place}{key}: unknown key; allowed: {', '.join(kinds)}")
+            raise ValueError(f"{place}{key}: unknown key; allowed: {', '.join(kinds)}{nearest(key, kinds)}")
     for entry in fields(kind):
         if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in table:
             raise ValueError(f"{place}{entry.name}: missing")
@@ -397,8 +421,10 @@ def _value(kind: Any, value: Any, place: str) -> Any:
             raise TypeError(f"{place}: expected a table, got {value!r}")
         return _build(kind, value, f"{place}.")
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{place}: expected one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
+        allowed = get_args(kind)
+        if value not in allowed:
+            expected = ", ".join(map(repr, allowed))
+            raise ValueError(f"{place}: expected one of {expected}, got {value!r}{nearest(value, allowed)}")
         return value
     if kind is float and type(value) is int:
         return float(value)

@@ -1,0 +1,9 @@
+# PYTHON_ARGCOMPLETE_OK
+"""`python -m m2pt`: the command line."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
