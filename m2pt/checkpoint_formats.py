@@ -20,9 +20,9 @@ from m2pt_kernels.divided import check_undivided
 from .checkpoint_blocks import Body, find_body, linear_weights, require_one_dtype, weights_of_blocks
 from .checkpoint_names import ADAPTER, FORMATS, PARTS, RELATIVE, Format, inside_block
 from .checkpoints import TAKEN, Weights, read_weights
-from .tensor_checks import check_module, check_state_dict
 from .families import LAYER_NAMES
 from .models.vit import SpectrogramDropout
+from .tensor_checks import check_module, check_state_dict
 
 PART = re.compile(r"(blocks\.\d+\.)(?:attn|mlp)\.(query|key|value|gate|up)\.(weight|bias)")
 TIMM_NAME = re.compile(

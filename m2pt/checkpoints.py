@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checks import checked_path, one_of
-from .tensor_checks import check_state_dict
 from .linear import is_left_out, merged_weight
+from .tensor_checks import check_state_dict
 
 WRAPPERS = ("module", "state_dict", "model", "base_model", "model_state_dict")
 AVERAGES = ("state_dict_ema", "model_ema", "ema")

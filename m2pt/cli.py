@@ -1,18 +1,51 @@
-"""The command line: `m2pt train`, `pretrain`, `eval`, `matrix`, `merge`, `convert`, `check` and `demo`."""
+# PYTHON_ARGCOMPLETE_OK
+"""The command line: `m2pt train`, `pretrain`, `eval`, `recipes`, `matrix`, `merge`, `convert`, `check` and `demo`.
+
+What asks for no tensors imports no torch: help, recipes and completion by the shell, which is argcomplete's, if that
+package is installed.
+"""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .checks import nearest
 
 if TYPE_CHECKING:
     from .train import Recipe
 
 RESUMING = "the same command with --resume goes on from the last checkpoint"
 AUX_DTYPES = ("bfloat16", "int8", "int4", "float8_e4m3fn")
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are its own command's, and name the nearest option or choice."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        for word in words:
+            option = word.partition("=")[0]
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
+                break  # what follows is no option, or the command's
+            if option.startswith("--") and not any(known.startswith(option) for known in self._option_string_actions):
+                self.error(f"unknown option {option}{nearest(option, self._option_string_actions)}")
+        return super().parse_known_args(words, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            expected = f"expected one of {', '.join(action.choices)}; got {value!r}{nearest(value, action.choices)}"
+            raise argparse.ArgumentError(action, expected)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from .version import __version__
+
+        print(f"{parser.prog} {__version__}")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,12 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             training: the step was finished and the state saved, to be resumed (143).
     """
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:
+        _complete(parser)
     arguments, rest = parser.parse_known_args(argv)  # `key=value` may stand anywhere, which argparse has no word for
-    if not hasattr(arguments, "replaced") or any(text.startswith("-") or "=" not in text for text in rest):
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    else:
-        arguments.replaced = rest
+    takes_values = hasattr(arguments, "replaced")
+    if stray := [word for word in rest if not takes_values or word.startswith("-") or "=" not in word]:
+        expected = ": expected key=value after the recipe" if takes_values else ""
+        arguments.parser.error(f"unrecognized arguments: {' '.join(stray)}{expected}")
+    arguments.replaced = rest
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt as interrupt:
@@ -46,10 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="m2pt", description="Multimodal Pathway: improve a transformer with another modality's frozen weights."
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser(
@@ -98,14 +133,26 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     _add_training(commands)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
-def _version() -> str:
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer the shell's question for completions and exit, if argcomplete is installed."""
     try:
-        return version("m2pt-triton")
-    except PackageNotFoundError:
-        return "(not installed)"
+        from argcomplete import autocomplete
+    except ImportError:
+        return
+    autocomplete(parser)
+
+
+def _complete_recipe(prefix: str, **_: Any) -> list[str]:
+    from argcomplete.completers import FilesCompleter
+
+    from .train.recipe import shipped_recipes
+
+    return [*shipped_recipes(), *FilesCompleter(("toml",))(prefix)]
 
 
 def _add_training(commands: Any) -> None:
@@ -147,6 +194,15 @@ def _add_training(commands: Any) -> None:
     _add_recipe(evaluation, "--recipe", required=True)
     evaluation.set_defaults(run=_eval)
 
+    recipes = commands.add_parser(
+        "recipes",
+        help="list the shipped recipes, or print one with all its values",
+        description="List the shipped recipes. With a recipe, print it as TOML: every value, those that were left out "
+        "and those that key=value replaces. The output can be saved and used as a recipe.",
+    )
+    _add_recipe_name(recipes, "recipe", nargs="?")
+    recipes.set_defaults(run=_recipes)
+
     matrix = commands.add_parser(
         "matrix",
         help="train targets with every auxiliary over several seeds, and report the gains",
@@ -173,10 +229,15 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_recipe(parser: argparse.ArgumentParser, name: str = "recipe", **settings: Any) -> None:
-    parser.add_argument(
+    _add_recipe_name(parser, name, **settings)
+    parser.add_argument("--data", metavar="ROOT", help="folder of the data set, unless the recipe's is embedded")
+
+
+def _add_recipe_name(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
+    recipe = parser.add_argument(
         name, metavar="RECIPE", help="a shipped recipe or a TOML file; key=value replaces its values", **settings
     )
-    parser.add_argument("--data", metavar="ROOT", help="folder of the data set, unless the recipe's is embedded")
+    recipe.completer = _complete_recipe  # type: ignore[attr-defined]
     parser.epilog = "Every further argument key=value replaces a value of the recipe, such as schedule.epochs=10."
     parser.set_defaults(replaced=[])
 
@@ -260,6 +321,18 @@ def _eval(arguments: argparse.Namespace) -> None:
     _say(_metrics(evaluate_checkpoint(_recipe(arguments), arguments.checkpoint, arguments.weights)))
 
 
+def _recipes(arguments: argparse.Namespace) -> None:
+    from .train.recipe import describe_recipe, shipped_recipes
+
+    if arguments.recipe is not None:
+        print(_recipe(arguments).as_toml())
+        return
+    names = shipped_recipes()
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:{width}}  {describe_recipe(name)}")
+
+
 def _matrix(arguments: argparse.Namespace) -> None:
     from .matrix import load_matrix, run_matrix
 
@@ -267,7 +340,7 @@ def _matrix(arguments: argparse.Namespace) -> None:
 
 
 def _recipe(arguments: argparse.Namespace) -> "Recipe":
-    from .train import load_recipe, parse_assignment
+    from .train.recipe import load_recipe, parse_assignment
 
     keys = {
         "data": "data.root",

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .checks import check_kind, check_not_negative
-from .tensor_checks import check_module
 from .linear import fused_in
+from .tensor_checks import check_module
 
 
 def parameter_groups(

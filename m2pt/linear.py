@@ -17,8 +17,8 @@ from m2pt_kernels.divided import check_whole
 from m2pt_kernels.quantization import DTYPES
 
 from .checks import check_kind, check_sizes, nearest
-from .tensor_checks import check_readable
 from .hooks import check_no_hooks, check_no_tensor_hooks
+from .tensor_checks import check_readable
 
 STAYS_FROZEN = (
     "aux_weight: something has set its requires_grad, but it was connected as frozen and stays so: connect with"

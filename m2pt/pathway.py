@@ -15,9 +15,9 @@ from m2pt_kernels.divided import flattened_modules, fsdp_modules, is_divided, wh
 
 from .calls import is_known_to_read, stop_watching
 from .checks import check_kind, qualified_name
-from .tensor_checks import check_module
 from .linear import FusedCrossModalLinear, kept
 from .replacement import has_multiplied
+from .tensor_checks import check_module
 
 GATHER = (
     "gather its state dict with torch.distributed.checkpoint.state_dict.get_model_state_dict(model,"

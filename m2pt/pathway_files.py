@@ -18,10 +18,10 @@ from m2pt_kernels.quantization import DTYPES
 from .calls import watch_pathways
 from .checkpoints import checked_target, read_safetensors, save_state_dict
 from .checks import check_kind, checked_path
-from .tensor_checks import check_module
 from .linear import Auxiliary, FusedCrossModalLinear, fused_in
 from .pathway import places, require_data, require_whole
 from .surgery import AuxModels, replaced, require_used_once, target_layer, weight_at
+from .tensor_checks import check_module
 
 ENTRY, VERSION = "m2pt_pathway", 1
 """The entry of the file's metadata that tells of the pathway, in JSON, and its version."""

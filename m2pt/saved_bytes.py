@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from m2pt_kernels.divided import check_undivided
 
-from .tensor_checks import check_module
 from .linear import FusedCrossModalLinear
+from .tensor_checks import check_module
 
 
 def saved_for_backward_bytes(model: nn.Module, *inputs: Tensor) -> int:

@@ -14,7 +14,6 @@ from m2pt_kernels.divided import is_divided
 
 from .calls import Sample, check_calls, check_sample, is_known_to_read, stop_watching, watch_pathways
 from .checks import check_kind, nearest, qualified_name
-from .tensor_checks import check_module, check_readable
 from .hooks import check_no_hooks, check_no_tensor_hooks, has_forward_hooks
 from .linear import RELEASED, Auxiliary, FusedCrossModalLinear, fused_in, is_plain_linear
 from .pairing import (
@@ -28,6 +27,7 @@ from .pairing import (
     unwrapped,
 )
 from .pathway import GATHER, places, require_whole
+from .tensor_checks import check_module, check_readable
 
 AuxModels = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
 

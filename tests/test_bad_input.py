@@ -795,7 +795,11 @@ TRAINING = {
         "no modality": (tiny(model__modality="smell"), ValueError, "modality: expected one of .* got 'smell'"),
         "no size": (tiny(model__size="colossal"), ValueError, "size: expected one of .* got 'colossal'"),
         "no optimizer": (tiny(optimizer__name="adamq"), ValueError, "optimizer.name: .* did you mean 'adam'"),
-        "no scheduler": (tiny(schedule__name="cosinus"), ValueError, "Unknown scheduler 'cosinus'; did you mean 'cosine'"),
+        "no scheduler": (
+            tiny(schedule__name="cosinus"),
+            ValueError,
+            "Unknown scheduler 'cosinus'; did you mean 'cosine'",
+        ),
         "optimizer options": (tiny(optimizer__options={"colour": 1}), TypeError, "AdamW.* argument 'colour'"),
         "nothing to resume": (
             lambda: train(RECIPE(), "images", resume=True),
@@ -823,7 +827,7 @@ TRAINING = {
         "checkpoint: of another model": (
             lambda: evaluate_checkpoint(RECIPE(), "narrow.safetensors"),
             ValueError,
-            "narrow.safetensors: ",
+            "narrow.safetensors: entries that do not fit the recipe's model: .*",
         ),
     }
     | no_path(lambda path, **settings: evaluate_checkpoint(RECIPE(), path, **settings), "checkpoint"),

@@ -1,6 +1,7 @@
 """The command line: what it does, and what a person reads when it cannot."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,14 +11,16 @@ import pytest
 import timm
 import torch
 
+import m2pt.train
 from m2pt import merge_pathways, reparameterize_aux_into_target_model
 from m2pt.checkpoint_formats import FORMATS
 from m2pt.checkpoints import load_state_dict, merge_state_dict, save_state_dict
 from m2pt.cli import main
 from m2pt.models import create_model
-from m2pt.train import load_recipe
+from m2pt.train import load_recipe, shipped_recipes
 from m2pt.train.run import create_trained_model
 
+ROOT = Path(__file__).parents[1]
 VIT = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 48, "num_heads": 3, "num_classes": 4}
 
 
@@ -269,3 +272,104 @@ def test_misuse_prints_the_usage(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "usage: m2pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, command, message",
+    [
+        ("trian tiny_image", "", r"argument command: .* got 'trian'; did you mean 'train'\?"),
+        ("--versoin", "", r"unknown option --versoin; did you mean '--version'\?"),
+        ("train tiny_image --outt runs", " train", r"unknown option --outt; did you mean '--out'\?"),
+        ("train tiny_image --out a --aux-dtipe=int8", " train", r"unknown option --aux-dtipe; .* '--aux-dtype'\?"),
+        (
+            "train tiny_image --out a --aux-dtype bfloat",
+            " train",
+            r"--aux-dtype: .* got 'bfloat'; .* 'bfloat16' or .*\?",
+        ),
+        ("train tiny_image stray --out a", " train", "unrecognized arguments: stray: expected key=value .*"),
+        ("recipes tiny_image -x", " recipes", "unrecognized arguments: -x: .*"),
+        (
+            "merge a b --weights emma",
+            " merge",
+            r"--weights: expected one of raw, ema; got 'emma'; did you mean 'ema'\?",
+        ),
+        ("merge a b c", " merge", "unrecognized arguments: c"),
+        ("demo run.seed=1", " demo", "unrecognized arguments: run.seed=1"),
+    ],
+)
+def test_misuse_is_told_with_the_command_s_usage_and_the_nearest_name(arguments, command, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments.split())
+    usage, *_, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith(f"usage: m2pt{command} [-h]")
+    assert re.fullmatch(f"m2pt{command}: error: .*{message}", error)
+
+
+def test_an_option_s_value_may_look_like_a_word_for_the_recipe(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(m2pt.train, "train", lambda recipe, out, resume: seen.append((recipe, out)) or {})
+    assert main(["train", "--out", str(tmp_path / "a=b"), "tiny_image", "run.seed=7", "run.log_steps=3"]) == 0
+    ((recipe, out),) = seen
+    assert (recipe.run.seed, recipe.run.log_steps, out.name) == (7, 3, "a=b")
+
+
+def test_a_misspelt_model_is_told_the_nearest(capsys):
+    assert main(["check", "--model", "vit_tiny_patch16_24"]) == 2
+    assert re.search(
+        r"got 'vit_tiny_patch16_24'; did you mean 'vit_tiny_patch16_224'( or '\w+')*\?$", capsys.readouterr().err
+    )
+
+
+def test_recipes_are_listed_and_printed(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == shipped_recipes()
+    assert any(re.fullmatch(r"tiny_audio +Which speaker: .*\.", line) for line in lines)
+    assert main(["recipes", "tiny_audio", "schedule.epochs=7"]) == 0
+    assert capsys.readouterr().out == load_recipe("tiny_audio", {"schedule.epochs": 7}).as_toml() + "\n"
+
+
+def complete(line, folder):
+    """What argcomplete answers the shell, which reads it from the eighth file."""
+    code = "import os, sys; os.dup2(os.open('answer', os.O_CREAT | os.O_WRONLY), 8); from m2pt.cli import main\n"
+    code += (
+        "try:\n    os._exit_, os._exit = os._exit, sys.exit; main()\nfinally:\n    assert 'torch' not in sys.modules"
+    )
+    shell = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    shell |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=os.environ | paths | shell, capture_output=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    return (folder / "answer").read_text().split("\n")
+
+
+@pytest.mark.parametrize(
+    "line, answer",
+    [
+        ("m2pt pre", ["pretrain"]),
+        ("m2pt train tiny_p", ["tiny_point"]),
+        ("m2pt eval a.safetensors --recipe own", ["own.toml"]),
+        ("m2pt recipes image_imagenet_", ["image_imagenet_probe"]),
+        ("m2pt train tiny_image --aux-dt", ["--aux-dtype"]),
+        ("m2pt train tiny_image --aux-dtype b", ["bfloat16"]),
+        ("m2pt merge own", ["own.safetensors", "own.toml"]),
+    ],
+)
+def test_the_shell_completes(line, answer, tmp_path):
+    pytest.importorskip("argcomplete")
+    for name in ("own.toml", "own.safetensors"):
+        (tmp_path / name).touch()
+    assert sorted(word.strip() for word in complete(line, tmp_path)) == answer
+
+
+def test_the_marker_of_argcomplete_is_where_it_looks():
+    for module in ("cli", "__main__"):
+        assert "PYTHON_ARGCOMPLETE_OK" in (ROOT / "m2pt" / f"{module}.py").read_text("utf-8")[:1024]
+
+
+def test_without_argcomplete_a_question_is_not_answered(monkeypatch, capsys):
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    monkeypatch.setitem(sys.modules, "argcomplete", None)
+    assert main(["recipes"]) == 0 and capsys.readouterr().out

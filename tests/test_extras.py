@@ -14,7 +14,18 @@ from m2pt import FusedCrossModalLinear, cli
 from m2pt.checkpoints import save_state_dict
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("sklearn", "matplotlib", "datasets", "webdataset", "scipy", "soundfile", "h5py", "av", "bitsandbytes")
+EXTRAS = (
+    "sklearn",
+    "matplotlib",
+    "datasets",
+    "webdataset",
+    "scipy",
+    "soundfile",
+    "h5py",
+    "av",
+    "bitsandbytes",
+    "argcomplete",
+)
 LIGHT = """
 import sys
 for name in sys.argv.pop(1).split(","):
@@ -82,19 +93,22 @@ def test_the_command_line_names_the_extra_that_is_missing(tmp_path, module, comm
 
 
 def test_the_command_line_runs_from_a_checkout():
-    command = [sys.executable, "-m", "m2pt.cli", "--version"]
+    command = [sys.executable, "-m", "m2pt", "--version"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert finished.stdout.startswith("m2pt ")
 
 
 def test_the_command_line_runs_where_nothing_is_installed(monkeypatch, capsys):
-    def version(name):
+    def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(cli, "version", version)
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    monkeypatch.delitem(sys.modules, "m2pt.version", raising=False)
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
-    assert capsys.readouterr().out == "m2pt (not installed)\n"
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert capsys.readouterr().out == f"m2pt {setup['metadata']['version']}\n"
 
 
 def test_all_is_every_extra_but_those_of_tests():

@@ -7,8 +7,10 @@ import torch
 
 from m2pt.data import create_dataset
 from m2pt.models import create_model
-from m2pt.train import load_recipe, parse_assignment, shipped_recipes
+from m2pt.train import describe_recipe, load_recipe, parse_assignment, shipped_recipes
 from m2pt.train.optimization import create_scheduler
+from m2pt.train.recipe import tomllib
+from m2pt.train.toml import toml_value
 
 RECIPES = Path(__file__).parent.parent / "m2pt" / "recipes"
 CLASSES = {"image": 1000, "audio": 527, "point": 40, "video": 400}
@@ -238,7 +240,7 @@ def test_a_probe_cannot_train_auxiliary_weights():
 
 
 def test_missing_and_damaged_recipes_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.toml: no such file, and none of those shipped: audio_audioset"):
+    with pytest.raises(FileNotFoundError, match=r"none\.toml: no such file, and none that `m2pt recipes` lists$"):
         load_recipe("none.toml")
     file = tmp_path / "damaged.toml"
     file.write_text("[model\n")
@@ -247,3 +249,61 @@ def test_missing_and_damaged_recipes_are_refused(tmp_path):
     file.write_text("")
     with pytest.raises(ValueError, match=r"^model: missing"):
         load_recipe(str(file))
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_printed_recipe_is_read_as_the_same(name, tmp_path):
+    recipe = load_recipe(name, {"run.seed": 3})
+    (tmp_path / "own.toml").write_text(recipe.as_toml(), "utf-8")
+    assert load_recipe(str(tmp_path / "own.toml")) == recipe
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_is_described_in_a_line(name):
+    assert describe_recipe(name).endswith(".") and len(describe_recipe(name)) > 20
+    assert (RECIPES / f"{name}.toml").read_text("utf-8").startswith(f"# {describe_recipe(name)}\n")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        'a "b" \\ \n\t\x00\x7f\x85 ü 😀',
+        "'''",
+        0,
+        -(2**63),
+        True,
+        1e-5,
+        1e16,
+        -0.0,
+        float("inf"),
+        [],
+        [[1, 2], ["a"]],
+        [{"a": 1}, {}],
+        {},
+        {"a.b": {"": {"c d": [False, 0.5]}}, 'q"': {}, "é": 1},
+    ],
+)
+def test_a_value_is_read_as_it_was_written(value):
+    read = tomllib.loads(f"value = {toml_value(value)}")["value"]
+    assert (read, repr(read)) == (value, repr(value))
+
+
+def test_a_value_that_is_none_of_toml_is_refused():
+    with pytest.raises(TypeError, match=r"^expected a string, boolean, number, list or table, got None"):
+        toml_value([None])
+
+
+@pytest.mark.parametrize(
+    "name, replaced, nearest",
+    [
+        ("tiny_imag", {}, "'tiny_image'"),
+        ("image_imagenet.tml", {}, "'image_imagenet' or 'image_imagenet_probe'"),
+        ("tiny_image", {"optimiser.base_lr": 1.0}, "'optimizer'"),
+        ("tiny_image", {"schedule.epoch": 1}, "'epochs'"),
+        ("tiny_image", {"machine.sharding": "fdsp"}, "'fsdp'"),
+    ],
+)
+def test_the_nearest_name_ends_the_error(name, replaced, nearest):
+    with pytest.raises((ValueError, FileNotFoundError), match=f"; did you mean {nearest}\\?$"):
+        load_recipe(name, replaced)

@@ -80,7 +80,9 @@ def create_model(
             have.
     """
     if modality not in MODALITIES:
-        raise ValueError(f"modality: expected one of {', '.join(MODALITIES)}, got {modality!r}{nearest(modality, MODALITIES)}")
+        raise ValueError(
+            f"modality: expected one of {', '.join(MODALITIES)}, got {modality!r}{nearest(modality, MODALITIES)}"
+        )
     if size not in list(SIZES):
         raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}{nearest(size, SIZES)}")
     if (modality, task) not in list(BUILDERS):

@@ -74,17 +74,56 @@ def description(recipe: Recipe, num_classes: int) -> dict[str, Any]:
     return {"function": "m2pt.models.create_model", "arguments": arguments | overrides}
 
 
+def model_difference(trained: Mapping[str, Any], recipe: Recipe) -> str:
+    """The first entry in which a recipe's model is another one than a checkpoint's, and both values; or "".
+
+    Args:
+        trained: the table [model] of the checkpoint's recipe, empty if it is not known. What matters in training alone
+            may differ, and an earlier version may have left out what has a default.
+        recipe: the one to compare.
+    """
+    if not trained:
+        return ""
+    given = vars(recipe.model)
+    keys = [key for key in ("modality", "size", "task") if trained.get(key, given[key]) != given[key]]
+    if keys:
+        key = keys[0]
+        return f"model.{key}: the checkpoint was trained with {trained[key]!r}, the recipe says {given[key]!r}"
+    before, now = (table.get("overrides", {}) for table in (trained, given))
+    for name in before | now:
+        if name not in TRAINING_ONLY and before.get(name) != now.get(name):
+            old, new = (repr(table[name]) if name in table else "no value" for table in (before, now))
+            return f"model.overrides.{name}: the checkpoint was trained with {old}, the recipe says {new}"
+    return ""
+
+
 def build_plain(recipe: Recipe, num_classes: int, state_dict: dict[str, Tensor]) -> nn.Module:
     """The plain model of `description`, with a deployed state dict.
 
     Raises:
-        ValueError: the state dict is another model's; the message names the entries.
+        ValueError: the state dict is another model's; the message counts the entries and names the first.
     """
     described = description(recipe, num_classes)
     create = timm.create_model if described["function"] == "timm.create_model" else create_model
     model = create(**described["arguments"])
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise ValueError(str(error)) from None
+    if misfit := _misfit(model.state_dict(), state_dict):
+        raise ValueError(misfit)
+    model.load_state_dict(state_dict)
     return model
+
+
+def _misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """How many entries of a state dict do not fit a model, with the first of each kind; nothing if all do."""
+    shapes = [name for name in own if name in given and own[name].shape != given[name].shape]
+    parts = [
+        f"{len(names)} {what}, such as {names[0]}"
+        for names, what in (
+            ([name for name in own if name not in given], "missing"),
+            ([name for name in given if name not in own], "unexpected"),
+        )
+        if names
+    ]
+    if shapes:
+        sizes = " for ".join(str(tuple(entries[shapes[0]].shape)) for entries in (given, own))
+        parts.append(f"{len(shapes)} of other shapes, such as {shapes[0]}: {sizes}")
+    return f"entries that do not fit the recipe's model: {'; '.join(parts)}" if parts else ""

@@ -15,6 +15,7 @@ from .deployment import AUXILIARY
 from .recipe import Recipe, with_defaults
 
 CHECKPOINT = "last.pth"
+RECIPE = "recipe.json"
 REPLACEABLE = ("machine.", "data.root", "data.on_error")
 """What a run may be resumed with other values of."""
 PARTS = ("model", "optimizer", "recipe")
@@ -82,6 +83,8 @@ class Trained(NamedTuple):
     """Which weights these are, if the file holds their moving average too."""
     digests: dict[str, str] | None
     """Of the auxiliary weights that the file leaves out."""
+    model: dict[str, Any]
+    """The table of the run's recipe, if that is in the file or beside; otherwise empty."""
 
 
 def load_trained(path: str | os.PathLike, weights: Weights | None = None) -> Trained:
@@ -99,13 +102,25 @@ def load_trained(path: str | os.PathLike, weights: Weights | None = None) -> Tra
     check_weights(weights)
     if path.suffix == ".safetensors":
         state_dict, taken = read_weights(path, weights)
-        return Trained(state_dict, _class_names_beside(path.with_suffix(".json")), taken, None)
+        class_names = _class_names_beside(path.with_suffix(".json"))
+        return Trained(state_dict, class_names, taken, None, _model_beside(path.with_name(RECIPE)))
     content = load_torch(path)
     state_dict, taken = state_dict_in(content, path, weights)
     digests = content.get(AUXILIARY) if isinstance(content, dict) else None
     if digests is not None and not (isinstance(digests, dict) and all(isinstance(d, str) for d in digests.values())):
         raise ValueError(f"{path}: expected the SHA-256 of auxiliary models as {AUXILIARY}, got {digests!r}")
-    return Trained(state_dict, _class_names_in(content, path), taken, digests)
+    return Trained(state_dict, _class_names_in(content, path), taken, digests, _model_in(content))
+
+
+def _model_beside(path: Path) -> dict[str, Any]:
+    return _model_in({"recipe": read_json(path)}) if path.is_file() else {}
+
+
+def _model_in(content: Any) -> dict[str, Any]:
+    recipe = content.get("recipe") if isinstance(content, dict) else None
+    model = recipe.get("model") if isinstance(recipe, dict) else None
+    is_table = isinstance(model, dict) and isinstance(model.get("overrides", {}), dict)
+    return model if is_table else {}
 
 
 def _class_names_beside(path: Path) -> list[str] | None:

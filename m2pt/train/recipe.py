@@ -389,9 +389,8 @@ def _read(recipe: str) -> dict[str, Any]:
     elif Path(recipe).is_file():
         content = Path(recipe).read_bytes()
     else:
-        shipped = shipped_recipes()
-        expected = f"no such file, and none of those shipped: {', '.join(shipped)}"
-        raise FileNotFoundError(f"recipe: {recipe}: {expected}{nearest(Path(recipe).stem, shipped)}")
+        hint = nearest(Path(recipe).stem, shipped_recipes())
+        raise FileNotFoundError(f"recipe: {recipe}: no such file, and none that `m2pt recipes` lists{hint}")
     try:
         return tomllib.loads(content.decode())
     except ValueError as error:  # of TOML, or of UTF-8

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,19 @@ from ..pathway import places
 from ..pathway_files import digests, frozen_entries
 from .batches import pass_size, running, samples_of, steps_per_epoch, test_batches, training_batches
 from .creation import connect, create_trained_model, created, initialised, read_auxiliaries, say_taken
-from .deployment import build_plain, check_auxiliary, deployed, description
+from .deployment import build_plain, check_auxiliary, deployed, description, model_difference
 from .distributed import World, is_first_process, processes, termination
 from .engine import Trainer, classification_objective, evaluate
-from .files import CHECKPOINT, CLASS_NAMES, load_checkpoint, load_trained, save_checkpoint, write_json
+from .files import (
+    CHECKPOINT,
+    CLASS_NAMES,
+    RECIPE,
+    Trained,
+    load_checkpoint,
+    load_trained,
+    save_checkpoint,
+    write_json,
+)
 from .log import Log, plot_curves, plot_scales
 from .metrics import metric_of
 from .optimization import create_loss
@@ -167,20 +176,36 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str | os.PathLike, weights: 
     """
     checkpoint = _checked(recipe, checkpoint, "checkpoint")
     check_weights(weights)
-    test_set = _test_set(recipe)
     trained = load_trained(checkpoint, weights)
+    with _explained(checkpoint, trained.model, recipe):
+        test_set, plain = _test_set_and_plain(recipe, checkpoint, trained)
+    with processes() as world:
+        batches = test_batches(test_set, recipe, world)
+        return evaluate(plain.to(world.device), test_set, batches, metric_of(test_set), recipe.machine, world)
+
+
+def _test_set_and_plain(recipe: Recipe, checkpoint: Path, trained: Trained) -> tuple[Any, nn.Module]:
+    test_set = _test_set(recipe)
     say_taken(checkpoint, trained.taken)
     _number_as_trained(test_set, trained.class_names, recipe)
     state_dict = trained.state_dict
     if trained.digests is not None:
         state_dict = state_dict | _auxiliary_weights(recipe, test_set.num_classes, trained.digests)
     try:
-        plain = build_plain(recipe, test_set.num_classes, deployed(state_dict))
+        return test_set, build_plain(recipe, test_set.num_classes, deployed(state_dict))
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
-    with processes() as world:
-        batches = test_batches(test_set, recipe, world)
-        return evaluate(plain.to(world.device), test_set, batches, metric_of(test_set), recipe.machine, world)
+
+
+@contextmanager
+def _explained(checkpoint: Path, trained: Mapping[str, Any], recipe: Recipe) -> Iterator[None]:
+    """Inside the block an error says how the model was trained, if the recipe says something else."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        if difference := model_difference(trained, recipe):
+            raise ValueError(f"{checkpoint}: {difference}") from error
+        raise
 
 
 def _auxiliary_weights(recipe: Recipe, num_classes: int, expected: Mapping[str, str]) -> dict[str, Tensor]:
@@ -300,7 +325,7 @@ def _log_of(trainer: Trainer, out: Path, class_names: Sequence[str] | None, resu
         out.mkdir(parents=True, exist_ok=True)
         for left in out.glob("*.partial/"):  # of a process that was killed while it wrote
             shutil.rmtree(left)
-        write_json(out / "recipe.json", trainer.recipe.as_dict())
+        write_json(out / RECIPE, trainer.recipe.as_dict())
     return Log(out, trainer.world.is_first, trainer.step, trainer.recipe.schedule.epochs * steps_per_epoch)
 
 
