@@ -332,9 +332,7 @@ def test_recipes_are_listed_and_printed(capsys):
 def complete(line, folder):
     """What argcomplete answers the shell, which reads it from the eighth file."""
     code = "import os, sys; os.dup2(os.open('answer', os.O_CREAT | os.O_WRONLY), 8); from m2pt.cli import main\n"
-    code += (
-        "try:\n    os._exit_, os._exit = os._exit, sys.exit; main()\nfinally:\n    assert 'torch' not in sys.modules"
-    )
+    code += "try:\n    os._exit = sys.exit; main()\nfinally:\n    assert 'torch' not in sys.modules"
     shell = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
     shell |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}

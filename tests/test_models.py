@@ -449,6 +449,23 @@ def test_impossible_overrides(modality, overrides, message):
         tiny(modality, **overrides)
 
 
+@pytest.mark.parametrize(
+    ("modality", "given", "nearest"),
+    [
+        ("imag", {}, "'image'"),
+        ("image", {"size": "smal"}, "'small'"),
+        ("point", {"task": "segmentaton"}, "'segmentation'"),
+        ("image", {"dept": 2}, "'depth'"),
+        ("audio", {"time_maskin": 0.1}, "'time_masking'"),
+        ("point", {"num_group": 8}, "'num_groups'"),
+        ("video", {"num_frame": 4}, "'num_frames'"),
+    ],
+)
+def test_the_nearest_name_ends_the_error(modality, given, nearest):
+    with pytest.raises((TypeError, ValueError), match=rf"; did you mean {nearest}\?$"):
+        create_model(modality, num_classes=2, **given)
+
+
 def test_unknown_override():
     with pytest.raises(TypeError, match="colour"):
         tiny("point", colour="red")

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 import shutil
 import sys
 
@@ -221,6 +222,39 @@ def test_a_checkpoint_of_other_entries_is_not_resumed(folder, tmp_path, setting,
         torch.save(state, tmp_path / message / "last.pth")
         run("image", folder, tmp_path / message, *settings, "--resume", code=2)
         assert message in capsys.readouterr().err
+
+
+def test_an_evaluation_with_another_recipe_says_what_differs(folder, tmp_path, capsys):
+    out = run("image", folder, tmp_path / "run")
+    shutil.copy(out / "merged.safetensors", tmp_path / "moved.safetensors")
+    evaluation = [f"--recipe={RECIPES['image']}", *arguments("image", folder)[1:]]
+    own = ["last.pth", "merged.safetensors"]
+    for files, more, message in (
+        (
+            own,
+            ["model.size=small", "model.overrides.embed_dim=96"],
+            "model.size: the checkpoint was trained with 'base', the recipe says 'small'",
+        ),
+        (
+            own,
+            ["model.overrides.depth=3"],
+            "model.overrides.depth: the checkpoint was trained with 2, the recipe says 3",
+        ),
+        (own, ["model.overrides.mlp_ratio=2"], "overrides.mlp_ratio: .* trained with no value, the recipe says 2"),
+        (own, ["model.modality=audio"], "model.modality: .* trained with 'image', the recipe says 'audio'"),
+        (["../moved.safetensors"], ["model.overrides.depth=1"], r"12 unexpected, such as blocks\.1\."),
+        (
+            ["../moved.safetensors"],
+            ["model.overrides.img_size=64", "data.settings.size=64"],
+            r"1 of other shapes, such as pos_embed: \(1, 17, 48\) for \(1, 65, 48\)",
+        ),
+    ):
+        for file in files:
+            assert main(["eval", str(out / file), *evaluation, *more]) == 2
+            error = capsys.readouterr().err.replace(str(tmp_path), "")
+            assert re.search(message, error) and len(error) < 200 and error.count("\n") == 1
+        assert main(["eval", str(out / file), *evaluation, "model.overrides.drop_path_rate=0.3"]) == 0
+        capsys.readouterr()
 
 
 def test_leaving_out_what_is_not_there_changes_nothing(folder, tmp_path):

@@ -104,6 +104,6 @@ def create_model(
 
 def _argument_names(build: Callable[..., nn.Module]) -> set[str]:
     """Of a class and those it is made of, or of a function that makes a VisionTransformer."""
-    kinds = inspect.getmro(build) if isinstance(build, type) else (build, VisionTransformer)
+    kinds: tuple[Any, ...] = inspect.getmro(build) if isinstance(build, type) else (build, VisionTransformer)
     own = itertools.takewhile(lambda kind: kind is not nn.Module, kinds)
     return {name for kind in own for name in inspect.signature(kind).parameters}

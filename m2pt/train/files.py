@@ -119,8 +119,7 @@ def _model_beside(path: Path) -> dict[str, Any]:
 def _model_in(content: Any) -> dict[str, Any]:
     recipe = content.get("recipe") if isinstance(content, dict) else None
     model = recipe.get("model") if isinstance(recipe, dict) else None
-    is_table = isinstance(model, dict) and isinstance(model.get("overrides", {}), dict)
-    return model if is_table else {}
+    return model if isinstance(model, dict) and isinstance(model.get("overrides", {}), dict) else {}
 
 
 def _class_names_beside(path: Path) -> list[str] | None:

@@ -32,7 +32,7 @@ def create_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     """
     settings = recipe.optimizer
     is_fused = settings.name in FUSED and settings.options.keys().isdisjoint({"fused", "foreach", "differentiable"})
-    known = list_optimizers()
+    known = [str(name) for name in list_optimizers()]
     if settings.name.lower().rpartition("_")[2] not in known:  # before it may stand "lookahead"
         raise ValueError(
             f"optimizer.name: expected one of timm's optimizers, got {settings.name!r}{nearest(settings.name, known)}"
