@@ -798,7 +798,7 @@ TRAINING = {
         "no scheduler": (
             tiny(schedule__name="cosinus"),
             ValueError,
-            "Unknown scheduler 'cosinus'; did you mean 'cosine'",
+            "schedule.name: Unknown scheduler 'cosinus'; did you mean 'cosine'",
         ),
         "optimizer options": (tiny(optimizer__options={"colour": 1}), TypeError, "AdamW.* argument 'colour'"),
         "nothing to resume": (
