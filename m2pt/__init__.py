@@ -8,8 +8,10 @@ __all__ = [
     "describe_pathways",
     "disabled_pathways",
     "disconnect_pathways",
+    "estimate_memory",
     "freeze_for_linear_probe",
     "load_pathway",
+    "low_memory",
     "merge_pathways",
     "parameter_groups",
     "quantization_errors",
@@ -24,6 +26,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .groups import parameter_groups
     from .linear import FusedCrossModalLinear
+    from .memory_saving import low_memory
     from .optimizer_in_backward import step_in_backward
     from .pathway import (
         cross_modal_scales,
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     )
     from .pathway_files import load_pathway, save_pathway
     from .surgery import disconnect_pathways, remove_auxiliary, reparameterize_aux_into_target_model
+    from .train.memory import estimate_memory
     from .version import __version__ as __version__
 else:
     from .lazy import attach
@@ -49,9 +53,11 @@ else:
             "describe_pathways": "pathway",
             "disabled_pathways": "pathway",
             "disconnect_pathways": "surgery",
+            "estimate_memory": "train.memory",
             "freeze_for_linear_probe": "pathway",
             "FusedCrossModalLinear": "linear",
             "load_pathway": "pathway_files",
+            "low_memory": "memory_saving",
             "merge_pathways": "pathway",
             "parameter_groups": "groups",
             "quantization_errors": "pathway",

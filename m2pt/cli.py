@@ -1,5 +1,6 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The command line: `m2pt train`, `pretrain`, `eval`, `recipes`, `matrix`, `merge`, `convert`, `check` and `demo`.
+"""The command line: `m2pt train`, `pretrain`, `eval`, `memory`, `recipes`, `matrix`, `merge`, `convert`, `check` and
+`demo`.
 
 What asks for no tensors imports no torch: help, recipes and completion by the shell, which is argcomplete's, if that
 package is installed.
@@ -8,7 +9,7 @@ package is installed.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -51,9 +52,9 @@ class _Version(argparse.Action):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status.
 
-    0: done; 1: `check` found a faulty kernel; 2: refused, or stopped by a loss that is not finite or the loss of a data
-    worker, and a line on stderr says why; 130: interrupted by Ctrl-C, of which the first lets training finish its step
-    and save its state.
+    0: done; 1: `check` found a faulty kernel; 2: refused, or stopped by a loss that is not finite, the loss of a data
+    worker or a GPU out of memory, and a line on stderr says why; 130: interrupted by Ctrl-C, of which the first lets
+    training finish its step and save its state.
 
     Raises:
         SystemExit: help or the version was printed (0), the arguments are not understood (2), or SIGTERM came during
@@ -68,14 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         expected = ": expected key=value after the recipe" if takes_values else ""
         arguments.parser.error(f"unrecognized arguments: {' '.join(stray)}{expected}")
     arguments.replaced = rest
+    if getattr(arguments, "dry_run", None) is False and arguments.out is None:
+        arguments.parser.error("the following arguments are required: --out, or --dry-run")
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt as interrupt:
-        can_resume = hasattr(arguments, "resume") and (arguments.out / "last.pth").exists()
+        can_resume = hasattr(arguments, "resume") and arguments.out and (arguments.out / "last.pth").exists()
         if os.environ.get("RANK", "0") == "0":
-            print("m2pt: interrupted", *interrupt.args, *[RESUMING] * can_resume, sep="; ", file=sys.stderr)
+            print("m2pt: interrupted", *interrupt.args, *[RESUMING] * bool(can_resume), sep="; ", file=sys.stderr)
         return 130
-    except (ArithmeticError, ImportError, OSError, TypeError, ValueError) as error:
+    except (ArithmeticError, ImportError, MemoryError, OSError, TypeError, ValueError) as error:
         print("m2pt: error:", *str(error).split(), file=sys.stderr)
         return 2
 
@@ -172,6 +175,7 @@ def _add_training(commands: Any) -> None:
     dtypes = ("float32", "float16", *AUX_DTYPES)
     train.add_argument("--aux-dtype", choices=dtypes, help="how the auxiliary weights are stored")
     train.add_argument("--train-aux", action="store_true", help="train the auxiliary weights too")
+    _add_preset(train)
     train.set_defaults(run=_train)
 
     pretrain = commands.add_parser(
@@ -182,7 +186,23 @@ def _add_training(commands: Any) -> None:
     _add_recipe(pretrain)
     _add_output(pretrain)
     pretrain.add_argument("--init", metavar="PATH", help="checkpoint to start from")
+    _add_preset(pretrain)
     pretrain.set_defaults(run=_pretrain)
+
+    memory = commands.add_parser(
+        "memory",
+        help="what a training step holds in memory, and what makes it fit a GPU",
+        description="Simulate the peak memory of a training step by part, with the pathway of one auxiliary model of "
+        "the same size unless --aux names others, and with every further way to lower it. Nothing is computed.",
+    )
+    _add_recipe_name(memory, "recipe", what="a shipped recipe, a TOML file, or the name of a timm ViT")
+    memory.add_argument("--batch", type=int, metavar="N", help="samples of a step, instead of the recipe's")
+    memory.add_argument("--gpu", type=float, metavar="GIB", help="memory of the GPU; default: this machine's, if any")
+    memory.add_argument("--aux", metavar="PATH", action="append", help="an auxiliary model, of which nothing is read")
+    memory.add_argument("--aux-dtype", choices=dtypes, help="how the auxiliary weights are stored")
+    _add_preset(memory)
+    memory.add_argument("--measure", action="store_true", help="also run a step on this machine's GPU")
+    memory.set_defaults(run=_memory)
 
     evaluation = commands.add_parser(
         "eval",
@@ -233,18 +253,29 @@ def _add_recipe(parser: argparse.ArgumentParser, name: str = "recipe", **setting
     parser.add_argument("--data", metavar="ROOT", help="folder of the data set, unless the recipe's is embedded")
 
 
-def _add_recipe_name(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
-    recipe = parser.add_argument(
-        name, metavar="RECIPE", help="a shipped recipe or a TOML file; key=value replaces its values", **settings
-    )
+def _add_recipe_name(
+    parser: argparse.ArgumentParser, name: str, what: str = "a shipped recipe or a TOML file", **settings: Any
+) -> None:
+    recipe = parser.add_argument(name, metavar="RECIPE", help=f"{what}; key=value replaces its values", **settings)
     recipe.completer = _complete_recipe  # type: ignore[attr-defined]
     parser.epilog = "Every further argument key=value replaces a value of the recipe, such as schedule.epochs=10."
     parser.set_defaults(replaced=[])
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--out", type=Path, help="folder to write to")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only open the data, build the model, say what would run"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in that folder")
+
+
+def _add_preset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset",
+        choices=("low-memory",),
+        help="low-memory: everything that lowers the peak and fits the recipe; key=value goes before it",
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -302,17 +333,39 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from .train import train
+    from .train import preview, train
 
-    result = train(_recipe(arguments), arguments.out, arguments.resume)
+    recipe = _fitted(_recipe(arguments), arguments)
+    if arguments.dry_run:
+        _say(preview(recipe))
+        return
+    result = train(recipe, arguments.out, arguments.resume)
     _say(*(f"{model}: {_metrics(metrics)}" for model, metrics in result.items()), f"written to {arguments.out}")
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:
-    from .train import pretrain
+    from .train import pretrain, preview
 
-    pretrain(_recipe(arguments), arguments.out, arguments.resume)
+    recipe = _fitted(_recipe(arguments), arguments)
+    if arguments.dry_run:
+        _say(preview(recipe))
+        return
+    pretrain(recipe, arguments.out, arguments.resume)
     _say(f"written to {arguments.out}")
+
+
+def _memory(arguments: argparse.Namespace) -> None:
+    from .train.memory import GIB, advice, estimate_memory, free_bytes, measured_peak, resolved, with_stand_in
+
+    gpu_bytes = free_bytes() if arguments.gpu is None else int(arguments.gpu * GIB)
+    recipe = _fitted(_recipe(arguments, lambda *given: with_stand_in(resolved(*given))), arguments, gpu_bytes)
+    found = estimate_memory(recipe, gpu_gib=None if gpu_bytes is None else gpu_bytes / GIB)
+    print(f"{arguments.recipe}: {found.step}\n\n{found}\n")
+    if arguments.measure:
+        print(f"measured: {measured_peak(recipe) / GIB:.2f} GiB\n")
+    if gpu_bytes is not None:
+        fits = "this fits" if found.fits else advice(recipe, found.fitting)
+        print(f"On a GPU with {gpu_bytes / GIB:.1f} GiB, of which 1 is left to CUDA, {fits}.")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -339,7 +392,9 @@ def _matrix(arguments: argparse.Namespace) -> None:
     _say(run_matrix(load_matrix(arguments.configuration), arguments.out))
 
 
-def _recipe(arguments: argparse.Namespace) -> "Recipe":
+def _recipe(arguments: argparse.Namespace, load: "Callable[..., Recipe] | None" = None) -> "Recipe":
+    """What the arguments say, but for `data.batch_size=auto`, which `_fitted` sees to."""
+    from .train.levers import low_memory
     from .train.recipe import load_recipe, parse_assignment
 
     keys = {
@@ -353,7 +408,36 @@ def _recipe(arguments: argparse.Namespace) -> "Recipe":
     given = {key: value for option, key in keys.items() if (value := getattr(arguments, option, None))}
     if len(paths := given.get("auxiliary.path", [])) == 1:
         given["auxiliary.path"] = paths[0]
-    return load_recipe(arguments.recipe, given | dict(map(parse_assignment, arguments.replaced)))
+    given |= {"data.batch_size": batch} if (batch := getattr(arguments, "batch", None)) else {}
+    given |= dict(map(parse_assignment, arguments.replaced))
+    if given.get("data.batch_size") == "auto":
+        del given["data.batch_size"]
+        arguments.batch = "auto"
+    recipe = (load or load_recipe)(arguments.recipe, given)
+    if getattr(arguments, "preset", None):
+        on_gpu = arguments.run is _memory or _has_gpu()
+        recipe = recipe.replaced({key: value for key, value in low_memory(recipe, on_gpu).items() if key not in given})
+    return recipe
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _fitted(recipe: "Recipe", arguments: argparse.Namespace, gpu_bytes: int | None = None) -> "Recipe":
+    """The recipe with passes that the GPU holds, if they are asked for."""
+    if getattr(arguments, "batch", None) != "auto":
+        return recipe
+    from .train.memory import fit_passes, free_bytes
+
+    gpu_bytes = free_bytes() if gpu_bytes is None else gpu_bytes
+    if gpu_bytes is None:
+        raise ValueError("data.batch_size: auto: there is no GPU to fill")
+    fitted = fit_passes(recipe, gpu_bytes, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    _say(f"data.batch_size=auto: {fitted.data.batch_size} samples in {fitted.machine.accumulation} passes")
+    return fitted
 
 
 def _metrics(metrics: dict[str, float]) -> str:

@@ -11,13 +11,16 @@ __all__ = [
     "load_recipe",
     "parse_assignment",
     "pretrain",
+    "preview",
     "shipped_recipes",
     "train",
 ]
 
 if TYPE_CHECKING:
-    from .run import evaluate_checkpoint, pretrain, train
+    from .run import evaluate_checkpoint, pretrain, preview, train
 else:
     from ..lazy import attach
 
-    __getattr__, __dir__ = attach(__name__, {"evaluate_checkpoint": "run", "pretrain": "run", "train": "run"})
+    __getattr__, __dir__ = attach(
+        __name__, dict.fromkeys(("evaluate_checkpoint", "pretrain", "preview", "train"), "run")
+    )

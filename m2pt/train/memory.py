@@ -3,9 +3,10 @@
 import copy
 import math
 import os
+import sys
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -14,6 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..checks import check_positive
@@ -22,8 +24,9 @@ from ..optimizer_in_backward import step_in_backward
 from ..simulation import PARTS, Bytes, Moment, auxiliary_tensors, blocks_of, fake, simulate
 from .batches import pass_size
 from .creation import connect, created, restrict
+from .distributed import World
 from .engine import autocast, offloading
-from .levers import INT8, cheapest_first, further_levers, settings_of
+from .levers import INT8, cheapest_first, further_levers, low_memory, settings_of
 from .optimization import create_loss, create_optimizer
 from .recipe import Data, Model, Recipe, Schedule, load_recipe
 from .recipe import Optimizer as OptimizerSettings
@@ -63,6 +66,14 @@ class MemoryEstimate:
         """Whether the GPU that was given holds it as it is."""
         return self.fitting == {}
 
+    @property
+    def step(self) -> str:
+        """What is simulated, in words."""
+        data, auxiliary, machine = self.recipe.data, self.recipe.auxiliary, self.recipe.machine
+        pathway = f", {' and '.join(auxiliary.paths)} as W_aux" if auxiliary.path else ""
+        passes = f" in {machine.accumulation} passes" if machine.accumulation > 1 else ""
+        return f"a training step of {data.batch_size} samples{passes} in {machine.precision}{pathway}"
+
     def __str__(self) -> str:
         rows = {"as asked": self.peak} | {f"+ {lever}": peak for lever, peak in self.further.items()}
         width = max(map(len, rows))
@@ -99,10 +110,20 @@ def estimate_memory(
             that cannot be simulated.
     """
     check_positive(num_classes=num_classes)
-    asked = resolved(recipe, replaced)
-    if not asked.auxiliary.path and asked.pretraining is None:
-        asked = asked.replaced({"auxiliary.path": STAND_IN})
+    asked = with_stand_in(resolved(recipe, replaced))
     return estimate(asked, None if gpu_gib is None else int(gpu_gib * GIB), num_classes=num_classes)
+
+
+def with_stand_in(recipe: Recipe) -> Recipe:
+    """The recipe with an auxiliary model, unless it names one or is for pretraining."""
+    if recipe.auxiliary.path or recipe.pretraining:
+        return recipe
+    return recipe.replaced({"auxiliary.path": STAND_IN})
+
+
+def free_bytes() -> int | None:
+    """Of the current GPU; None without one."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
 
 
 def resolved(recipe: str | os.PathLike | Recipe, replaced: Mapping[str, Any] | None = None) -> Recipe:
@@ -171,8 +192,85 @@ def fit_passes(recipe: Recipe, gpu_bytes: int, *, num_classes: int = 1000, proce
     return possible[place]
 
 
-def gib(peak: Bytes) -> str:
-    return f"{sum(peak.values()) / GIB:.1f}"
+def gib(parts: Bytes) -> str:
+    """A sum in GiB."""
+    return f"{sum(parts.values()) / GIB:.1f}"
+
+
+def in_words(parts: Bytes) -> str:
+    """In GiB, what is not next to nothing."""
+    return ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items() if size >= 0.05 * GIB) or "little"
+
+
+def advice(recipe: Recipe, fitting: Mapping[str, Any] | None) -> str:
+    """What to add to a command that does not fit."""
+    if fitting:
+        return "it fits with " + " ".join(map(assignment, fitting.items()))
+    least = low_memory(recipe, on_gpu=True)
+    more = [f"--preset low-memory ({' '.join(map(assignment, least.items()))})"] if least else []
+    return "try " + " and ".join([*more, "data.batch_size=auto"])
+
+
+def assignment(setting: tuple[str, Any]) -> str:
+    """`key=value` of the command line."""
+    key, value = setting
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def memory_in_words(recipe: Recipe, num_classes: int, processes: int, views: int) -> str:
+    """The simulated peak of a step in one process, or why it is not known."""
+    try:
+        peak = simulated_peak(recipe, num_classes, processes, views)
+    except ValueError as error:
+        return f"not known: {error}"
+    return f"simulated peak of a step {gib(peak)} GiB ({in_words(peak)})"
+
+
+def announce(recipe: Recipe, num_classes: int, world: World, views: int) -> None:
+    """Say on stderr what a step on this GPU takes, and warn where that is more than is free; without a GPU, nothing."""
+    if world.device.type != "cuda" or not world.is_first:
+        return
+    free = torch.cuda.mem_get_info()[0]
+    try:
+        peak = simulated_peak(recipe, num_classes, world.size, views)
+    except ValueError as error:
+        print(f"m2pt: the memory of a step is not known: {error}", file=sys.stderr)
+        return
+    said = f"simulated peak of a step {gib(peak)} GiB ({in_words(peak)}); {free / GIB:.1f} GiB of the GPU are free"
+    print(f"m2pt: {said}", file=sys.stderr)
+    if not does_fit(peak, free):
+        found = estimate(recipe, free, num_classes=num_classes, processes=world.size, views=views)
+        print(f"m2pt: warning: that does not fit: {advice(recipe, found.fitting)}", file=sys.stderr)
+
+
+@contextmanager
+def explained(recipe: Recipe, module: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+    """Inside the block, running out of a GPU's memory is a MemoryError of one line: what was held, and what to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        held = _held(module, optimizer)
+        said = f"{gib(held)} GiB were held ({in_words(held)}): {advice(recipe, None)}"
+        raise MemoryError(f"the GPU is out of memory: {said}") from None
+
+
+def _held(module: nn.Module, optimizer: Optimizer | None) -> Bytes:
+    """By part, at the peak of this process."""
+    states = {} if optimizer is None else optimizer.state
+    aux = _nbytes(auxiliary_tensors(module))
+    parts = {
+        "weights": _nbytes([*module.parameters(), *module.buffers()]) - aux,
+        "W_aux": aux,
+        "gradients": _nbytes(parameter.grad for parameter in module.parameters()),
+        "optimizer": _nbytes(value for state in states.values() for value in state.values()),
+    }
+    return parts | {"what comes and goes": max(0, torch.cuda.max_memory_allocated() - sum(parts.values()))}
+
+
+def _nbytes(values: Iterable[Any]) -> int:
+    """Of the tensors among them; of divided ones this process's part."""
+    local = (value.to_local() if isinstance(value, DTensor) else value for value in values)
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in local if isinstance(tensor, Tensor)}.values())
 
 
 def simulated_peak(recipe: Recipe, num_classes: int, processes: int = 1, views: int | None = None) -> Bytes:
@@ -249,14 +347,25 @@ def _aux_bytes(recipe: Recipe) -> int:
         return sum(tensor.nbytes for tensor in auxiliary_tensors(_built(recipe, 0)))
 
 
-def measured_peak(recipe: Recipe, num_classes: int) -> int:
+def measured_peak(recipe: Recipe, num_classes: int = 1000) -> int:
     """Bytes that a step really takes at its peak on the current GPU, in this process alone.
 
     Raises:
-        torch.OutOfMemoryError: it does not fit.
+        MemoryError: it does not fit.
+        ValueError: there is no GPU.
     """
-    with torch.device("cuda"):
+    if not torch.cuda.is_available():
+        raise ValueError("--measure: there is no GPU to run a step on")
+    with torch.device("meta"):
         module = _built(recipe, num_classes).train()
+    with explained(recipe, module):
+        return _run_for_peak(recipe, module)
+
+
+def _run_for_peak(recipe: Recipe, module: nn.Module) -> int:
+    module.to_empty(device="cuda")
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data.zero_()
     average = copy.deepcopy(module) if recipe.run.ema_decay else None
     optimizer = _optimizer(module, recipe, simulated=False)
     batch = _example(module, recipe, 1, None, "cuda")

@@ -21,6 +21,7 @@ from ..data.common import Samples, missing, some
 from ..models import MaskedAutoencoder
 from ..pathway import places
 from ..pathway_files import digests, frozen_entries
+from ..simulation import auxiliary_tensors
 from .batches import pass_size, running, samples_of, steps_per_epoch, test_batches, training_batches
 from .creation import connect, create_trained_model, created, initialised, read_auxiliaries, say_taken
 from .deployment import build_plain, check_auxiliary, deployed, description, model_difference
@@ -37,8 +38,9 @@ from .files import (
     write_json,
 )
 from .log import Log, plot_curves, plot_scales
+from .memory import announce, explained, memory_in_words
 from .metrics import metric_of
-from .optimization import create_loss
+from .optimization import create_loss, create_optimizer, create_scheduler
 from .recipe import Recipe, Schedule
 
 SCALE = ".cross_modal_scale"
@@ -79,14 +81,14 @@ def train(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> dict[
     test_set = _test_set(recipe)
     with processes() as world:
         train_set = _training_set(recipe, world)
-        if isinstance(train_set, Samples):
-            test_set.number_as(train_set.class_names)
-            test_set.require_classes_of(train_set)
+        _match_classes(test_set, train_set)
         num_classes, views = train_set.num_classes, train_set.views
+        announce(recipe, num_classes, world, views)
         module = create_trained_model(recipe, num_classes, train_set.multi_label)
         objective = classification_objective(recipe, num_classes, views, create_loss(recipe.loss))
         steps = steps_per_epoch(samples_of(train_set), recipe.data)
-        trainer = Trainer(module.to(world.device), objective, recipe, world, steps)
+        with explained(recipe, module):
+            trainer = Trainer(module.to(world.device), objective, recipe, world, steps)
         metric, batches = metric_of(test_set), test_batches(test_set, recipe, world)
 
         def measure(model: nn.Module, asked: Callable[[], int] = lambda: 0) -> Metrics:
@@ -141,23 +143,66 @@ def pretrain(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> No
         train_set = _training_set(recipe, world)
         steps = steps_per_epoch(samples_of(train_set), recipe.data)
         views = train_set.views
-        random_seed(recipe.run.seed)
-        model = initialised(recipe, num_classes=0)
-        autoencoder = MaskedAutoencoder(model, **vars(recipe.pretraining)).to(world.device)
+        announce(recipe, train_set.num_classes, world, views)
+        autoencoder = _autoencoder(recipe)
 
         def objective(model: nn.Module, batch: Any) -> Tensor:
             input, _ = batch
             return model(input.flatten(0, 1) if views > 1 else input)
 
-        trainer = Trainer(autoencoder, objective, recipe, world, steps, has_unused_parameters=True)
+        with explained(recipe, autoencoder):
+            trainer = Trainer(autoencoder.to(world.device), objective, recipe, world, steps, has_unused_parameters=True)
         with _log_of(trainer, out, train_set.class_names, resume, steps) as log:
             _fit(trainer, train_set, out, log, steps, None)
         weights = trainer.weights()
         if world.is_first:
-            (prefix,) = (f"{name}." for name, module in autoencoder.named_modules() if module is model)
+            (prefix,) = (f"{name}." for name, module in autoencoder.named_modules() if module is autoencoder.model)
             inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
             save_state_dict(inside, out / "pretrained.safetensors")
             plot_curves(out)
+
+
+def preview(recipe: Recipe) -> str:
+    """What `train` or `pretrain` would run: parameters, steps and memory. Data are opened, and nothing is written.
+
+    Raises:
+        FileNotFoundError, ImportError, TypeError, ValueError: as by these.
+    """
+    test_set = None if recipe.pretraining else _test_set(recipe)
+    with processes() as world:
+        train_set = _training_set(recipe, world)
+        num_classes = train_set.num_classes
+        if test_set is None:
+            module: nn.Module = _autoencoder(recipe)
+        else:
+            _match_classes(test_set, train_set)
+            module = create_trained_model(recipe, num_classes, train_set.multi_label)
+        samples = samples_of(train_set)
+        steps = steps_per_epoch(samples, recipe.data)
+        create_scheduler(create_optimizer(module, recipe), recipe, steps)
+        aux = sum(tensor.nbytes for tensor in auxiliary_tensors(module))
+        trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        epochs, machine = recipe.schedule.epochs, recipe.machine
+        return "\n".join(
+            [
+                f"parameters: {trained:,} trained" + f", {aux / 2**20:,.0f} MiB of W_aux frozen" * bool(aux),
+                f"steps: {epochs * steps:,}, in {epochs} epochs of {steps:,}, over {samples:,} samples",
+                f"step: {recipe.data.batch_size} samples in {machine.accumulation} passes of {world.size} processes",
+                f"memory: {memory_in_words(recipe, num_classes, world.size, train_set.views)}",
+            ]
+        )
+
+
+def _autoencoder(recipe: Recipe) -> MaskedAutoencoder:
+    random_seed(recipe.run.seed)
+    return MaskedAutoencoder(initialised(recipe, num_classes=0), **vars(recipe.pretraining))
+
+
+def _match_classes(test_set: Any, train_set: Any) -> None:
+    """Number the classes of both splits alike."""
+    if isinstance(train_set, Samples):
+        test_set.number_as(train_set.class_names)
+        test_set.require_classes_of(train_set)
 
 
 def evaluate_checkpoint(recipe: Recipe, checkpoint: str | os.PathLike, weights: Weights | None = None) -> Metrics:
@@ -256,7 +301,8 @@ def _fit(
     recipe, world = trainer.recipe, trainer.world
     steps = recipe.schedule.epochs * steps_per_epoch
     start, since = time.perf_counter(), trainer.step
-    with termination() as signals, _passes(trainer, dataset) as passes:
+    explaining = explained(recipe, trainer.module, trainer.optimizer)
+    with explaining, termination() as signals, _passes(trainer, dataset) as passes:
 
         def asked() -> int:
             return world.largest(max(signals, default=0))

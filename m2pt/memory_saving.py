@@ -1,0 +1,64 @@
+"""Every lever that lowers the peak memory of a training step, in one call."""
+
+from typing import Any
+
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.optim import AdamW, Optimizer
+
+from .checks import require
+from .groups import parameter_groups
+from .linear import fused_in
+from .optimizer_in_backward import step_in_backward
+from .pathway import quantize_aux
+from .tensor_checks import check_module
+
+
+def low_memory(model: nn.Module, lr: float, weight_decay: float = 0.05) -> Optimizer:
+    """Prepare a connected model for training in as little memory as there is a way to, and return its optimizer.
+
+    The auxiliary weights become int8, the blocks' activations are computed again in backward, their inputs wait for it
+    in the host's memory, and every parameter is updated inside backward: after `loss.backward()` call neither
+    `optimizer.step` nor `zero_grad`, see `m2pt.step_in_backward`. On a GPU the optimizer is bitsandbytes' 8-bit AdamW,
+    elsewhere torch's AdamW. `m2pt.estimate_memory` says what each of these saves.
+
+    Args:
+        model: with fused layers and `set_grad_checkpointing`, as timm's have, on the device that it is trained on.
+        lr, weight_decay: of `m2pt.parameter_groups`.
+
+    Raises:
+        ImportError: the model is on a GPU and bitsandbytes is not installed.
+        TypeError: `model` is no module.
+        ValueError: it has no fused layers, its auxiliary weights are trained, or it has no `set_grad_checkpointing`.
+    """
+    check_module("model", model)
+    layers = fused_in(model)
+    if not layers:
+        raise ValueError(f"model: expected fused layers, got a {type(model).__name__} without")
+    if not callable(getattr(model, "set_grad_checkpointing", None)):
+        raise ValueError(f"model: expected set_grad_checkpointing, as timm's models have, got {type(model).__name__}")
+    groups = parameter_groups(model, lr, weight_decay)
+    on_gpu = next(model.parameters()).is_cuda
+    create: Any = require("bitsandbytes.optim", "adam8bit").AdamW8bit if on_gpu else AdamW
+    if all(layer.aux_weight_scale is None for layer in layers):
+        quantize_aux(model, "int8")
+    model.set_grad_checkpointing()
+    _offload(model)
+    optimizer = create(groups, lr=lr)
+    step_in_backward(optimizer)
+    return optimizer
+
+
+def _offload(model: nn.Module) -> None:
+    """Let what a forward pass of the model saves wait for backward in the host's memory."""
+    running: list[save_on_cpu] = []
+
+    def begin(*_: Any) -> None:
+        running.append(save_on_cpu(pin_memory=next(model.parameters()).is_cuda))
+        running[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        running.pop().__exit__()
+
+    model.register_forward_pre_hook(begin)
+    model.register_forward_hook(end, always_call=True)
