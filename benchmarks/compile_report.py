@@ -4,7 +4,7 @@ No GPU is needed and none is timed. On sm_90 the first tile of every kernel that
 that is chosen. Tensor, shared, float and integer are the instructions of a warp and k-step, "instructions" all of them,
 and "barriers" its waits for other warps or for copies. The columns in clocks are what a k-step of a tile takes of an
 SM: tensor cores at their dense peak; an instruction a clock from each of four schedulers; 128 bytes a clock through
-shared memory, counting copies into it (and W, once, where threads load it), what warps read and write (from the SASS,
+shared memory, counting copies into it, what warps read and write (from the SASS,
 without bank conflicts) and what wgmma or tcgen05 reads: an operand in shared memory once for every 64 or 128 rows of
 the other, one in registers or tensor memory not at all; 64 bytes a clock from L2. "overlap" says whether combining a
 step's operand overlaps with MMA. What that makes of a product is in the predictions.
@@ -28,7 +28,7 @@ from benchmarks.results import Row
 from benchmarks.sass import Loop, main_loop
 from m2pt_kernels import gemm, plans
 from m2pt_kernels.combined import CombinedWeight
-from m2pt_kernels.plans import W_LOADS, Plan
+from m2pt_kernels.plans import Plan
 from m2pt_kernels.products import CombinedMatmul, GradParameters, Product
 
 TOKENS, IN_FEATURES, OUT_FEATURES = 12608, 768, 3072
@@ -99,7 +99,7 @@ class Kernel(NamedTuple):
     @property
     def unrolled(self) -> int:
         """k-steps in a turn of the loop."""
-        return UNROLLED if self.by in W_LOADS and self.product != "grad_parameters" else 1
+        return UNROLLED if self.by == "hopper" and self.product != "grad_parameters" else 1
 
     @property
     def instructions(self) -> dict[str, float]:
@@ -192,7 +192,7 @@ def shown(architecture: str, product: Product) -> list[Plan]:
     """Return the chosen plan, and for sm_90 the first of every other kernel that reads by TMA."""
     found = candidates(architecture, product)
     first = {plan.by: plan for plan in reversed(found)}
-    others = [first[by] for by in (*W_LOADS, "tma") if by in first and by != found[0].by]
+    others = [first[by] for by in ("hopper", "tma") if by in first and by != found[0].by]
     return [found[0], *(others if architecture == "sm_90" else [])]
 
 

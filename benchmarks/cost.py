@@ -11,7 +11,7 @@ from typing import NamedTuple
 from triton.backends.compiler import GPUTarget
 
 from m2pt_kernels.estimates import DESCRIPTORS, FLOPS, SPEEDS, TILE
-from m2pt_kernels.plans import W_LOADS, architecture
+from m2pt_kernels.plans import architecture
 from m2pt_kernels.tiles import ceil_div
 
 
@@ -53,8 +53,7 @@ class Costs(NamedTuple):
 
 
 COSTS = {
-    # Less the descriptors that its blocks made when it was timed.
-    **{by: Costs(SPEEDS[by].wait, TILE, 0, "yes") for by in W_LOADS},
+    "hopper": Costs(SPEEDS["hopper"].wait, TILE, 0, "yes"),
     # Each of a step's products is waited for.
     "tma, sm_90": Costs(145, TILE, DESCRIPTORS, "no"),
     # The warps that combine wait for the one buffer of tensor memory that MMA reads. Assumed.

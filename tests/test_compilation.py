@@ -17,7 +17,7 @@ from m2pt_kernels.gemm_pointers import combined_matmul_kernel, grad_parameters_k
 from m2pt_kernels.plans import gemm_hopper
 from m2pt_kernels.products import CombinedMatmul, GradParameters
 from m2pt_kernels.split_sums import split_sums_kernel
-from m2pt_kernels.versions import HAS_ALL_HOPPER_TILES, HAS_TMA_LOOPS, RELEASE
+from m2pt_kernels.versions import HAS_TALLEST_HOPPER_TILE, HAS_TMA_LOOPS, RELEASE
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 KINDS = {
@@ -56,7 +56,7 @@ CASES = [
 @pytest.fixture
 def first_tiles(monkeypatch):
     """The first tile of the first kernel that can compute a product is used, and nothing is split."""
-    kernels = [*plans.W_LOADS, "tma", "pointers"]
+    kernels = ["hopper", "tma", "pointers"]
     monkeypatch.setattr(estimates, "clocks", lambda by, tile, work: {1: kernels.index(by)})
 
 
@@ -222,13 +222,12 @@ if gemm_hopper is not None:
     HOPPER = {"BLOCK_M": 256, "MORE_M": 32, "BLOCK_K": 32, "STAGES": 4, "num_stages": 1}
     MAPS = {"left_map": tiles_of(HALF, 256, 32), "more_left_map": tiles_of(HALF, 32, 32)}
     MAPS |= {"output_map": tiles_of(HALF, 128, 64), "more_output_map": tiles_of(HALF, 32, 64)}
-    for depth_first, by_map in ((False, True), (True, True), (False, False)):
+    for depth_first in (False, True):
         of_weights = tiles_of(HALF, 32, 128) if depth_first else tiles_of(HALF, 128, 32)
-        weight = {"aux_map": of_weights, "weight": of_weights if by_map else torch.empty(16, dtype=HALF)}
-        LAUNCHES[f"combined_matmul by TMA for sm_90, depth first {depth_first}, W too {by_map}"] = (
+        LAUNCHES[f"combined_matmul by TMA for sm_90, depth first {depth_first}"] = (
             gemm_hopper.combined_matmul_hopper_kernel,
             TYPES,
-            HOPPER | MAPS | weight | {"DEPTH_FIRST": depth_first, "WEIGHT_BY_TMA": by_map},
+            HOPPER | MAPS | {"weight_map": of_weights, "aux_map": of_weights, "DEPTH_FIRST": depth_first},
         )
 
     GRADS = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "STAGES": 5, "num_stages": 1, "PIECE": 64}
@@ -248,7 +247,7 @@ if gemm_hopper is not None:
         pytest.param(launch, param.name, marks=by_tma if kernel.fn.__name__.endswith("tma_kernel") else ())
         for launch, (kernel, *_) in LAUNCHES.items()
         for param in kernel.params
-        if not param.is_constexpr and not param.name.endswith(("_ptr", "_map", "weight"))
+        if not param.is_constexpr and not param.name.endswith(("_ptr", "_map"))
     ],
 )
 def test_every_integer_may_be_one_odd_or_beyond_32_bits(launch, argument):
@@ -320,15 +319,14 @@ def test_hopper_dequantises_in_registers_without_waiting(
 
 
 def compile_by_hopper(product):
-    """In all tiles of `gemm_hopper`, W being loaded in both ways if it can."""
+    """In all tiles of `gemm_hopper`."""
     with compiling_for(TARGETS["sm_90"]) as compiled:
-        for by in plans.W_LOADS:
-            for tile in plans.hopper_tiles(TARGETS["sm_90"], product.combined, by):
-                gemm.compute(plans.Plan(by, tile), product)
+        for tile in plans.hopper_tiles(TARGETS["sm_90"], product.combined):
+            gemm.compute(plans.Plan("hopper", tile), product)
     return compiled
 
 
-HOPPER_TILES = 4 + 3 if HAS_ALL_HOPPER_TILES else 3
+HOPPER_TILES = 4 if HAS_TALLEST_HOPPER_TILE else 3
 
 
 @by_hopper
@@ -352,9 +350,7 @@ def test_hopper_combines_the_next_step_while_it_multiplies(product, dtype, weigh
     is_forward = product == "forward"
     combined = CombinedWeight(weight, aux_weight, torch.empty(1), scales, transposed=is_forward)
     compiled = compile_by_hopper(CombinedMatmul(x if is_forward else grad_output, combined))
-    by_loads = 0 if is_forward or not HAS_ALL_HOPPER_TILES else 3  # which are not of what lies across the depth
-    expected = HOPPER_TILES - by_loads if is_forward or scales is None else 0  # nor are scales those of the depth
-    assert len(compiled) == expected
+    assert len(compiled) == (HOPPER_TILES if is_forward or scales is None else 0)  # scales are not those of the depth
     for kernel in compiled:
         assert resources(kernel).spilled == 0
         assert serialised_wgmma(kernel) == []

@@ -139,7 +139,7 @@ def products_at(memory, tokens, in_features, out_features):
 
 
 def hopper_plans(product):
-    found = [plan for plan in plans.candidates(product) if plan.by in plans.W_LOADS]
+    found = [plan for plan in plans.candidates(product) if plan.by == "hopper"]
     assert found
     return found
 

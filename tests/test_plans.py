@@ -24,9 +24,9 @@ from m2pt_kernels.ops import path_of
 from m2pt_kernels.plans import TUNED, UNTUNED, Plan, gemm_hopper, problem
 from m2pt_kernels.products import CombinedMatmul, GradParameters
 from m2pt_kernels.tiles import GradTile, count_tiles, share_of
-from m2pt_kernels.versions import HAS_ALL_HOPPER_TILES
+from m2pt_kernels.versions import HAS_TALLEST_HOPPER_TILE
 
-by_all_tiles = pytest.mark.skipif(not HAS_ALL_HOPPER_TILES, reason="of Triton 3.8 alone: its assembler fits them")
+by_all_tiles = pytest.mark.skipif(not HAS_TALLEST_HOPPER_TILE, reason="of Triton 3.8 alone: its assembler fits them")
 HALF, FLOAT = torch.bfloat16, torch.float32
 HOPPER, AMPERE = TARGETS["sm_90"], TARGETS["sm_80"]
 
@@ -505,7 +505,7 @@ def test_plans_and_launches_are_the_tensors_devices_not_the_current_ones(devices
         )
 
     for name in ("_LAUNCHES", "_GRAD_LAUNCHES"):
-        monkeypatch.setattr(gemm, name, {by: launch(by) for by in ("pointers", "tma", *plans.W_LOADS)})
+        monkeypatch.setattr(gemm, name, {by: launch(by) for by in ("pointers", "tma", "hopper")})
     monkeypatch.setattr(gemm.split_sums, "grad_parameters", lambda *_: None)
     tensors, grad_output = operands(16384, 1024, 1024, HALF, HALF, needs_grad=())
     x, weight, aux_weight, scale, bias = tensors.values()
@@ -566,46 +566,14 @@ def test_descriptors_lie_in_memory_of_torch_on_the_current_device(target, produc
 
 
 @by_hopper
-@pytest.mark.parametrize("by", plans.W_LOADS)
-def test_gluon_needs_no_memory_but_the_output(by):
+def test_gluon_needs_no_memory_but_the_output():
     product = hopper()
     with compiling_for(TARGETS["sm_90"]) as compiled:
-        for tile in plans.hopper_tiles(HOPPER, product.combined, by):
-            gemm.compute(Plan(by, tile), product)
+        for tile in plans.hopper_tiles(HOPPER, product.combined):
+            gemm.compute(Plan("hopper", tile), product)
         for tile in plans.hopper_grad_tiles(HOPPER, grad_parameters()):
             gemm.compute(Plan("hopper", tile), grad_parameters())
     assert all(kernel.metadata.global_scratch_size == 0 for kernel in compiled)
-
-
-def rows_apart(pitch):
-    return torch.empty(256 * pitch, dtype=HALF, device="meta").as_strided((256, 128), (pitch, 1))
-
-
-NOT_LOADED = {
-    "columns that 128 does not divide": {"weight": matrix(272, 128), "aux_weight": matrix(272, 128)},
-    "a depth that 128 does not divide": {"weight": matrix(256, 160), "aux_weight": matrix(256, 160)},
-    "the depth across rows": {"transposed": False},
-    "rows so far apart that a tile exceeds 32 bits": {"weight": rows_apart(2**24)},
-}
-
-
-@by_all_tiles
-@pytest.mark.parametrize("change", NOT_LOADED)
-def test_w_is_loaded_by_threads_only_without_edges_along_the_depth(change):
-    combined = hopper().combined
-    assert plans.hopper_tiles(HOPPER, combined, "hopper_ldg")
-    changed = combined._replace(**NOT_LOADED[change])
-    assert plans.hopper_tiles(HOPPER, changed) and not plans.hopper_tiles(HOPPER, changed, "hopper_ldg")
-
-
-@by_all_tiles
-def test_of_both_ways_to_load_w_the_constant_names_the_untuned_one(monkeypatch):
-    monkeypatch.setattr(plans, "active_target", lambda: HOPPER)
-    product = changed(hopper(), left=matrix(12608, 128))
-    for order in (plans.W_LOADS, plans.W_LOADS[::-1]):
-        monkeypatch.setattr(plans, "W_LOADS", order)
-        first = {plan.tile: plan.by for plan in reversed(plans.candidates(product)) if plan.by in order}
-        assert {by for tile, by in first.items() if tile.MORE_M < 128} == {order[0]}
 
 
 def test_what_does_not_compile_is_left_out_with_one_warning(monkeypatch):

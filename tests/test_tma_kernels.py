@@ -57,7 +57,7 @@ def products(request, device, monkeypatch):
         tiles = {2: [small], 4: [small._replace(MORE_M=0)]}
         monkeypatch.setattr(plans, "tma_tiles", lambda target, combined: tiles[combined.weight.itemsize])
         monkeypatch.setattr(plans, "tma_grad_tiles", lambda *_: [small_grad])
-    kernels = [*plans.W_LOADS, "tma", "pointers"]
+    kernels = ["hopper", "tma", "pointers"]
     splits = 2 if "split" in request.param else 1
     monkeypatch.setattr(estimates, "clocks", lambda by, tile, work: {1 if work.models else splits: kernels.index(by)})
     return made

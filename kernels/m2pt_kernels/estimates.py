@@ -34,7 +34,7 @@ SPEEDS = {
     "tma": Speed(wait=80, tile=TILE + DESCRIPTORS),
     "tma, gradients": Speed(wait=65, tile=TILE + DESCRIPTORS),
     "hopper, gradients": Speed(wait=65, tile=TILE),
-    **dict.fromkeys(("hopper", "hopper_ldg"), Speed(wait=175, tile=TILE, overlaps=True)),
+    "hopper": Speed(wait=175, tile=TILE, overlaps=True),
 }
 """By the kernels of a plan. "hopper, gradients" was not timed: it is assumed to wait as "tma, gradients" does."""
 FLOPS = {

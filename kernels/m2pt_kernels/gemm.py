@@ -13,7 +13,7 @@ from .launches import NotCompiledError
 from .plans import EAGER, Plan
 from .products import CombinedMatmul, GradParameters, Product
 
-_LAUNCHES = {"pointers": gemm_pointers, "tma": gemm_tma, **dict.fromkeys(plans.W_LOADS, plans.gemm_hopper)}
+_LAUNCHES = {"pointers": gemm_pointers, "tma": gemm_tma, "hopper": plans.gemm_hopper}
 _GRAD_LAUNCHES = {"pointers": gemm_pointers, "tma": gemm_tma, "hopper": plans.gemm_hopper_gradients}
 
 

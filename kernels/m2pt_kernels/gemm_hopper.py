@@ -3,7 +3,6 @@
 As in `gemm_tma.py` it is computed transposed, `Y^T = (W + s * W_aux) X^T`, with the combined tile in registers as the A
 operand of wgmma. A block stays on its SM and computes tile after tile. One warp loads by TMA; two groups of four warps
 have half of a tile's columns each: while the tensor cores multiply a step, the group combines the next one's operand.
-W comes by TMA, through shared memory, or each thread loads its own entries.
 """
 
 from typing import NamedTuple
@@ -81,14 +80,12 @@ def _column_of(vector_ptr, column, columns, layout: gl.constexpr, RELABEL: gl.co
 
 
 @gluon.jit
-def _load_tiles(
-    maps, stages, barriers, sizes, GROUP: gl.constexpr, DEPTH_FIRST: gl.constexpr, WEIGHT_BY_TMA: gl.constexpr
-):
+def _load_tiles(maps, stages, barriers, sizes, GROUP: gl.constexpr, DEPTH_FIRST: gl.constexpr):
     """Fill stage after stage, each as soon as both groups have read it. All that is past a matrix is zero."""
     left, more_left, weight, aux = maps
     lefts, more_lefts, weights, auxes = stages
     filled, emptied = barriers
-    rows, columns, depth, _ = sizes
+    rows, columns, depth = sizes
     STAGES: gl.constexpr = lefts.shape[0]
     BLOCK_M: gl.constexpr = lefts.shape[1]
     MORE_M: gl.constexpr = more_lefts.shape[1]
@@ -102,10 +99,9 @@ def _load_tiles(
             stage = step % STAGES
             mbarrier.wait(emptied.index(stage), ((step // STAGES) & 1) ^ 1)
             barrier = filled.index(stage)
-            BYTES: gl.constexpr = left.nbytes_per_cta + more_left.nbytes_per_cta + aux.nbytes_per_cta
-            mbarrier.expect(barrier, BYTES + weight.nbytes_per_cta if WEIGHT_BY_TMA else BYTES)
-            if WEIGHT_BY_TMA:
-                async_load(weight, [k, column] if DEPTH_FIRST else [column, k], barrier, weights.index(stage))
+            LEFT_BYTES: gl.constexpr = left.nbytes_per_cta + more_left.nbytes_per_cta
+            mbarrier.expect(barrier, LEFT_BYTES + weight.nbytes_per_cta + aux.nbytes_per_cta)
+            async_load(weight, [k, column] if DEPTH_FIRST else [column, k], barrier, weights.index(stage))
             async_load(aux, [k, column] if DEPTH_FIRST else [column, k], barrier, auxes.index(stage))
             async_load(left, [row, k], barrier, lefts.index(stage))
             async_load(more_left, [row + BLOCK_M, k], barrier, more_lefts.index(stage))
@@ -123,7 +119,6 @@ def _read(tile, group: gl.constexpr, LAYOUT: gl.constexpr, DEPTH_FIRST: gl.const
 
 @gluon.jit
 def _combine(
-    weight,
     stages,
     filled,
     step,
@@ -132,14 +127,12 @@ def _combine(
     LAYOUT: gl.constexpr,
     OPERAND: gl.constexpr,
     DEPTH_FIRST: gl.constexpr,
-    WEIGHT_BY_TMA: gl.constexpr,
 ):
-    """Make a step's operand, once its tiles are there; W is one of them, if it comes by TMA."""
+    """Make a step's operand, once its tiles are there."""
     lefts, _, weights, auxes = stages
     stage = step % auxes.shape[0]
     mbarrier.wait(filled.index(stage), (step // auxes.shape[0]) & 1)
-    if WEIGHT_BY_TMA:
-        weight = _read(weights.index(stage), group, LAYOUT, DEPTH_FIRST)
+    weight = _read(weights.index(stage), group, LAYOUT, DEPTH_FIRST)
     aux = _read(auxes.index(stage), group, LAYOUT, DEPTH_FIRST)
     if LAYOUT != OPERAND:
         weight = gl.convert_layout(_relabel(weight, 4, 2), OPERAND, assert_trivial=True)
@@ -190,19 +183,17 @@ def _compute_tiles(
     sizes,
     GROUP: gl.constexpr,
     DEPTH_FIRST: gl.constexpr,
-    WEIGHT_BY_TMA: gl.constexpr,
 ):
     """Combine, multiply and store a group's half of every tile."""
-    lefts, more_lefts, weights, auxes = stages
+    lefts, more_lefts, weights, _auxes = stages
     filled, emptied = barriers
     output, more_output = outputs
     cross_modal_scale_ptr, aux_weight_scale_ptr, bias_ptr = vectors
-    rows, columns, depth, stride_weight = sizes
+    rows, columns, depth = sizes
     BLOCK_M: gl.constexpr = lefts.shape[1]
     MORE_M: gl.constexpr = more_lefts.shape[1]
     BLOCK_K: gl.constexpr = lefts.shape[2]
-    SHARED: gl.constexpr = weights.dtype if WEIGHT_BY_TMA else auxes.dtype
-    RELABEL: gl.constexpr = SHARED.primitive_bitwidth == 32 and not DEPTH_FIRST
+    RELABEL: gl.constexpr = weights.dtype.primitive_bitwidth == 32 and not DEPTH_FIRST
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     MORE_PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MORE_M, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
@@ -213,8 +204,6 @@ def _compute_tiles(
     turns = gl.cdiv(depth, _UNROLL * BLOCK_K)
     tiles = gl.cdiv(rows, BLOCK_M + MORE_M) * gl.cdiv(columns, _GROUPS * _COLUMNS)
     model_scale = gl.load(cross_modal_scale_ptr).to(gl.float32)
-    along = gl.arange(0, _COLUMNS, gl.SliceLayout(1, LAYOUT))[:, None] * stride_weight
-    offsets = along + gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))[None, :]
     step = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         row, column = tile_at(index, rows, columns, BLOCK_M + MORE_M, _GROUPS * _COLUMNS, GROUP)
@@ -227,36 +216,22 @@ def _compute_tiles(
         if bias_ptr is not None:  # here, where registers are free
             accumulator += _column_of(bias_ptr, column, columns, PRODUCT, RELABEL)
             more += _column_of(bias_ptr, column, columns, MORE_PRODUCT, RELABEL)
-        weight, entry = 0, 0
-        if not WEIGHT_BY_TMA:
-            entry = weights + gl.to_tensor(column).to(gl.int64) * stride_weight
-            weight = gl.load(entry + offsets)
-        combined = _combine(weight, stages, filled, step, scale, group, LAYOUT, OPERAND, DEPTH_FIRST, WEIGHT_BY_TMA)
+        combined = _combine(stages, filled, step, scale, group, LAYOUT, OPERAND, DEPTH_FIRST)
         for _ in range(turns - 1):
             for i in gl.static_range(_UNROLL):
                 accumulator, more = _multiply(combined, lefts, more_lefts, step, accumulator, more, MORE_OPERAND)
-                if not WEIGHT_BY_TMA:
-                    entry += BLOCK_K
-                    weight = gl.load(entry + offsets)
                 if i > 0:
                     accumulator, more = _wait_for(step - 1, accumulator, more, emptied, 1)
                 step += 1
-                combined = _combine(
-                    weight, stages, filled, step, scale, group, LAYOUT, OPERAND, DEPTH_FIRST, WEIGHT_BY_TMA
-                )
+                combined = _combine(stages, filled, step, scale, group, LAYOUT, OPERAND, DEPTH_FIRST)
             accumulator, more = _wait_for(step - 1, accumulator, more, emptied, 0)
         for i in gl.static_range(_UNROLL):
             accumulator, more = _multiply(combined, lefts, more_lefts, step, accumulator, more, MORE_OPERAND)
-            if not WEIGHT_BY_TMA and i < _UNROLL - 1:
-                entry += BLOCK_K
-                weight = gl.load(entry + offsets)
             if i > 0:
                 accumulator, more = _wait_for(step - 1, accumulator, more, emptied, 1)
             step += 1
             if i < _UNROLL - 1:
-                combined = _combine(
-                    weight, stages, filled, step, scale, group, LAYOUT, OPERAND, DEPTH_FIRST, WEIGHT_BY_TMA
-                )
+                combined = _combine(stages, filled, step, scale, group, LAYOUT, OPERAND, DEPTH_FIRST)
         accumulator, more = _wait_for(step - 1, accumulator, more, emptied, 0)
         first, second = accumulator.reshape([_COLUMNS, 2, BLOCK_M // 2]).permute((0, 2, 1)).split()
         _store_tile(output, first, buffer, row, column, RELABEL)
@@ -269,37 +244,34 @@ def _compute_tiles(
 def combined_matmul_hopper_kernel(
     left_map,
     more_left_map,
+    weight_map,
     aux_map,
     output_map,
     more_output_map,
-    weight,
     cross_modal_scale_ptr,
     aux_weight_scale_ptr,
     bias_ptr,
     rows,
     columns,
     depth,
-    stride_weight,
     BLOCK_M: gl.constexpr,
     MORE_M: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     DEPTH_FIRST: gl.constexpr,
-    WEIGHT_BY_TMA: gl.constexpr,
 ):
     """Store left (weight + scale * aux) + bias in tiles of BLOCK_M + MORE_M rows and 128 columns.
 
     left is (rows, depth); weight and aux lie in memory as (columns, depth), or (depth, columns) if DEPTH_FIRST. A
-    quantised aux is not DEPTH_FIRST, and has a scale for each row in memory. weight is a map if WEIGHT_BY_TMA, else a
-    pointer, not DEPTH_FIRST, and without edges: 128 divides columns and depth.
+    quantised aux is not DEPTH_FIRST, and has a scale for each row in memory.
     """
     WIDTH: gl.constexpr = _GROUPS * _COLUMNS
     TILE: gl.constexpr = [STAGES, BLOCK_K, WIDTH] if DEPTH_FIRST else [STAGES, WIDTH, BLOCK_K]
     lefts = gl.allocate_shared_memory(left_map.dtype, [STAGES, BLOCK_M, BLOCK_K], left_map.layout)
     more_lefts = gl.allocate_shared_memory(left_map.dtype, [STAGES, MORE_M, BLOCK_K], more_left_map.layout)
     auxes = gl.allocate_shared_memory(aux_map.dtype, TILE, aux_map.layout)
-    weights = gl.allocate_shared_memory(weight.dtype, TILE, weight.layout) if WEIGHT_BY_TMA else weight
+    weights = gl.allocate_shared_memory(weight_map.dtype, TILE, weight_map.layout)
     buffers = gl.allocate_shared_memory(output_map.dtype, [_GROUPS, BLOCK_M // 2, _COLUMNS], output_map.layout)
     filled = allocate_barriers(batch=STAGES)
     emptied = allocate_barriers(batch=STAGES)
@@ -307,20 +279,14 @@ def combined_matmul_hopper_kernel(
         mbarrier.init(filled.index(i), count=1)
         mbarrier.init(emptied.index(i), count=_GROUPS)
     stages, barriers = (lefts, more_lefts, weights, auxes), (filled, emptied)
-    sizes = rows, columns, depth, stride_weight
-    maps, outputs = (left_map, more_left_map, weight, aux_map), (output_map, more_output_map)
+    sizes = rows, columns, depth
+    maps, outputs = (left_map, more_left_map, weight_map, aux_map), (output_map, more_output_map)
     vectors = cross_modal_scale_ptr, aux_weight_scale_ptr, bias_ptr
     gl.warp_specialize(
         [
-            (
-                _compute_tiles,
-                (0, stages, barriers, buffers, outputs, vectors, sizes, GROUP, DEPTH_FIRST, WEIGHT_BY_TMA),
-            ),
-            (
-                _compute_tiles,
-                (1, stages, barriers, buffers, outputs, vectors, sizes, GROUP, DEPTH_FIRST, WEIGHT_BY_TMA),
-            ),
-            (_load_tiles, (maps, stages, barriers, sizes, GROUP, DEPTH_FIRST, WEIGHT_BY_TMA)),
+            (_compute_tiles, (0, stages, barriers, buffers, outputs, vectors, sizes, GROUP, DEPTH_FIRST)),
+            (_compute_tiles, (1, stages, barriers, buffers, outputs, vectors, sizes, GROUP, DEPTH_FIRST)),
+            (_load_tiles, (maps, stages, barriers, sizes, GROUP, DEPTH_FIRST)),
         ],
         worker_num_warps=[4, 1],
         worker_num_regs=[240, 24],
@@ -341,10 +307,6 @@ class CombinedTile(NamedTuple):
         return self.BLOCK_M + self.MORE_M, _GROUPS.value * _COLUMNS.value, self.BLOCK_K
 
 
-class LoadingTile(CombinedTile):
-    """A tile whose threads load W themselves, along the depth; 128 divides the columns and the depth."""
-
-
 def combined_matmul(
     tile: CombinedTile, left: Tensor, combined: CombinedWeight, bias: Tensor | None, output: Tensor
 ) -> None:
@@ -353,29 +315,26 @@ def combined_matmul(
     Raises:
         NotCompiledError: the kernel does not compile.
     """
-    weight_by_tma = not isinstance(tile, LoadingTile)
     (weight, aux_weight, *scales), (rows, depth), columns = combined[:4], left.shape, output.shape[1]
     (depth_first, outer), (_, width, step) = combined.layout, tile.shape
     size, block = ((depth, columns), (step, width)) if depth_first else ((columns, depth), (width, step))
-    maps = [
+    maps = (
         tensor_map(left, (rows, depth), left.stride(0), (tile.BLOCK_M, step)),
         tensor_map(left, (rows, depth), left.stride(0), (tile.MORE_M, step)),
+        tensor_map(weight, size, weight.stride(outer), block),
         tensor_map(aux_weight, size, aux_weight.stride(outer), block),
         tensor_map(output, (rows, columns), columns, (tile.BLOCK_M // 2, _COLUMNS.value)),
         tensor_map(output, (rows, columns), columns, (tile.MORE_M, _COLUMNS.value)),
-    ]
-    if weight_by_tma:
-        maps.append(tensor_map(weight, size, weight.stride(outer), block))
+    )
     launch(
         combined_matmul_hopper_kernel,
         (min(count_tiles(tile, rows, columns), multiprocessors(left.device)), 1),
-        (*([] if weight_by_tma else [weight]), *scales, bias),
-        (rows, columns, depth, weight.stride(outer)),
+        (*scales, bias),
+        (rows, columns, depth),
         tile,
-        tuple(maps),
+        maps,
         GROUP=GROUP,
         DEPTH_FIRST=depth_first,
-        WEIGHT_BY_TMA=weight_by_tma,
         num_warps=4,
         **TMA_OPTIONS,
     )

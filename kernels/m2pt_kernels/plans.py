@@ -25,15 +25,12 @@ from .products import GradParameters, Product
 from .quantization import DTYPES as QUANTIZED
 from .quantization import reads_float8
 from .tiles import GradTile
-from .versions import HAS_ALL_HOPPER_TILES, HAS_TMA_LOOPS, RELEASE, is_trusted
+from .versions import HAS_TALLEST_HOPPER_TILE, HAS_TMA_LOOPS, RELEASE, is_trusted
 
 try:
     from . import gemm_hopper, gemm_hopper_gradients
 except (ImportError, AttributeError):  # Gluon is experimental: a release may lack a part, or name it otherwise
     gemm_hopper = gemm_hopper_gradients = None
-
-W_LOADS = ("hopper", "hopper_ldg")
-"""How `gemm_hopper` gets W: by TMA, or by plain loads (LDG). Without `warmup`, which times both, by the first."""
 
 KERNELS = (
     gemm_pointers.combined_matmul_kernel,
@@ -47,7 +44,7 @@ KERNELS = (
 
 
 class Plan(NamedTuple):
-    """Says what computes a product: kernels of "pointers", "tma" or `W_LOADS` in such tiles, or plain torch, "eager".
+    """Says what computes a product: kernels of "pointers", "tma" or "hopper" in such tiles, or plain torch, "eager".
 
     splits: among so many blocks the reduction of a tile of gradients is split, to be added by `split_sums`.
     """
@@ -274,8 +271,6 @@ TMA_GRAD_TILES: dict[str, Sequence[GradTile]] = {
         _grad(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=5),
     ),
 }
-_LDG_BLOCK, _LDG_PITCH = 128, 2**24
-"""Plain loads of W are not masked, and use offsets of 32 bits within a tile."""
 _MOST_DESCRIBED = 2**31
 """Triton computes the extent of what the host describes in 32 bits, and for some drivers changes the map by it."""
 _LARGEST_SIZE_BY_TMA = 2**31 - 2**10
@@ -316,9 +311,8 @@ def _clocks(product: Product) -> dict[Plan, float]:
         left, combined, _ = product
         _check_readable(combined.aux_weight, target)
         by_tma = _is_for_tma(*product)
-        by_map = by_tma and _are_described(left, combined)
         tiles = {
-            **{by: hopper_tiles(target, combined, by) if by_map else () for by in W_LOADS},
+            "hopper": hopper_tiles(target, combined) if by_tma and _are_described(left, combined) else (),
             "tma": tma_tiles(target, combined) if by_tma else (),
             "pointers": _pointer_tiles(target, left, combined),
         }
@@ -353,24 +347,18 @@ def _check_readable(aux_weight: Tensor | None, target: GPUTarget | None) -> None
         raise ValueError(f"aux_weight: float8_e4m3fn needs CUDA and compute capability 8.9, this is {target.arch}")
 
 
-def hopper_tiles(target: GPUTarget | None, combined: CombinedWeight, by: str = "hopper") -> Sequence[Any]:
+def hopper_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence[Any]:
     """Return the tiles of `gemm_hopper`, for one auxiliary model; none where it cannot compute."""
     if gemm_hopper is None or architecture(target) != "hopper" or combined.models > 1:
         return ()
     if combined.aux_weight_scale is not None and not combined.transposed:  # the scales lie along the depth
         return ()
-    tile, heights = gemm_hopper.CombinedTile, ((256, 128), (256, 64), (256, 32), (128, 32))
-    if not HAS_ALL_HOPPER_TILES or by == "hopper_ldg":  # loads leave no registers for the tallest
+    heights = ((256, 128), (256, 64), (256, 32), (128, 32))
+    if not HAS_TALLEST_HOPPER_TILE:
         heights = heights[1:]
-    if by == "hopper_ldg":
-        depth_first, outer = combined.layout
-        edges = any(size % _LDG_BLOCK for size in combined.shape)
-        if not HAS_ALL_HOPPER_TILES or depth_first or edges or combined.weight.stride(outer) >= _LDG_PITCH:
-            return ()
-        tile = gemm_hopper.LoadingTile
-    bytes_by_tma = combined.aux_weight.itemsize + (combined.weight.itemsize if by == "hopper" else 0)
-    stages = 3 if bytes_by_tma == 8 else 4  # as shared memory holds
-    return [tile(BLOCK_M=rows, MORE_M=more, BLOCK_K=32, STAGES=stages) for rows, more in heights]
+    stages = 3 if combined.weight.itemsize + combined.aux_weight.itemsize == 8 else 4  # as shared memory holds
+    tile = partial(gemm_hopper.CombinedTile, BLOCK_K=32, STAGES=stages)
+    return [tile(BLOCK_M=rows, MORE_M=more) for rows, more in heights]
 
 
 def tma_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence[gemm_tma.CombinedTile]:

@@ -14,9 +14,8 @@ OLDEST, NEWEST = (3, 5), (3, 9)
 HAS_TMA_LOOPS = RELEASE >= (3, 8)
 """Triton 3.4 to 3.6 do not compile the loops of `gemm_tma`; 3.7 does, with barriers that share their memory."""
 
-HAS_ALL_HOPPER_TILES = RELEASE == (3, 8)
-"""Of `gemm_hopper` others lack the tallest tile, which 3.7 spills and whose products 3.9 makes wait for each other, and
-the tiles whose threads load W, which both spill."""
+HAS_TALLEST_HOPPER_TILE = RELEASE == (3, 8)
+"""Of `gemm_hopper` others lack it: 3.7 spills it, and 3.9 makes its products wait for each other."""
 
 OPTIONS = {"enable_fp_fusion": True}
 """In every kernel multiplications and additions become one instruction, which Triton 3.10 will do only if asked."""
