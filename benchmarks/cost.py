@@ -35,8 +35,8 @@ TENSOR_FLOPS = {arch: FLOPS[architecture(GPUTarget("cuda", arch, 32))] for arch 
 
 LAUNCH = 5.0
 """Microseconds of a launch between two events, with a cold L2 cache; fitted."""
-NEXT_LAUNCH = 2.0
-"""Microseconds that a second kernel, which adds what splits computed, takes to start; assumed."""
+NEXT_LAUNCH = 3.0
+"""Microseconds that a second kernel, which adds what splits computed, takes to start; fitted."""
 
 
 class Costs(NamedTuple):
@@ -62,9 +62,9 @@ COSTS = {
     "pointers, sm_90": Costs(790, TILE, 0, "no"),
     # The same warps combine and multiply, and others fill the gaps. Assumed.
     "pointers": Costs(205, TILE, 0, "partly"),
-    "tma, gradients": Costs(SPEEDS["tma, gradients"].wait, TILE, DESCRIPTORS),
-    # Assumed.
-    "hopper, gradients": Costs(SPEEDS["hopper, gradients"].wait, TILE),
+    # Less than in `estimates`, which leaves out what wgmma reads of shared memory.
+    "tma, gradients": Costs(20, TILE, DESCRIPTORS),
+    "hopper, gradients": Costs(5, TILE),
     "pointers, gradients": Costs(205, TILE),
 }
 """By the kernels of a plan, where it matters by architecture; fitted unless it says assumed."""

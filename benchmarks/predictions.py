@@ -1,12 +1,12 @@
 """The time of each product of a ViT's linear layers, predicted for GPUs by name, beside a modelled plain GEMM.
 
 No GPU is needed and none is timed but for "measured / plain", which is of an H200 where it ran that plan (`python -m
-benchmarks.products`), when "hopper" kernels still made their tensor maps on the device. Times are in microseconds, in
-columns by pipe as if that pipe worked alone, and ratios the product's time over the plain GEMM's: above 1 is slower.
-The busiest SM has so many waves of tiles, one after the other, and wave efficiency is the useful part of what all SMs
-could multiply meanwhile. "exposed" is what a step waits without its busiest pipe being busy, as for combining where
-that does not overlap with MMA; "fixed" is launch, prologue and epilogue. Of the plain GEMM the best of six tiles is
-taken, its reduction split into up to 16 parts or not, its tiles shared between SMs so that L2 does not limit it.
+benchmarks.products`). Times are in microseconds, in columns by pipe as if that pipe worked alone, and ratios the
+product's time over the plain GEMM's: above 1 is slower. The busiest SM has so many waves of tiles, one after the other,
+and wave efficiency is the useful part of what all SMs could multiply meanwhile. "exposed" is what a step waits without
+its busiest pipe being busy, as for combining where that does not overlap with MMA; "fixed" is launch, prologue and
+epilogue. Of the plain GEMM the best of six tiles is taken, its reduction split into up to 16 parts or not, its tiles
+shared between SMs so that L2 does not limit it.
 Constants are fitted to the H200 at 64 images (`cost.py`; how well: `prediction_errors.py`) and assumed of 4 images and
 of the A100 and B200, on which nothing ran. Clocks are the data sheets'. An H100 differs from an H200 by its HBM, which
 limits no row.
@@ -28,16 +28,12 @@ from m2pt_kernels.tiles import ceil_div, count_tiles
 
 IMAGES = (64, 4)
 SHOWN = [layer for layer in LAYERS if "ViT-B" in layer.name or layer.name in ("ViT-L mlp.fc1", "ViT-g mlp.fc2")]
-WAITED = {("ViT-B attn.qkv", "grad_parameters"), ("ViT-B attn.proj", "grad_parameters"), ("ViT-B attn.proj", "forward")}
-"""With float32 weights the device waited for the host in these measurements, which are left out."""
 
 
 def measured() -> dict[tuple[str, int, str, str], dict[str, float]]:
     """By layer, tokens, weights and product: the plain GEMM's microseconds, and over these every plan's time."""
     found = {}
     for row in results.read(results.TRACKED / "products-h200.md"):
-        if row["weights"] == "fp32" and (row["layer"], row["product"]) in WAITED:
-            continue
         others = (other.rpartition(" ") for other in row["others / plain"].split(", "))
         ratios = {plan: float(ratio) for plan, _, ratio in others}
         ratios |= {"plain": row["plain GEMM, us"], row["its plan"]: row["this package / plain"]}

@@ -411,8 +411,7 @@ PRODUCTS_ROW = {
 
 @pytest.mark.parametrize(("tile", "ratio"), [((1, 2), 1.5), ((3, 4), "-")])
 def test_measured_stands_beside_predicted_where_that_plan_was_measured(monkeypatch, tile, ratio):
-    waited = PRODUCTS_ROW | {"product": "grad_parameters"}
-    monkeypatch.setattr(results, "read", lambda path: [PRODUCTS_ROW, waited])
+    monkeypatch.setattr(results, "read", lambda path: [PRODUCTS_ROW])
     key = ("ViT-B attn.qkv", 12608, "fp32", "forward")
     measured = predictions.measured()
     assert measured == {key: {"plain": 70.0, "hopper 1x2": 1.5, "tma 3x4": 1.95, "pointers 5x6xFalse": 2.83}}

@@ -221,14 +221,10 @@ def test_tiles_are_chosen_by_waves(monkeypatch, multiprocessors, sizes, heights)
 
 @by_all_tiles
 def test_the_choice_on_an_h200_is_the_fastest_that_was_measured_there(monkeypatch):
-    monkeypatch.setattr(plans, "gemm_hopper_gradients", None)  # which has not run there
-    layers, compared = {layer.name: layer for layer in LAYERS}, 0
+    layers = {layer.name: layer for layer in LAYERS}
     for (name, _, weights, product), times in measured().items():
         found = dict(zip(PRODUCTS, chosen(monkeypatch, 132, *layers[name][1:], dtypes=WEIGHTS[weights]), strict=True))
-        if found[product].splits == 1:  # others have not run there
-            assert times[str(found[product])] == min(time for plan, time in times.items() if plan != "plain")
-            compared += 1
-    assert compared > 70
+        assert times[str(found[product])] == min(time for plan, time in times.items() if plan != "plain")
 
 
 @pytest.mark.parametrize("target, multiprocessors", [("sm_80", 108), ("sm_90", 132), ("sm_100", 148), ("gfx942", 304)])
@@ -270,8 +266,8 @@ def test_the_estimate_adds_up():
     few = work._replace(models=0, rows=512, depth=64 * 99)  # 16 tiles on 32 SMs
     for by, fixed in (("tma", 15800), ("hopper", 2300)):
         assert estimates.clocks(by, tile, few._replace(multiprocessors=32)) == {
-            1: 99 * (512 + 65) + fixed,
-            2: pytest.approx(50 * (512 + 65) + fixed + 5000 + 8 * 2 * 512 * 512 / (16 * 32)),
+            1: 99 * (512 + 95) + fixed,
+            2: pytest.approx(50 * (512 + 95) + fixed + 3500 + 8 * 2 * 512 * 512 / (16 * 32)),
         }
 
 
@@ -280,7 +276,7 @@ def test_the_estimate_of_overlapping_work_is_the_busiest_pipes():
     tile = plans.gemm_hopper.CombinedTile(BLOCK_M=256, MORE_M=128, BLOCK_K=32, STAGES=4)  # 768 x 256: 4 tiles, a wave
     for weight_bytes, busy in ((4, 832), (8, 1088)):  # bytes through shared memory; the tensor cores take 768
         work = estimates.Work(768, 256, 2048, 1, weight_bytes, 4096, 16)
-        assert estimates.clocks("hopper", tile, work) == {1: 64 * (busy + 175) + 2300}
+        assert estimates.clocks("hopper", tile, work) == {1: 64 * (busy + 150) + 2300}
 
 
 @pytest.mark.parametrize("precision, slower", [("highest", 16), ("high", 2)])

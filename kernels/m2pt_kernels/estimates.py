@@ -27,16 +27,15 @@ class Speed(NamedTuple):
 TILE = 2300
 """Clocks of a tile before its first step and after its last."""
 DESCRIPTORS = 13500
-"""Clocks in which a block of `gemm_tma` makes descriptors of its operands, before all else. The blocks of `gemm_hopper`
-did so too when they were timed; now the host does, and their estimates leave these clocks out."""
+"""Clocks in which a block of `gemm_tma` makes descriptors of its operands, before all else."""
 SPEEDS = {
     **dict.fromkeys(("pointers", "pointers, gradients"), Speed(wait=356, tile=TILE)),
     "tma": Speed(wait=80, tile=TILE + DESCRIPTORS),
-    "tma, gradients": Speed(wait=65, tile=TILE + DESCRIPTORS),
-    "hopper, gradients": Speed(wait=65, tile=TILE),
-    "hopper": Speed(wait=175, tile=TILE, overlaps=True),
+    "tma, gradients": Speed(wait=95, tile=TILE + DESCRIPTORS),
+    "hopper, gradients": Speed(wait=95, tile=TILE),
+    "hopper": Speed(wait=150, tile=TILE, overlaps=True),
 }
-"""By the kernels of a plan. "hopper, gradients" was not timed: it is assumed to wait as "tma, gradients" does."""
+"""By the kernels of a plan."""
 FLOPS = {
     "ampere": 2048,
     "ampere_small": 1024,
@@ -55,9 +54,9 @@ COMBINE = 0.115
 SHARED_RATE = 128
 """Bytes a clock through shared memory."""
 SPLIT_RATE = 16
-"""Bytes a clock and SM of the splits, which are written and read: between the rates of L2 and HBM, assumed."""
-LAUNCH = 5000
-"""Clocks of the launch that adds splits, assumed."""
+"""Bytes a clock and SM of the splits, which are written and read."""
+LAUNCH = 3500
+"""Clocks of the launch that adds splits."""
 
 MOST_SPLITS = 16
 MOST_SPLIT_BYTES = 2**26
