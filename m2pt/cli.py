@@ -355,10 +355,10 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 
 def _memory(arguments: argparse.Namespace) -> None:
-    from .train.memory import GIB, advice, estimate_memory, free_bytes, measured_peak, resolved, with_stand_in
+    from .train.memory import GIB, advice, estimate_memory, free_bytes, measured_peak, with_pathway
 
     gpu_bytes = free_bytes() if arguments.gpu is None else int(arguments.gpu * GIB)
-    recipe = _fitted(_recipe(arguments, lambda *given: with_stand_in(resolved(*given))), arguments, gpu_bytes)
+    recipe = _fitted(_recipe(arguments, with_pathway), arguments, gpu_bytes)
     found = estimate_memory(recipe, gpu_gib=None if gpu_bytes is None else gpu_bytes / GIB)
     print(f"{arguments.recipe}: {found.step}\n\n{found}\n")
     if arguments.measure:

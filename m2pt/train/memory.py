@@ -110,15 +110,16 @@ def estimate_memory(
             that cannot be simulated.
     """
     check_positive(num_classes=num_classes)
-    asked = with_stand_in(resolved(recipe, replaced))
+    asked = with_pathway(recipe, replaced)
     return estimate(asked, None if gpu_gib is None else int(gpu_gib * GIB), num_classes=num_classes)
 
 
-def with_stand_in(recipe: Recipe) -> Recipe:
-    """The recipe with an auxiliary model, unless it names one or is for pretraining."""
-    if recipe.auxiliary.path or recipe.pretraining:
-        return recipe
-    return recipe.replaced({"auxiliary.path": STAND_IN})
+def with_pathway(recipe: str | os.PathLike | Recipe, replaced: Mapping[str, Any] | None = None) -> Recipe:
+    """As `resolved`, with an auxiliary model in any case, unless the recipe is for pretraining."""
+    replaced = {} if replaced is None else replaced
+    base = resolved(recipe)
+    assumed = {} if base.auxiliary.path or base.pretraining else {"auxiliary.path": STAND_IN}
+    return resolved(recipe, assumed | dict(replaced))
 
 
 def free_bytes() -> int | None:
