@@ -7,19 +7,14 @@ workspaces are left out. The levers are those of `python -m benchmarks.memory_le
 nothing goes to the host.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import torch
 from bitsandbytes.optim import AdamW8bit
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from tqdm import tqdm
 
 from benchmarks import results
@@ -39,9 +34,10 @@ from benchmarks.variants import (
     Levers,
     adamw,
     every_lever,
-    training_step,
+    forward,
     vision_transformer,
 )
+from m2pt import simulation
 from m2pt_kernels.products import GradParameters
 
 MEMORY_VARIANTS = (*VARIANTS, FUSED_INT8, FUSED_INT4)
@@ -60,33 +56,6 @@ class SimulatedAdamW8bit(AdamW8bit):
 
 
 OPTIMIZERS = {FUSED_LEVERS: SimulatedAdamW8bit, FUSED_LEVERS_ADAMW: FUSED_ADAMW}
-
-
-class PeakTracker(MemTracker):
-    """Keeps the peak alone: no statistics a module, no hooks on gradients, which frozen parameters refuse."""
-
-    peak = 0
-
-    def _update_peak_stats(self, peak_state: object) -> None:
-        self.peak = max(self.peak, *(snapshot["Total"] for snapshot in self._curr_mem_snap.values()))
-
-    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
-        return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
-
-
-class SplitSums(TorchDispatchMode):
-    """Holds what an H100's kernels do of the splits of a layer's gradients, while these are computed."""
-
-    def __torch_dispatch__(self, operator, types, arguments=(), named=None):
-        if operator is not torch.ops.m2pt_kernels.grad_parameters.default:
-            return operator(*arguments, **(named or {}))
-        grad_output, x = (operand.flatten(0, -2) for operand in arguments[:2])
-        size = grad_output.shape[1], x.shape[1]
-        splits = splits_of(*size, len(x))
-        sums = x.new_empty(splits if splits > 1 else 0, *size, dtype=torch.float32)
-        gradients = operator(*arguments, **(named or {}))
-        del sums
-        return gradients
 
 
 @cache
@@ -111,30 +80,15 @@ STEPS = [Step(*values) for values in product(MODELS, BATCHES, (False, True))]
 def peak_gib(step: Step, variant: str, levers: Levers = NO_LEVERS) -> float:
     """Simulated, of weights, gradients, Adam states, images and everything kept for backward."""
     model_at = vision_transformer(variant, MODELS[step.model], "meta")
-    with model_at as model, FakeTensorMode(allow_non_fake_inputs=True):
+    with model_at as model, simulation.fake():
         model.to_empty(device="cpu")
         model.set_grad_checkpointing(step.checkpointing)
         optimizer = adamw(model, levers)
         images, labels = torch.empty(step.batch, 3, 224, 224), torch.zeros(step.batch, dtype=torch.long)
-        tracker = PeakTracker()
-        tracker.track_external(model, optimizer, images, labels)
-        with tracker, SplitSums(), saved_tensors_hooks(to_host, from_host) if levers.on_host else nullcontext():
-            training_step(model, optimizer, images, labels, autocast=True)
-        return tracker.peak / GIB
-
-
-Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
-
-
-def to_host(tensor: Tensor) -> Layout:
-    """As `torch.autograd.graph.save_on_cpu` has it: a saved tensor leaves the device."""
-    return tensor.shape, tensor.stride(), tensor.dtype
-
-
-def from_host(layout: Layout) -> Tensor:
-    """And comes back as another tensor."""
-    shape, stride, dtype = layout
-    return torch.empty_strided(shape, stride, dtype=dtype)
+        batch = images, labels
+        loss = partial(forward, model, *batch, autocast=True)
+        moments = simulation.simulate(model, optimizer, batch, loss, on_host=levers.on_host, splits=splits_of)
+    return max(sum(parts.values()) for parts in moments.values()) / GIB
 
 
 def row(step: Step, peaks: dict[str, float]) -> Row:

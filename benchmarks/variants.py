@@ -93,8 +93,12 @@ def adamw(model: nn.Module, levers: Levers = NO_LEVERS) -> Optimizer:
 
 def training_step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, autocast: bool) -> None:
     """Forward, backward and update of what backward has not updated; `autocast` to bfloat16."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
-        loss = F.cross_entropy(model(images), labels)
-    loss.backward()
+    forward(model, images, labels, autocast).backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def forward(model: nn.Module, images: Tensor, labels: Tensor, autocast: bool) -> Tensor:
+    """The loss."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+        return F.cross_entropy(model(images), labels)

@@ -17,6 +17,7 @@ from .checks import nearest
 
 if TYPE_CHECKING:
     from .train import Recipe
+    from .train.memory import MemoryEstimate
 
 RESUMING = "the same command with --resume goes on from the last checkpoint"
 AUX_DTYPES = ("bfloat16", "int8", "int4", "float8_e4m3fn")
@@ -355,7 +356,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
 
 def _memory(arguments: argparse.Namespace) -> None:
-    from .train.memory import GIB, advice, estimate_memory, free_bytes, measured_peak, with_pathway
+    from .train.memory import GIB, estimate_memory, free_bytes, measured_peak, with_pathway
 
     gpu_bytes = free_bytes() if arguments.gpu is None else int(arguments.gpu * GIB)
     recipe = _fitted(_recipe(arguments, with_pathway), arguments, gpu_bytes)
@@ -364,8 +365,26 @@ def _memory(arguments: argparse.Namespace) -> None:
     if arguments.measure:
         print(f"measured: {measured_peak(recipe) / GIB:.2f} GiB\n")
     if gpu_bytes is not None:
-        fits = "this fits" if found.fits else advice(recipe, found.fitting)
-        print(f"On a GPU with {gpu_bytes / GIB:.1f} GiB, of which 1 is left to CUDA, {fits}.")
+        print(f"On a GPU with {gpu_bytes / GIB:.1f} GiB, of which 1 is left to CUDA: {_how_it_fits(found, arguments)}")
+
+
+def _how_it_fits(found: "MemoryEstimate", arguments: argparse.Namespace) -> str:
+    """What to run, or to call of a timm model."""
+    from .models import SIZES
+    from .train.levers import IN_PYTHON
+    from .train.memory import advice, assignments
+
+    recipe = found.recipe
+    if not found.fitting:
+        return "it fits." if found.fits else f"{advice(recipe, None)}."
+    if recipe.model.size not in SIZES:
+        return "it fits with " + "; ".join(IN_PYTHON[lever] for lever in found.fitting)
+    batch = [f"data.batch_size={arguments.batch}"] if arguments.batch else []
+    options = [f"--aux {path}" for path in arguments.aux or ()]
+    options += [f"--aux-dtype {arguments.aux_dtype}"] if arguments.aux_dtype else []
+    options += [f"--preset {arguments.preset}"] if arguments.preset else []
+    words = [arguments.recipe, *options, *batch, *arguments.replaced, assignments(found.fitting)]
+    return f"it fits with\n\n  m2pt {'pretrain' if recipe.pretraining else 'train'} {' '.join(words)}"
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -416,7 +435,8 @@ def _recipe(arguments: argparse.Namespace, load: "Callable[..., Recipe] | None" 
     recipe = (load or load_recipe)(arguments.recipe, given)
     if getattr(arguments, "preset", None):
         on_gpu = arguments.run is _memory or _has_gpu()
-        recipe = recipe.replaced({key: value for key, value in low_memory(recipe, on_gpu).items() if key not in given})
+        typed = {*given, "machine.step_in_backward"} if getattr(arguments, "batch", None) == "auto" else given
+        recipe = recipe.replaced({key: value for key, value in low_memory(recipe, on_gpu).items() if key not in typed})
     return recipe
 
 

@@ -1,6 +1,7 @@
 """What only makes sense on a GPU: graphs, streams, threads, several devices, its memory, and its own check."""
 
 import copy
+import inspect
 import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -9,6 +10,7 @@ import pytest
 import torch
 from test_ops import assert_as_good_as_torch, operands, outputs
 from test_readbacks import ONCE, batches_of, recipe_of, trainer_of
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -306,6 +308,8 @@ def test_threads_that_race_for_the_first_product():
 @pytest.mark.parametrize("setting", ONCE)
 def test_training_does_not_wait_for_the_device_between_lines_of_the_log(setting):
     recipe = recipe_of("image", *ONCE[setting])
+    if recipe.run.ema_decay and "dtype" not in inspect.signature(ModelEmaV3).parameters:
+        pytest.skip("timm before 1.0.31 has no float32 average")
     trainer, passes = trainer_of(recipe, "cuda"), recipe.machine.accumulation
     batches = [[part.pin_memory() for part in batch] for batch in batches_of(recipe, 4)]
     trainer.update(batches[:passes])

@@ -9,7 +9,7 @@ import pytest
 import m2pt
 import m2pt.train
 
-COMMANDS = ("train", "pretrain", "eval", "matrix", "merge", "convert", "check", "demo", "recipes")
+COMMANDS = ("train", "pretrain", "eval", "matrix", "merge", "convert", "check", "demo", "recipes", "memory")
 LIGHT = """
 import sys
 from m2pt.cli import main

@@ -23,6 +23,14 @@ LEVERS: dict[str, dict[str, Any]] = {
 }
 """In the order of the time that they cost: the first three little, then a second forward pass, then copies too."""
 
+IN_PYTHON = {
+    INT8: 'reparameterize_aux_into_target_model(..., aux_dtype="int8")',
+    ADAM: "bitsandbytes.optim.AdamW8bit",
+    IN_BACKWARD: "m2pt.step_in_backward(optimizer)",
+    CHECKPOINTING: "model.set_grad_checkpointing()",
+    ON_HOST: "the forward pass inside torch.autograd.graph.save_on_cpu(pin_memory=True)",
+}
+
 COSTS = {INT8: 1, ADAM: 1, IN_BACKWARD: 1, CHECKPOINTING: 10, ON_HOST: 20}
 """Whose sums put combinations in order; they are no times."""
 

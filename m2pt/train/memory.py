@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..checks import check_positive
+from ..checks import check_positive, nearest
 from ..models import MaskedAutoencoder
 from ..optimizer_in_backward import step_in_backward
 from ..simulation import PARTS, Bytes, Moment, auxiliary_tensors, blocks_of, fake, simulate
@@ -26,9 +26,9 @@ from .batches import pass_size
 from .creation import connect, created, restrict
 from .distributed import World
 from .engine import autocast, offloading
-from .levers import INT8, cheapest_first, further_levers, low_memory, settings_of
+from .levers import INT8, cheapest_first, further_levers, settings_of
 from .optimization import create_loss, create_optimizer
-from .recipe import Data, Model, Recipe, Schedule, load_recipe
+from .recipe import Data, Model, Recipe, Schedule, load_recipe, shipped_recipes
 from .recipe import Optimizer as OptimizerSettings
 
 GIB = 2**30
@@ -50,21 +50,21 @@ class MemoryEstimate:
         recipe: what was asked for.
         peak: bytes by part, see `m2pt.simulation.PARTS`, at the moment when their sum is the largest.
         further: the same with each further lever, and those before it.
-        fitting: dotted key -> value of the cheapest levers with which a GPU of `gpu_bytes` holds it; None if none do,
-            or no GPU was given.
+        fitting: the cheapest levers with which a GPU of `gpu_bytes` holds it, keys of `m2pt.train.levers.LEVERS`; None
+            if none do, or no GPU was given.
         gpu_bytes: of the GPU's memory, or None.
     """
 
     recipe: Recipe
     peak: Bytes
     further: dict[str, Bytes]
-    fitting: dict[str, Any] | None = None
+    fitting: tuple[str, ...] | None = None
     gpu_bytes: int | None = None
 
     @property
     def fits(self) -> bool:
         """Whether the GPU that was given holds it as it is."""
-        return self.fitting == {}
+        return self.fitting == ()
 
     @property
     def step(self) -> str:
@@ -136,7 +136,11 @@ def resolved(recipe: str | os.PathLike | Recipe, replaced: Mapping[str, Any] | N
     if timm.is_model(name):
         plain = Recipe(Model("image", name), Data("image_folder", 64), OptimizerSettings(1e-3), Schedule(1))
         return plain.replaced(replaced)
-    return load_recipe(name, replaced)
+    try:
+        return load_recipe(name, replaced)
+    except FileNotFoundError:
+        known = nearest(name, [*shipped_recipes(), *timm.list_models()])
+        raise FileNotFoundError(f"recipe: {name}: no such file, recipe or timm model{known}") from None
 
 
 def estimate(
@@ -161,7 +165,7 @@ def estimate(
     further = {lever: peak(levers[: index + 1]) for index, lever in enumerate(levers)}
     fitting = None
     if gpu_bytes is not None and does_fit(peak(levers), gpu_bytes):
-        fitting = settings_of(next(chosen for chosen in cheapest_first(recipe) if does_fit(peak(chosen), gpu_bytes)))
+        fitting = next(chosen for chosen in cheapest_first(recipe) if does_fit(peak(chosen), gpu_bytes))
     return MemoryEstimate(recipe, peak(()), further, fitting, gpu_bytes)
 
 
@@ -203,19 +207,20 @@ def in_words(parts: Bytes) -> str:
     return ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items() if size >= 0.05 * GIB) or "little"
 
 
-def advice(recipe: Recipe, fitting: Mapping[str, Any] | None) -> str:
+def advice(recipe: Recipe, fitting: Sequence[str] | None) -> str:
     """What to add to a command that does not fit."""
     if fitting:
-        return "it fits with " + " ".join(map(assignment, fitting.items()))
-    least = low_memory(recipe, on_gpu=True)
-    more = [f"--preset low-memory ({' '.join(map(assignment, least.items()))})"] if least else []
-    return "try " + " and ".join([*more, "data.batch_size=auto"])
+        return f"it fits with {assignments(fitting)}"
+    least = further_levers(recipe)
+    more = [f"--preset low-memory ({assignments(least)})"] if least else []
+    alone = [] if recipe.machine.step_in_backward else ["data.batch_size=auto"]
+    return "try " + " or ".join([*more, *alone, "a smaller data.batch_size"])
 
 
-def assignment(setting: tuple[str, Any]) -> str:
-    """`key=value` of the command line."""
-    key, value = setting
-    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+def assignments(levers: Sequence[str]) -> str:
+    """As `key=value` of the command line."""
+    said = {key: str(value).lower() if value is True else value for key, value in settings_of(levers).items()}
+    return " ".join(f"{key}={value}" for key, value in said.items())
 
 
 def memory_in_words(recipe: Recipe, num_classes: int, processes: int, views: int) -> str:
@@ -312,7 +317,7 @@ def _with_depth(recipe: Recipe, depth: int | None) -> Recipe:
 
 def _created(recipe: Recipe, num_classes: int) -> Any:
     model = recipe.model
-    if model.size in timm.list_models():
+    if timm.is_model(model.size):
         return timm.create_model(model.size, num_classes=num_classes, **model.overrides)
     return created(recipe, num_classes)
 
