@@ -20,7 +20,7 @@ from m2pt import (
 from m2pt.cli import main
 from m2pt.models import SIZES, create_model
 from m2pt.simulation import PARTS
-from m2pt.train import load_recipe, memory, preview, shipped_recipes
+from m2pt.train import load_recipe, memory, one_step, preview, shipped_recipes
 from m2pt.train.engine import Trainer
 from m2pt.train.levers import ADAM, CHECKPOINTING, IN_BACKWARD, INT8, LEVERS, ON_HOST, cheapest_first, further_levers
 
@@ -33,7 +33,7 @@ def total(parts):
 
 
 def of_all_blocks(recipe):
-    return max(map(total, memory._moments(recipe, 1000, 1, None, None).values()))
+    return max(map(total, one_step._moments(recipe, 1000, 1, None, None).values()))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def of_all_blocks(recipe):
 )
 def test_a_few_blocks_stand_for_all(name, settings):
     recipe = memory.with_pathway(name, settings)
-    assert memory._equal_blocks(recipe) == 12
+    assert one_step._equal_blocks(recipe) == 12
     assert total(memory.simulated_peak(recipe, 1000)) == pytest.approx(of_all_blocks(recipe), rel=0.01)
 
 
@@ -130,7 +130,7 @@ def test_the_simulated_states_of_8_bit_adam_are_those_of_the_library():
     library = pytest.importorskip("bitsandbytes.optim").AdamW8bit
     layers = nn.ModuleList([nn.Linear(64, 63), nn.Linear(64, 64), nn.Linear(100, 77)])
     layouts = []
-    for create in (library, partial(memory.EightBitStates, defaults={})):
+    for create in (library, partial(one_step.EightBitStates, defaults={})):
         optimizer = create(layers.parameters())
         for parameter in layers.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -146,9 +146,9 @@ def test_passes_are_as_few_as_fit_and_keep_the_batch():
     assert memory.fit_passes(recipe, whole) == recipe
     fitted = memory.fit_passes(recipe, whole - 1)
     assert fitted.data.batch_size == 256 and fitted.machine.accumulation == 2
-    with pytest.raises(ValueError, match="data.batch_size: auto: passes of 2 samples need .* GiB, more than 0.0"):
+    with pytest.raises(ValueError, match=r"data\.batch_size: auto: passes of 2 samples need .* GiB, more than 0.0"):
         memory.fit_passes(recipe, GIB)
-    with pytest.raises(ValueError, match="machine.step_in_backward"):
+    with pytest.raises(ValueError, match=r"machine\.step_in_backward"):
         memory.fit_passes(recipe.replaced({"machine.step_in_backward": True}), whole)
 
 
