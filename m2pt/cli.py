@@ -436,8 +436,14 @@ def _recipe(arguments: argparse.Namespace, load: "Callable[..., Recipe] | None" 
     if getattr(arguments, "preset", None):
         on_gpu = arguments.run is _memory or _has_gpu()
         typed = {*given, "machine.step_in_backward"} if getattr(arguments, "batch", None) == "auto" else given
-        recipe = recipe.replaced({key: value for key, value in low_memory(recipe, on_gpu).items() if key not in typed})
+        levers = low_memory(recipe, on_gpu, _processes())
+        recipe = recipe.replaced({key: value for key, value in levers.items() if key not in typed})
     return recipe
+
+
+def _processes() -> int:
+    """As torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _has_gpu() -> bool:
@@ -455,7 +461,7 @@ def _fitted(recipe: "Recipe", arguments: argparse.Namespace, gpu_bytes: int | No
     gpu_bytes = free_bytes() if gpu_bytes is None else gpu_bytes
     if gpu_bytes is None:
         raise ValueError("data.batch_size: auto: there is no GPU to fill")
-    fitted = fit_passes(recipe, gpu_bytes, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    fitted = fit_passes(recipe, gpu_bytes, processes=_processes())
     _say(f"data.batch_size=auto: {fitted.data.batch_size} samples in {fitted.machine.accumulation} passes")
     return fitted
 

@@ -97,6 +97,8 @@ def test_combinations_come_by_cost_and_the_host_only_with_checkpointing():
 
 def test_levers_that_a_recipe_cannot_have_are_left_out():
     assert further_levers(load_recipe("point_modelnet40")) == [ADAM, CHECKPOINTING, ON_HOST]  # it clips, and is alone
+    recipe = load_recipe("tiny_image")
+    assert IN_BACKWARD in further_levers(recipe) and IN_BACKWARD not in further_levers(recipe, processes=2)
     recipe = load_recipe("tiny_image", {"machine.compile": True, "optimizer.name": "sgd"})
     assert further_levers(recipe) == [CHECKPOINTING]
 
@@ -220,6 +222,13 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(command, recipe, tmp_p
     assert said["memory"].startswith("simulated peak of a step") and "trained" in said["parameters"]
     assert not out.exists()
     assert main([command, recipe, "--dry-run", "optimizer.name=adamv"]) == 2
+
+
+def test_the_preset_leaves_room_for_passes_of_a_batch_of_auto(capsys):
+    words = ["data.batch_size=auto", "--preset", "low-memory", "--gpu", "1.5"]
+    assert main(["memory", "vit_small_patch16_224", *words]) == 0
+    output = capsys.readouterr().out
+    assert "data.batch_size=auto: 64 samples in 1 passes" in output and f"+ {IN_BACKWARD}" in output
 
 
 def test_a_run_needs_a_folder_unless_it_is_dry(capsys):

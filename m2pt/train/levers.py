@@ -35,10 +35,11 @@ COSTS = {INT8: 1, ADAM: 1, IN_BACKWARD: 1, CHECKPOINTING: 10, ON_HOST: 20}
 """Whose sums put combinations in order; they are no times."""
 
 
-def further_levers(recipe: Recipe) -> list[str]:
-    """Those that the recipe leaves out and could have; the last goes with checkpointing only."""
+def further_levers(recipe: Recipe, processes: int = 1) -> list[str]:
+    """Those that the recipe leaves out and could have in so many processes; the last goes with checkpointing only."""
     auxiliary, optimizer, machine = recipe.auxiliary, recipe.optimizer, recipe.machine
     alone = machine.accumulation == 1 and not optimizer.clip_grad and machine.precision != "float16"
+    alone = alone and (processes == 1 or machine.sharding == "fsdp")  # DDP adds gradients later
     can_have = {
         INT8: bool(auxiliary.path)
         and not auxiliary.trainable
@@ -56,14 +57,14 @@ def settings_of(levers: Sequence[str]) -> dict[str, Any]:
     return {key: value for lever in levers for key, value in LEVERS[lever].items()}
 
 
-def low_memory(recipe: Recipe, on_gpu: bool) -> dict[str, Any]:
+def low_memory(recipe: Recipe, on_gpu: bool, processes: int = 1) -> dict[str, Any]:
     """The values of every further lever; 8-bit Adam needs a GPU."""
-    return settings_of([lever for lever in further_levers(recipe) if on_gpu or lever != ADAM])
+    return settings_of([lever for lever in further_levers(recipe, processes) if on_gpu or lever != ADAM])
 
 
-def cheapest_first(recipe: Recipe) -> Iterator[tuple[str, ...]]:
+def cheapest_first(recipe: Recipe, processes: int = 1) -> Iterator[tuple[str, ...]]:
     """All combinations of further levers, from none to all, in the order of `COSTS`."""
-    levers = further_levers(recipe)
+    levers = further_levers(recipe, processes)
     found = [chosen for count in range(len(levers) + 1) for chosen in combinations(levers, count)]
     has_checkpointing = recipe.machine.checkpoint_activations
     possible = [chosen for chosen in found if ON_HOST not in chosen or has_checkpointing or CHECKPOINTING in chosen]

@@ -150,11 +150,11 @@ def estimate(
         parts = simulated(tuple(lever for lever in levers if lever != INT8))
         return parts | {"W_aux": int8_bytes()} if INT8 in levers else parts
 
-    levers = further_levers(recipe)
+    levers = further_levers(recipe, processes)
     further = {lever: peak(levers[: index + 1]) for index, lever in enumerate(levers)}
     fitting = None
     if gpu_bytes is not None and does_fit(peak(levers), gpu_bytes):
-        fitting = next(chosen for chosen in cheapest_first(recipe) if does_fit(peak(chosen), gpu_bytes))
+        fitting = next(chosen for chosen in cheapest_first(recipe, processes) if does_fit(peak(chosen), gpu_bytes))
     return MemoryEstimate(recipe, peak(()), further, fitting, gpu_bytes)
 
 
