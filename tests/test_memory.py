@@ -50,7 +50,7 @@ def of_all_blocks(recipe):
 )
 def test_a_few_blocks_stand_for_all(name, settings):
     recipe = memory.with_pathway(name, settings)
-    assert one_step._equal_blocks(recipe) == 12
+    assert one_step.equal_blocks(recipe) == 12
     assert total(memory.simulated_peak(recipe, 1000)) == pytest.approx(of_all_blocks(recipe), rel=0.01)
 
 

@@ -32,12 +32,23 @@ def simulated_peak(recipe: Recipe, num_classes: int, processes: int = 1, views: 
     if recipe.machine.sharding == "fsdp":
         raise ValueError("machine.sharding: the memory of 'fsdp' is not simulated")
     of_depth = partial(_moments, recipe, num_classes, processes, views)
-    moments = of_depth(None) if (depth := _equal_blocks(recipe)) is None else _extrapolated(of_depth, depth)
+    moments = of_depth(None) if (depth := equal_blocks(recipe)) is None else _extrapolated(of_depth, depth)
     return max(moments.values(), key=lambda parts: sum(parts.values()))
 
 
-def _equal_blocks(recipe: Recipe) -> int | None:
+EQUAL_BLOCKS: dict[str, int | None] = {}
+"""What `equal_blocks` found, by the model."""
+
+
+def equal_blocks(recipe: Recipe) -> int | None:
     """How many blocks the model has, if they are equal and their number can be chosen, and it is not small."""
+    model = repr(recipe.model)
+    if model not in EQUAL_BLOCKS:
+        EQUAL_BLOCKS[model] = _count_equal_blocks(recipe)
+    return EQUAL_BLOCKS[model]
+
+
+def _count_equal_blocks(recipe: Recipe) -> int | None:
     with torch.device("meta"):
         blocks = blocks_of(_created(recipe, 0))
         shapes = [[parameter.shape for parameter in block.parameters()] for block in blocks]
