@@ -198,7 +198,7 @@ def _add_training(commands: Any) -> None:
     )
     _add_recipe_name(memory, "recipe", what="a shipped recipe, a TOML file, or the name of a timm ViT")
     memory.add_argument("--batch", type=int, metavar="N", help="samples of a step, instead of the recipe's")
-    memory.add_argument("--gpu", type=float, metavar="GIB", help="memory of the GPU; default: this machine's, if any")
+    memory.add_argument("--gpu", type=float, metavar="GIB", help="memory of the GPU; default: what is free on this one")
     memory.add_argument("--aux", metavar="PATH", action="append", help="an auxiliary model, of which nothing is read")
     memory.add_argument("--aux-dtype", choices=dtypes, help="how the auxiliary weights are stored")
     _add_preset(memory)
@@ -335,9 +335,11 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> None:
     from .train import preview, train
+    from .train.run import require_training
 
     recipe = _fitted(_recipe(arguments), arguments)
     if arguments.dry_run:
+        require_training(recipe)
         _say(preview(recipe))
         return
     result = train(recipe, arguments.out, arguments.resume)
@@ -346,9 +348,11 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _pretrain(arguments: argparse.Namespace) -> None:
     from .train import pretrain, preview
+    from .train.run import require_pretraining
 
     recipe = _fitted(_recipe(arguments), arguments)
     if arguments.dry_run:
+        require_pretraining(recipe)
         _say(preview(recipe))
         return
     pretrain(recipe, arguments.out, arguments.resume)
@@ -365,14 +369,15 @@ def _memory(arguments: argparse.Namespace) -> None:
     if arguments.measure:
         print(f"measured: {measured_peak(recipe) / GIB:.2f} GiB\n")
     if gpu_bytes is not None:
-        print(f"On a GPU with {gpu_bytes / GIB:.1f} GiB, of which 1 is left to CUDA: {_how_it_fits(found, arguments)}")
+        how = _how_it_fits(found, arguments)
+        print(f"On a GPU with {gpu_bytes / GIB:.1f} GiB free, of which 1 is left to CUDA: {how}")
 
 
 def _how_it_fits(found: "MemoryEstimate", arguments: argparse.Namespace) -> str:
     """What to run, or to call of a timm model."""
     from .models import SIZES
     from .train.levers import IN_PYTHON
-    from .train.memory import advice, assignments
+    from .train.memory import STAND_IN, advice, assignments
 
     recipe = found.recipe
     if not found.fitting:
@@ -380,7 +385,8 @@ def _how_it_fits(found: "MemoryEstimate", arguments: argparse.Namespace) -> str:
     if recipe.model.size not in SIZES:
         return "it fits with " + "; ".join(IN_PYTHON[lever] for lever in found.fitting)
     batch = [f"data.batch_size={arguments.batch}"] if arguments.batch else []
-    options = [f"--aux {path}" for path in arguments.aux or ()]
+    stand_in = ["PATH"] if STAND_IN in recipe.auxiliary.paths else []
+    options = [f"--aux {path}" for path in arguments.aux or stand_in]
     options += [f"--aux-dtype {arguments.aux_dtype}"] if arguments.aux_dtype else []
     options += [f"--preset {arguments.preset}"] if arguments.preset else []
     words = [arguments.recipe, *options, *batch, *arguments.replaced, assignments(found.fitting)]
@@ -456,9 +462,9 @@ def _fitted(recipe: "Recipe", arguments: argparse.Namespace, gpu_bytes: int | No
     """The recipe with passes that the GPU holds, if they are asked for."""
     if getattr(arguments, "batch", None) != "auto":
         return recipe
-    from .train.memory import fit_passes, free_bytes
+    from .train.memory import fit_passes, whole_bytes
 
-    gpu_bytes = free_bytes() if gpu_bytes is None else gpu_bytes
+    gpu_bytes = whole_bytes() if gpu_bytes is None else gpu_bytes
     if gpu_bytes is None:
         raise ValueError("data.batch_size: auto: there is no GPU to fill")
     fitted = fit_passes(recipe, gpu_bytes, processes=_processes())

@@ -197,7 +197,7 @@ def test_the_command_prints_the_table_and_the_command_that_fits(capsys):
     assert main(["memory", *words, "--gpu", "3"]) == 0
     output = capsys.readouterr().out
     assert "64 samples in bfloat16" in output and "as asked" in output and "+ checkpointing" in output
-    command = "m2pt train image_imagenet --aux-dtype int8 data.batch_size=64 model.size=small"
+    command = "m2pt train image_imagenet --aux PATH --aux-dtype int8 data.batch_size=64 model.size=small"
     assert f"{command} machine.checkpoint_activations=true" in output.splitlines()[-1]
     assert main(["memory", "vit_small_patch16_224", "--gpu", "3"]) == 0
     assert "model.set_grad_checkpointing()" in capsys.readouterr().out
@@ -222,6 +222,15 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(command, recipe, tmp_p
     assert said["memory"].startswith("simulated peak of a step") and "trained" in said["parameters"]
     assert not out.exists()
     assert main([command, recipe, "--dry-run", "optimizer.name=adamv"]) == 2
+    other = {"train": "pretrain", "pretrain": "train"}[command]
+    assert main([other, recipe, "--dry-run"]) == 2
+
+
+def test_optimizers_that_are_not_simulated_or_update_parameters_jointly(capsys):
+    assert main(["memory", "tiny_image", "optimizer.name=lamb"]) == 0
+    assert IN_BACKWARD not in capsys.readouterr().out
+    assert main(["memory", "tiny_image", "optimizer.name=lookahead_adamw"]) == 2
+    assert "optimizer.name: lookahead_adamw is not simulated, only adam" in capsys.readouterr().err
 
 
 def test_the_preset_leaves_room_for_passes_of_a_batch_of_auto(capsys):

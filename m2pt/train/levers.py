@@ -12,6 +12,9 @@ IN_BACKWARD = "step in backward"
 CHECKPOINTING = "checkpointing"
 ON_HOST = "block inputs on the host"
 
+ALONE = ("adam", "adamw", "bnbadamw8bit", "sgd", "momentum")
+"""Optimizers known to update every parameter by itself."""
+
 QUANTIZED = ("int8", "int4", "float8_e4m3fn")
 
 LEVERS: dict[str, dict[str, Any]] = {
@@ -41,11 +44,9 @@ def further_levers(recipe: Recipe, processes: int = 1) -> list[str]:
     alone = machine.accumulation == 1 and not optimizer.clip_grad and machine.precision != "float16"
     alone = alone and (processes == 1 or machine.sharding == "fsdp")  # DDP adds gradients later
     can_have = {
-        INT8: bool(auxiliary.path)
-        and not auxiliary.trainable
-        and auxiliary.dtype not in ("int8", "int4", "float8_e4m3fn"),
+        INT8: bool(auxiliary.path) and not auxiliary.trainable and auxiliary.dtype not in QUANTIZED,
         ADAM: optimizer.name == "adamw" and machine.sharding != "fsdp",
-        IN_BACKWARD: not machine.step_in_backward and alone and not machine.compile,
+        IN_BACKWARD: not machine.step_in_backward and alone and not machine.compile and optimizer.name in ALONE,
         CHECKPOINTING: not machine.checkpoint_activations,
         ON_HOST: not (machine.offload_activations or machine.compile),
     }

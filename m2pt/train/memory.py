@@ -87,7 +87,7 @@ def estimate_memory(
     kept for it where a GPU is given. Where no auxiliary model is named, one of the same size is assumed.
 
     Args:
-        recipe: a `Recipe`, a recipe's name or path, or the name of a timm model, which is then trained by AdamW in
+        recipe: a `Recipe`, a recipe's name or path, or the name of a timm ViT, which is then trained by AdamW in
             bfloat16 on batches of 64.
         replaced: dotted key -> value, as of `load_recipe`.
         gpu_gib: memory of a GPU in GiB, to find the cheapest levers that fit it.
@@ -114,6 +114,11 @@ def with_pathway(recipe: str | os.PathLike | Recipe, replaced: Mapping[str, Any]
 def free_bytes() -> int | None:
     """Of the current GPU; None without one."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
+
+def whole_bytes() -> int | None:
+    """Of the first GPU, so that all processes of a machine find the same; None without one."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def resolved(recipe: str | os.PathLike | Recipe, replaced: Mapping[str, Any] | None = None) -> Recipe:
@@ -173,7 +178,9 @@ def fit_passes(recipe: Recipe, gpu_bytes: int, *, num_classes: int = 1000, proce
         raise ValueError("data.batch_size: expected a number with machine.step_in_backward, got auto: a step is a pass")
     possible = []
     for passes in range(1, recipe.data.batch_size + 1):
-        with suppress(ValueError):
+        if recipe.data.batch_size % passes:
+            continue
+        with suppress(ValueError):  # not among so many processes, or not in pairs
             pass_size(changed := recipe.replaced({"machine.accumulation": passes}), processes)
             possible.append(changed)
     peak = partial(simulated_peak, num_classes=num_classes, processes=processes)
@@ -196,13 +203,14 @@ def in_words(parts: Bytes) -> str:
     return ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items() if size >= 0.05 * GIB) or "little"
 
 
-def advice(recipe: Recipe, fitting: Sequence[str] | None) -> str:
+def advice(recipe: Recipe, fitting: Sequence[str] | None, processes: int = 1) -> str:
     """What to add to a command that does not fit."""
     if fitting:
         return f"it fits with {assignments(fitting)}"
-    least = further_levers(recipe)
+    least = further_levers(recipe, processes)
     more = [f"--preset low-memory ({assignments(least)})"] if least else []
-    alone = [] if recipe.machine.step_in_backward else ["data.batch_size=auto"]
+    can_accumulate = not recipe.machine.step_in_backward and recipe.machine.sharding == "ddp"
+    alone = ["data.batch_size=auto"] if can_accumulate else []
     return "try " + " or ".join([*more, *alone, "a smaller data.batch_size"])
 
 
@@ -228,24 +236,26 @@ def announce(recipe: Recipe, num_classes: int, world: World, views: int) -> None
     free = torch.cuda.mem_get_info()[0]
     try:
         peak = simulated_peak(recipe, num_classes, world.size, views)
+        said = f"simulated peak of a step {gib(peak)} GiB ({in_words(peak)}); {free / GIB:.1f} GiB of the GPU are free"
+        print(f"m2pt: {said}", file=sys.stderr)
+        if not does_fit(peak, free):
+            found = estimate(recipe, free, num_classes=num_classes, processes=world.size, views=views)
+            how = advice(recipe, found.fitting, world.size)
+            print(f"m2pt: warning: that does not fit: {how}", file=sys.stderr)
     except ValueError as error:
         print(f"m2pt: the memory of a step is not known: {error}", file=sys.stderr)
-        return
-    said = f"simulated peak of a step {gib(peak)} GiB ({in_words(peak)}); {free / GIB:.1f} GiB of the GPU are free"
-    print(f"m2pt: {said}", file=sys.stderr)
-    if not does_fit(peak, free):
-        found = estimate(recipe, free, num_classes=num_classes, processes=world.size, views=views)
-        print(f"m2pt: warning: that does not fit: {advice(recipe, found.fitting)}", file=sys.stderr)
 
 
 @contextmanager
-def explained(recipe: Recipe, module: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+def explained(
+    recipe: Recipe, module: nn.Module, processes: int = 1, optimizer: Optimizer | None = None
+) -> Iterator[None]:
     """Inside the block, running out of a GPU's memory is a MemoryError of one line: what was held, and what to try."""
     try:
         yield
     except torch.OutOfMemoryError:
         held = _held(module, optimizer)
-        said = f"{gib(held)} GiB were held ({in_words(held)}): {advice(recipe, None)}"
+        said = f"{gib(held)} GiB were held ({in_words(held)}): {advice(recipe, None, processes)}"
         raise MemoryError(f"the GPU is out of memory: {said}") from None
 
 

@@ -25,6 +25,8 @@ SIMULATED_BLOCKS = (3, 4)
 """The depths that are simulated: moments of a step are linear in the depth, of a block in its place."""
 
 EIGHT_BIT = ("bnbadam8bit", "bnbadamw8bit")
+SIMULATED = ("adam", "adamw", "lamb", "lars", "lion", "momentum", "nadamw", "sgd", *EIGHT_BIT)
+"""Optimizers whose states are their own and which compute what they need on the device."""
 
 
 def simulated_peak(recipe: Recipe, num_classes: int, processes: int = 1, views: int | None = None) -> Bytes:
@@ -147,6 +149,8 @@ def built(recipe: Recipe, num_classes: int) -> nn.Module:
 def _optimizer(module: nn.Module, recipe: Recipe, simulated: bool) -> Optimizer:
     """The recipe's, its states already there."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if simulated and recipe.optimizer.name not in SIMULATED:
+        raise ValueError(f"optimizer.name: {recipe.optimizer.name} is not simulated, only {', '.join(SIMULATED)}")
     if simulated and recipe.optimizer.name in EIGHT_BIT:
         optimizer: Optimizer = EightBitStates(trained, {})
     else:

@@ -74,8 +74,7 @@ def train(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> dict[
             once, and so does a second one.
     """
     out = _checked(recipe, out)
-    if recipe.pretraining is not None:
-        raise ValueError("recipe: this one is for pretraining, with `m2pt pretrain`")
+    require_training(recipe)
     _require_free(out, resume)
     _say_shortened(recipe.schedule)
     test_set = _test_set(recipe)
@@ -87,7 +86,7 @@ def train(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> dict[
         module = create_trained_model(recipe, num_classes, train_set.multi_label)
         objective = classification_objective(recipe, num_classes, views, create_loss(recipe.loss))
         steps = steps_per_epoch(samples_of(train_set), recipe.data)
-        with explained(recipe, module):
+        with explained(recipe, module, world.size):
             trainer = Trainer(module.to(world.device), objective, recipe, world, steps)
         metric, batches = metric_of(test_set), test_batches(test_set, recipe, world)
 
@@ -133,10 +132,7 @@ def pretrain(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> No
         KeyboardInterrupt, SystemExit: as by `train`.
     """
     out = _checked(recipe, out)
-    if recipe.pretraining is None:
-        raise ValueError("recipe: expected one with a table [pretraining]; this one is for `m2pt train`")
-    if recipe.auxiliary.path or recipe.model.trainable != "all":
-        raise ValueError("recipe: pretraining has no auxiliary model and no probe")
+    require_pretraining(recipe)
     _require_free(out, resume)
     _say_shortened(recipe.schedule)
     with processes() as world:
@@ -150,7 +146,7 @@ def pretrain(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> No
             input, _ = batch
             return model(input.flatten(0, 1) if views > 1 else input)
 
-        with explained(recipe, autoencoder):
+        with explained(recipe, autoencoder, world.size):
             trainer = Trainer(autoencoder.to(world.device), objective, recipe, world, steps, has_unused_parameters=True)
         with _log_of(trainer, out, train_set.class_names, resume, steps) as log:
             _fit(trainer, train_set, out, log, steps, None)
@@ -160,6 +156,20 @@ def pretrain(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> No
             inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
             save_state_dict(inside, out / "pretrained.safetensors")
             plot_curves(out)
+
+
+def require_training(recipe: Recipe) -> None:
+    """Raise a ValueError for a recipe that `train` is not for."""
+    if recipe.pretraining is not None:
+        raise ValueError("recipe: this one is for pretraining, with `m2pt pretrain`")
+
+
+def require_pretraining(recipe: Recipe) -> None:
+    """Raise a ValueError for a recipe that `pretrain` is not for."""
+    if recipe.pretraining is None:
+        raise ValueError("recipe: expected one with a table [pretraining]; this one is for `m2pt train`")
+    if recipe.auxiliary.path or recipe.model.trainable != "all":
+        raise ValueError("recipe: pretraining has no auxiliary model and no probe")
 
 
 def preview(recipe: Recipe) -> str:
@@ -180,7 +190,7 @@ def preview(recipe: Recipe) -> str:
         samples = samples_of(train_set)
         steps = steps_per_epoch(samples, recipe.data)
         create_scheduler(create_optimizer(module, recipe), recipe, steps)
-        aux = sum(tensor.nbytes for tensor in auxiliary_tensors(module))
+        aux = sum(tensor.nbytes for tensor in auxiliary_tensors(module) if not tensor.requires_grad)
         trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         epochs, machine = recipe.schedule.epochs, recipe.machine
         return "\n".join(
@@ -301,7 +311,7 @@ def _fit(
     recipe, world = trainer.recipe, trainer.world
     steps = recipe.schedule.epochs * steps_per_epoch
     start, since = time.perf_counter(), trainer.step
-    explaining = explained(recipe, trainer.module, trainer.optimizer)
+    explaining = explained(recipe, trainer.module, world.size, trainer.optimizer)
     with explaining, termination() as signals, _passes(trainer, dataset) as passes:
 
         def asked() -> int:
