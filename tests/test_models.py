@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -22,6 +23,9 @@ from m2pt.models.grouping import (
 )
 from m2pt.models.point import GroupEmbed
 from m2pt.saved_bytes import saved_for_backward_bytes
+from m2pt.train import load_recipe
+from m2pt.train.creation import created
+from m2pt.train.deployment import TIMM_NAMES, description
 
 WIDTH = {"embed_dim": 24, "depth": 3, "num_heads": 2}
 TINY = {
@@ -67,15 +71,37 @@ def test_image_is_timms_model():
         assert torch.equal(model(images), timms(images))
 
 
-@pytest.mark.parametrize(("size", "patch"), list(zip(SIZES, (16, 16, 16, 16, 14, 14), strict=True)))
-def test_blocks_are_timms(size, patch):
+TIMMS = dict(TIMM_NAMES)
+TIMMS["so400m"] = "vit_so400m_patch14_siglip_gap_224"  # whose tokens and pooling are SigLIP's
+WITH_CLASS_TOKEN = {"so400m": {"class_token": True, "fc_norm": True}}
+
+
+def test_timm_has_every_size_but_the_largest():
+    assert SIZES.keys() - TIMMS.keys() == {"22b"}
+
+
+@pytest.mark.parametrize("size", TIMMS)
+def test_blocks_are_timms(size):
+    options = {"num_classes": 1000, "depth": 1}
     with torch.device("meta"):
-        model = create_model("image", size, num_classes=1000, depth=1)
-        timms = timm.create_model(f"vit_{size}_patch{patch}_224", num_classes=1000, global_pool="avg", depth=1)
+        model = create_model("image", size, **options)
+        timms = timm.create_model(TIMMS[size], global_pool="avg", **options, **WITH_CLASS_TOKEN.get(size, {}))
     assert {name: p.shape for name, p in model.named_parameters()} == {
         name: p.shape for name, p in timms.named_parameters()
     }
     assert model.blocks[0].attn.num_heads == timms.blocks[0].attn.num_heads
+
+
+@pytest.mark.parametrize("modality", ["image", "audio", "point", "video"])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_is_described_as_it_is_built(modality, size):
+    recipe = load_recipe(f"tiny_{modality}", {"model.size": size, "model.overrides": {"depth": 1}})
+    described = description(recipe, 10)
+    module, _, function = described["function"].rpartition(".")
+    with torch.device("meta"):
+        models = created(recipe, 10), getattr(import_module(module), function)(**described["arguments"])
+    shapes = [{name: parameter.shape for name, parameter in model.named_parameters()} for model in models]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize(
@@ -423,7 +449,7 @@ def test_compiles_into_one_graph(modality):
     ("arguments", "message"),
     [
         (("smell",), r"modality: expected one of image, audio, point, video, got 'smell'"),
-        (("image", "colossal"), r"size: expected one of tiny, .*, giant, got 'colossal'"),
+        (("image", "colossal"), r"size: expected one of tiny, .*, 22b, got 'colossal'"),
         (("video", "tiny", "segmentation"), r"task: expected one of classification for 'video', got 'segmentation'"),
         (("point", "tiny", "detection"), r"task: expected one of classification, segmentation .* got 'detection'"),
     ],

@@ -13,6 +13,9 @@ from .recipe import Recipe
 AUXILIARY = "auxiliary"
 """The entry of a checkpoint that leaves out auxiliary weights: the SHA-256 of each model's."""
 PROBE_EPS = 1e-6
+TIMM_NAMES = {size: f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
+TIMM_NAMES |= {size: f"vit_{size}_patch14_224" for size in ("huge", "giant", "gigantic")}
+"""timm's name of an image model, where it has the whole of it."""
 TRAINING_ONLY = ("drop_path_rate", "time_masking", "frequency_masking")
 
 
@@ -62,12 +65,10 @@ def _fold_probe_head(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def description(recipe: Recipe, num_classes: int) -> dict[str, Any]:
-    """The function that builds the plain model, by its dotted name, and its arguments: for images timm's own."""
+    """The function that builds the plain model, by its dotted name, and its arguments: for images timm's, if it has one."""
     model = recipe.model
     overrides = {name: value for name, value in model.overrides.items() if name not in TRAINING_ONLY}
-    if model.modality == "image":
-        patch_size = 14 if model.size in ("huge", "giant") else 16
-        name = f"vit_{model.size}_patch{patch_size}_224"
+    if model.modality == "image" and (name := TIMM_NAMES.get(model.size)):
         arguments = {"model_name": name, "num_classes": num_classes, "global_pool": "avg", **overrides}
         return {"function": "timm.create_model", "arguments": arguments}
     arguments = {"modality": model.modality, "size": model.size, "task": model.task, "num_classes": num_classes}
