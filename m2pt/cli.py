@@ -433,15 +433,15 @@ def _recipe(arguments: argparse.Namespace, load: "Callable[..., Recipe] | None" 
     given = {key: value for option, key in keys.items() if (value := getattr(arguments, option, None))}
     if len(paths := given.get("auxiliary.path", [])) == 1:
         given["auxiliary.path"] = paths[0]
-    given |= {"data.batch_size": batch} if (batch := getattr(arguments, "batch", None)) else {}
-    given |= dict(map(parse_assignment, arguments.replaced))
-    if given.get("data.batch_size") == "auto":
-        del given["data.batch_size"]
-        arguments.batch = "auto"
+    batch = {"data.batch_size": size} if (size := getattr(arguments, "batch", None)) else {}
+    given |= batch | dict(map(parse_assignment, arguments.replaced))
+    arguments.fills_gpu = given.get("data.batch_size") == "auto"
+    if arguments.fills_gpu:
+        given = {key: value for key, value in given.items() if key != "data.batch_size"} | batch
     recipe = (load or load_recipe)(arguments.recipe, given)
     if getattr(arguments, "preset", None):
         on_gpu = arguments.run is _memory or _has_gpu()
-        typed = {*given, "machine.step_in_backward"} if getattr(arguments, "batch", None) == "auto" else given
+        typed = {*given, "machine.step_in_backward"} if arguments.fills_gpu else given
         levers = low_memory(recipe, on_gpu, _processes())
         recipe = recipe.replaced({key: value for key, value in levers.items() if key not in typed})
     return recipe
@@ -460,7 +460,7 @@ def _has_gpu() -> bool:
 
 def _fitted(recipe: "Recipe", arguments: argparse.Namespace, gpu_bytes: int | None = None) -> "Recipe":
     """The recipe with passes that the GPU holds, if they are asked for."""
-    if getattr(arguments, "batch", None) != "auto":
+    if not arguments.fills_gpu:
         return recipe
     from .train.memory import fit_passes, whole_bytes
 

@@ -17,10 +17,10 @@ from .tensor_checks import check_module
 def low_memory(model: nn.Module, lr: float, weight_decay: float = 0.05) -> Optimizer:
     """Prepare a connected model for training in as little memory as there is a way to, and return its optimizer.
 
-    The auxiliary weights become int8, the blocks' activations are computed again in backward, their inputs wait for it
-    in the host's memory, and every parameter is updated inside backward: after `loss.backward()` call neither
-    `optimizer.step` nor `zero_grad`, see `m2pt.step_in_backward`. On a GPU the optimizer is bitsandbytes' 8-bit AdamW,
-    elsewhere torch's AdamW. `m2pt.estimate_memory` says what each of these saves.
+    The auxiliary weights become int8, unless some are quantised already; the blocks' activations are computed again in
+    backward, and their inputs wait for it in the host's memory; every parameter is updated inside backward: after
+    `loss.backward()` call neither `optimizer.step` nor `zero_grad`, see `m2pt.step_in_backward`. On a GPU the optimizer
+    is bitsandbytes' 8-bit AdamW, elsewhere torch's AdamW. `m2pt.estimate_memory` says what each of these saves.
 
     Args:
         model: with fused layers and `set_grad_checkpointing`, as timm's have, on the device that it is trained on.

@@ -238,6 +238,8 @@ def test_the_preset_leaves_room_for_passes_of_a_batch_of_auto(capsys):
     assert main(["memory", "vit_small_patch16_224", *words]) == 0
     output = capsys.readouterr().out
     assert "data.batch_size=auto: 64 samples in 2 passes" in output and "it fits." in output
+    assert main(["memory", "vit_small_patch16_224", *words, "--batch", "32"]) == 0
+    assert "data.batch_size=auto: 32 samples in 1 passes" in capsys.readouterr().out
 
 
 def test_a_run_needs_a_folder_unless_it_is_dry(capsys):
@@ -266,6 +268,18 @@ def test_running_out_of_memory_is_a_line_that_says_what_to_try(module, tmp_path,
     assert main([command, module, "--out", str(tmp_path / "run")]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
     assert line.startswith("m2pt: error: the GPU is out of memory: 0.0 GiB were held (little): try --preset low-memory")
+
+
+def test_running_out_of_memory_in_an_evaluation_is_a_line(tmp_path, monkeypatch, capsys):
+    def evaluate(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("m2pt.train.run.evaluate", evaluate)
+    assert main(["train", "tiny_image", "--out", str(tmp_path / "run"), "schedule.epochs=1"]) == 2
+    said = "m2pt: error: the GPU is out of memory in an evaluation: try a smaller data.test_batch_size than"
+    assert said in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "run" / "last.pth"), "--recipe", "tiny_image"]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_an_unknown_model_is_refused_with_the_nearest(capsys):

@@ -65,7 +65,7 @@ def _fold_probe_head(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def description(recipe: Recipe, num_classes: int) -> dict[str, Any]:
-    """The function that builds the plain model, by its dotted name, and its arguments: for images timm's, if it has one."""
+    """The function that builds the plain model, by its dotted name, and its arguments: timm's, if it has the model."""
     model = recipe.model
     overrides = {name: value for name, value in model.overrides.items() if name not in TRAINING_ONLY}
     if model.modality == "image" and (name := TIMM_NAMES.get(model.size)):

@@ -259,6 +259,18 @@ def explained(
         raise MemoryError(f"the GPU is out of memory: {said}") from None
 
 
+@contextmanager
+def evaluation_explained(recipe: Recipe) -> Iterator[None]:
+    """The same of an evaluation, in which only its batch can be made smaller."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        size = recipe.data.test_batch_size
+        raise MemoryError(
+            f"the GPU is out of memory in an evaluation: try a smaller data.test_batch_size than {size}"
+        ) from None
+
+
 def _held(module: nn.Module, optimizer: Optimizer | None) -> Bytes:
     """By part, at the peak of this process."""
     states = {} if optimizer is None else optimizer.state

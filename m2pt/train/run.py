@@ -38,7 +38,7 @@ from .files import (
     write_json,
 )
 from .log import Log, plot_curves, plot_scales
-from .memory import announce, explained, memory_in_words
+from .memory import announce, evaluation_explained, explained, memory_in_words
 from .metrics import metric_of
 from .optimization import create_loss, create_optimizer, create_scheduler
 from .recipe import Recipe, Schedule
@@ -91,7 +91,8 @@ def train(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> dict[
         metric, batches = metric_of(test_set), test_batches(test_set, recipe, world)
 
         def measure(model: nn.Module, asked: Callable[[], int] = lambda: 0) -> Metrics:
-            return evaluate(model, test_set, _until_stopped(batches, asked), metric, recipe.machine, world)
+            with evaluation_explained(recipe):
+                return evaluate(model, test_set, _until_stopped(batches, asked), metric, recipe.machine, world)
 
         with _log_of(trainer, out, train_set.class_names, resume, steps) as log:
             _fit(trainer, train_set, out, log, steps, lambda asked: measure(trainer.evaluated, asked))
@@ -232,9 +233,9 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str | os.PathLike, weights: 
     checkpoint = _checked(recipe, checkpoint, "checkpoint")
     check_weights(weights)
     trained = load_trained(checkpoint, weights)
-    with _explained(checkpoint, trained.model, recipe):
+    with _naming_difference(checkpoint, trained.model, recipe):
         test_set, plain = _test_set_and_plain(recipe, checkpoint, trained)
-    with processes() as world:
+    with processes() as world, evaluation_explained(recipe):
         batches = test_batches(test_set, recipe, world)
         return evaluate(plain.to(world.device), test_set, batches, metric_of(test_set), recipe.machine, world)
 
@@ -253,7 +254,7 @@ def _test_set_and_plain(recipe: Recipe, checkpoint: Path, trained: Trained) -> t
 
 
 @contextmanager
-def _explained(checkpoint: Path, trained: Mapping[str, Any], recipe: Recipe) -> Iterator[None]:
+def _naming_difference(checkpoint: Path, trained: Mapping[str, Any], recipe: Recipe) -> Iterator[None]:
     """Inside the block an error says how the model was trained, if the recipe says something else."""
     try:
         yield
