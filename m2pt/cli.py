@@ -468,7 +468,7 @@ def _fitted(recipe: "Recipe", arguments: argparse.Namespace, gpu_bytes: int | No
     if gpu_bytes is None:
         raise ValueError("data.batch_size: auto: there is no GPU to fill")
     fitted = fit_passes(recipe, gpu_bytes, processes=_processes())
-    _say(f"data.batch_size=auto: {fitted.data.batch_size} samples in {fitted.machine.accumulation} passes")
+    _say(f"data.batch_size=auto: {fitted.data.batch_size} samples, passes {fitted.machine.accumulation}")
     return fitted
 
 

@@ -237,9 +237,9 @@ def test_the_preset_leaves_room_for_passes_of_a_batch_of_auto(capsys):
     words = ["data.batch_size=auto", "--preset", "low-memory", "--gpu", "1.5"]
     assert main(["memory", "vit_small_patch16_224", *words]) == 0
     output = capsys.readouterr().out
-    assert "data.batch_size=auto: 64 samples in 2 passes" in output and "it fits." in output
+    assert "data.batch_size=auto: 64 samples, passes 2" in output and "it fits." in output
     assert main(["memory", "vit_small_patch16_224", *words, "--batch", "32"]) == 0
-    assert "data.batch_size=auto: 32 samples in 1 passes" in capsys.readouterr().out
+    assert "data.batch_size=auto: 32 samples, passes 1" in capsys.readouterr().out
 
 
 def test_a_run_needs_a_folder_unless_it_is_dry(capsys):
