@@ -198,7 +198,7 @@ def preview(recipe: Recipe) -> str:
             [
                 f"parameters: {trained:,} trained" + f", {aux / 2**20:,.0f} MiB of W_aux frozen" * bool(aux),
                 f"steps: {epochs * steps:,}, in {epochs} epochs of {steps:,}, over {samples:,} samples",
-                f"step: {recipe.data.batch_size} samples; processes {world.size}, passes of each {machine.accumulation}",
+                f"step: {recipe.data.batch_size} samples; processes {world.size}, passes {machine.accumulation}",
                 f"memory: {memory_in_words(recipe, num_classes, world.size, train_set.views)}",
             ]
         )
