@@ -86,7 +86,7 @@ def test_without_a_gpu_the_interpreter_runs_the_kernels(in_interpreter, tmp_path
     assert main(["check", "--json", str(tmp_path / "check.json")]) == 0
     output = capsys.readouterr()
     assert output.out.startswith("No GPU was found: ") and "100%" in output.err
-    assert output.out.endswith("\n3 of 3 kernels are right\n")
+    assert output.out.endswith("\n3 of 3 kernels are correct\n")
     rows = rows_of(tmp_path / "check.json")
     assert [(row.product, row.shape, row.inputs) for row in rows] == [
         (product, shape, inputs)
@@ -163,7 +163,7 @@ def test_everything_right_on_a_gpu(on_gpu, tmp_path, capsys):
     assert main(["check", "--json", str(tmp_path / "check.json")]) == 0
     output = capsys.readouterr().out
     assert output.startswith(f"NVIDIA H100 80GB HBM3, torch {torch.__version__}, Triton ")
-    assert output.endswith("\n18 of 18 kernels are right\n")
+    assert output.endswith("\n18 of 18 kernels are correct\n")
     assert ["grad_input", "by", "pointers", "b", "of", "bf16", "1.00", "0.300", "1.50"] in map(
         str.split, output.split("\n")
     )
@@ -196,7 +196,7 @@ def test_a_fault_is_a_row_and_not_the_end(on_gpu, monkeypatch, tmp_path, capsys,
     assert main(["check", "--json", str(tmp_path / "check.json")]) == 1
     faulty = "forward by pointers b of bf16"
     output = capsys.readouterr().out
-    assert "\n17 of 18 kernels are right\n" in output and output.splitlines()[-1].startswith(f"{faulty}: {message}")
+    assert "\n17 of 18 kernels are correct\n" in output and output.splitlines()[-1].startswith(f"{faulty}: {message}")
     (line,) = (line for line in output.splitlines() if line.endswith("FAULTY"))
     assert line.startswith(f"{faulty} ")
     rows = rows_of(tmp_path / "check.json")
@@ -217,7 +217,7 @@ def test_a_process_that_cannot_start_is_a_row(on_gpu, monkeypatch, capsys):
         lines[-1]
         == "grad_parameters of autocast, int8: status 1: ModuleNotFoundError: No module named 'no_such_module'"
     )
-    assert lines[-7] == "0 of 6 kernels are right"
+    assert lines[-7] == "0 of 6 kernels are correct"
     assert records.read(records.path_of("findings", "NVIDIA H100 80GB HBM3", KERNELS)) == {}
 
 
@@ -227,7 +227,7 @@ def test_float8_is_checked_where_the_gpu_has_it(on_gpu, monkeypatch, capsys, sup
     monkeypatch.setattr(check, "KINDS", {name: KINDS[name] for name in ("bf16", "bf16, float8")})
     monkeypatch.setattr(check, "supports_float8", lambda device: supported)
     assert main(["check"]) == 0
-    assert f"{18 if supported else 9} kernels are right" in capsys.readouterr().out
+    assert f"{18 if supported else 9} kernels are correct" in capsys.readouterr().out
 
 
 INTERRUPTED = """
@@ -268,7 +268,7 @@ if request['timed']: row['milliseconds'] = row['plain_milliseconds'] = 0.2
 """)
     assert main(["check", "--json", str(tmp_path / "check.json")]) == 1
     output = capsys.readouterr().out
-    assert "16 of 18 kernels are right\nforward by pointers b of bf16: while it was timed: status 3" in output
+    assert "16 of 18 kernels are correct\nforward by pointers b of bf16: while it was timed: status 3" in output
     timed = [row for row in rows_of(tmp_path / "check.json") if row.milliseconds]
     assert len(timed) == 16
     assert len(records.faults("NVIDIA H100 80GB HBM3", KERNELS)) == 2
@@ -278,7 +278,7 @@ def test_times_that_cannot_be_had_are_no_fault(on_gpu, capsys):
     on_gpu("if request['timed']: row['not_run'] = 'CUDA out of memory'")
     assert main(["check"]) == 0
     output = capsys.readouterr().out
-    assert output.endswith("18 of 18 kernels are right\n18 of 36 cases were not run: CUDA out of memory\n")
+    assert output.endswith("18 of 18 kernels are correct\n18 of 36 cases were not run: CUDA out of memory\n")
 
 
 def test_what_could_not_be_run_is_not_remembered(on_gpu, capsys):
@@ -395,7 +395,8 @@ def test_a_faulty_plan_is_not_used_and_one_warning_names_the_next(weights, varia
         kernels(x[:900], weights)
     (warning,) = caught
     expected = (
-        f"{first} was found faulty on this GPU (error of the output 0.3) and is not used: next is {variants[second]}; "
+        f"{first} was found faulty on this GPU (error of the output 0.3) and is not used:"
+        f" the next plan is {variants[second]}; "
     )
     assert str(warning.message).startswith(expected)
     assert variants[first] not in UNTUNED.values()
@@ -417,7 +418,7 @@ def test_a_plan_that_is_found_faulty_later_is_given_up(weights, variants):
 @by_tma
 def test_kernels_without_a_right_plan_leave_the_product_to_plain_torch(weights, variants):
     plans.remember("cpu", wrong(*variants))
-    with pytest.warns(UserWarning, match="next is eager"):
+    with pytest.warns(UserWarning, match="the next plan is eager"):
         assert kernels(torch.randn(1024, 512, dtype=torch.bfloat16), weights) == []
 
 

@@ -348,7 +348,7 @@ def test_the_check_finds_every_kernel_right(monkeypatch, capsys):
     monkeypatch.setattr(check, "GPU_SHAPES", (Shape(1001, 203, 137), Shape(1024, 768, 1536)))
     assert check.run() == 0
     output = capsys.readouterr().out
-    assert "kernels are right" in output and "FAULTY" not in output
+    assert "kernels are correct" in output and "FAULTY" not in output
     assert records.read(records.path_of("findings", torch.cuda.get_device_name(), KERNELS))
 
 

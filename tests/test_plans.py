@@ -589,7 +589,7 @@ def test_what_does_not_compile_is_left_out_with_one_warning(monkeypatch):
     assert tried == [second.tile, first.tile, third.tile]
     assert [str(warning.message) for warning in warned] == [
         f"{plans.variant(plan, problem(product))} does not compile with Triton {triton.__version__}"
-        f" (CompilationError: no such instruction): next is {then}"
+        f" (CompilationError: no such instruction): using {then} instead"
         for plan, then in ((second, first), (first, third))
     ]
     gemm.combined_matmul(*product)

@@ -294,7 +294,7 @@ def test_a_candidate_whose_result_is_wrong_is_never_used_again(model, sample, ti
         record = tune(model, sample)[0]
     assert record.plan != first and first not in record.milliseconds
     monkeypatch.setattr(tuning, "verify", None)
-    with pytest.warns(UserWarning, match=f"^forward by {first} of .* was found faulty .*: next is"):
+    with pytest.warns(UserWarning, match=f"^forward by {first} of .* was found faulty .*: the next plan is"):
         assert tune(model, sample)[0] == record
     monkeypatch.setattr(tuning, "verify", verify)
     larger = tune(model, torch.cat([sample, sample]))[0]

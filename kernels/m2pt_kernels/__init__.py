@@ -12,7 +12,7 @@ __all__ = ["combined_weight", "cross_modal_linear", "dequantize", "implementatio
 
 
 def __getattr__(name: str) -> Any:
-    if name == "warmup":  # needs Triton, without which the rest works
+    if name == "warmup":  # needs Triton; the rest works without it
         from .tuning import warmup
 
         return warmup

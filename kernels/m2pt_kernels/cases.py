@@ -1,7 +1,7 @@
-"""Make what `check` computes: products of operands of every kind and size, some in a process.
+"""The cases that `check` runs, products of every operand kind and size, and the worker process that runs them.
 
-Such a process (`python -m m2pt_kernels.cases`) reads requests from stdin, each a line, and answers line by line, so
-that whoever started it knows what it was doing when it hung or died.
+A worker (`python -m m2pt_kernels.cases`) reads requests from stdin, one per line, and answers line by line, so its
+parent knows what it was doing when it hung or died.
 """
 
 import json
@@ -31,7 +31,7 @@ PRODUCTS = ("forward", "grad_input", "grad_parameters")
 
 
 class Kind(NamedTuple):
-    """Names the dtypes of activations and weights, counts auxiliary models, and says whether float32 means TF32."""
+    """The dtypes of activations and weights, the number of auxiliary models, and whether float32 means TF32."""
 
     x: str
     weight: str
@@ -56,7 +56,7 @@ KINDS = {
     "autocast, float8": Kind("bfloat16", "float32", "float8_e4m3fn"),
     "autocast, two models": Kind("bfloat16", "float32", "bfloat16", models=2),
 }
-"""Named by precision and, if it differs, W_aux."""
+"""Named after the precision and, where it differs, W_aux."""
 
 
 class Shape(NamedTuple):
@@ -76,15 +76,15 @@ GPU_SHAPES = (
     Shape(12608, 768, 768),
     Shape(12608, 768, 3072),
 )
-"""These are small; aligned; ragged, in rows that TMA can read; ragged, in rows that it cannot; few tiles; large."""
+"""In order: small; aligned; ragged, with rows that TMA can read; ragged, with rows it cannot; few tiles; large."""
 SMALL_SHAPES = (Shape(64, 64, 64), Shape(45, 48, 80), Shape(37, 23, 29))
 
 
 @dataclass
 class Row:
-    """Says what was found of a plan at a shape; times are in milliseconds, of the plain product too.
+    """What was found for a plan at a shape; times, the plain product's too, are in milliseconds.
 
-    not_run: why it was not, where that is no fault of the kernel.
+    not_run: why the case did not run, where that is not the kernel's fault.
     """
 
     kind: str
@@ -101,12 +101,12 @@ class Row:
 
     @property
     def place(self) -> str:
-        """Tells a row from others of its kind."""
+        """Identifies a row among others of its kind."""
         return f"{self.product}, {self.shape}, {self.inputs}, {self.plan}"
 
 
 class Case(NamedTuple):
-    """Holds a product and, without a pathway, computes the same."""
+    """A product, and a function that computes it without the pathway."""
 
     inputs: str
     product: Product
@@ -114,7 +114,7 @@ class Case(NamedTuple):
 
 
 def cases(kind: Kind, product: str, shape: Shape, device: str) -> list[Case]:
-    """Make cases with a bias and without one; with W_aux frozen and, if it is not quantised, trained.
+    """Make cases with and without a bias, with W_aux frozen and, unless it is quantised, trained.
 
     For int4 the input features are rounded up to whole groups.
     """
@@ -189,7 +189,7 @@ def _attempt(work: Callable[[Row, Case, Plan], None], row: Row, case: Case, plan
 
 
 def answer(request: dict[str, Any], output: TextIO) -> None:
-    """Write a line when a row is begun, and another when it is done."""
+    """Write one line when a row begins and another when it is done."""
     for row, case, plan in _rows(request):
         if request["timed"]:
             wanted, work = row.place in request["places"], _time
@@ -200,11 +200,11 @@ def answer(request: dict[str, Any], output: TextIO) -> None:
             _attempt(work, row, case, plan)
             print(json.dumps({"done": asdict(row)}), file=output, flush=True)
             if row.fault and not INTERPRETED:
-                torch.cuda.synchronize()  # raises where the fault has left the device unusable
+                torch.cuda.synchronize()  # raises if the fault left the device unusable
 
 
 def main() -> None:
-    """Answer what stdin asks for. What Triton and others print goes to stderr."""
+    """Answer the requests on stdin. Output from Triton and others goes to stderr."""
     with os.fdopen(os.dup(1), "w") as output:
         os.dup2(2, 1)
         for line in sys.stdin:

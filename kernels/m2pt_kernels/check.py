@@ -1,7 +1,7 @@
-"""Compare every kernel on this GPU with float64, in a process for each product and kind of operands, and time it.
+"""Compare every kernel on this GPU with float64, in one process per product and operand kind, and time it.
 
-`python -m m2pt_kernels.check`, or `m2pt check`. What is found faulty is not used any more on such a GPU. Without a GPU
-Triton's interpreter runs the kernels, at small sizes.
+Run as `python -m m2pt_kernels.check` or `m2pt check`. Kernels found faulty are no longer used on such a GPU. Without a
+GPU, Triton's interpreter runs the kernels at small sizes.
 """
 
 import argparse
@@ -27,19 +27,19 @@ from .processes import LostError, Workers
 from .quantization import supports_float8
 
 _LARGEST_SMALL = 96
-"""No size is larger in the interpreter."""
+"""The largest size in the interpreter."""
 
 
 def run(model: str | None = None, batch: int = 64, json_file: Path | None = None) -> int:
     """Check, print a table and return the exit status: 0, or 1 if a kernel is faulty.
 
     Args:
-        model: name of a timm model, whose linear layers are checked instead of the usual sizes.
-        batch: of that model's inputs.
-        json_file: where every row is written to.
+        model: name of a timm model; its linear layers are checked instead of the usual sizes.
+        batch: batch size of that model's inputs.
+        json_file: the file to write every row to.
 
     Raises:
-        ValueError: no timm model of that name or none with linear layers, no positive batch, or a file in no folder.
+        ValueError: no such timm model or one without linear layers, a batch below 1, or a json_file in no folder.
     """
     if batch < 1:
         raise ValueError(f"--batch: expected a positive number, got {batch}")
@@ -48,7 +48,7 @@ def run(model: str | None = None, batch: int = 64, json_file: Path | None = None
     on_gpu = torch.cuda.is_available() and not INTERPRETED
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     if on_gpu and not supports(device):
-        print(f"{device_name(device)} has a compute capability below 8.0, where plain torch computes: nothing to check")
+        print(f"{device_name(device)} has a compute capability below 8.0 and uses plain torch: nothing to check")
         return 0
     kinds = [name for name, kind in KINDS.items() if kind.aux_weight != "float8_e4m3fn" or supports_float8(device)]
     shapes = layers(model, batch) if model else GPU_SHAPES if on_gpu else SMALL_SHAPES
@@ -56,7 +56,7 @@ def run(model: str | None = None, batch: int = 64, json_file: Path | None = None
         print(f"{device_name(device)}, torch {torch.__version__}, Triton {triton.__version__}")
     else:
         why = "TRITON_INTERPRET is set" if INTERPRETED else "No GPU was found"
-        print(f"{why}: Triton's interpreter runs the portable kernels, at small sizes, bfloat16 as float16.")
+        print(f"{why}: Triton's interpreter runs the portable kernels at small sizes, with bfloat16 as float16.")
         kinds = [name for name in kinds if not KINDS[name].tf32]
         shapes = sorted({Shape(*(min(size, _LARGEST_SMALL) for size in shape)) for shape in shapes})
     rows = check(kinds, shapes, on_gpu)
@@ -69,7 +69,7 @@ def run(model: str | None = None, batch: int = 64, json_file: Path | None = None
     print(table(rows))
     faults = {row.variant: row.fault for row in reversed(rows) if row.fault}
     count = len({row.variant for row in rows})
-    print(f"{count - len(faults)} of {count} kernels are right")
+    print(f"{count - len(faults)} of {count} kernels are correct")
     for name, fault in reversed(faults.items()):
         print(f"{name}: {fault}")
     if missed := [row for row in rows if row.not_run]:
@@ -80,7 +80,7 @@ def run(model: str | None = None, batch: int = 64, json_file: Path | None = None
 
 
 def layers(model: str, batch: int) -> list[Shape]:
-    """Return the sizes of the linear layers of a timm model, its classifier left out, on a batch.
+    """Return the sizes of a timm model's linear layers on a batch, without its classifier.
 
     Raises:
         ValueError: timm has no such model, or it has no such layers.
@@ -109,8 +109,8 @@ def layers(model: str, batch: int) -> list[Shape]:
 
 
 def check(kinds: Sequence[str], shapes: Sequence[Shape], on_gpu: bool) -> list[Row]:
-    """Verify every plan in processes side by side, then time those that are right at the largest shape, one by one."""
-    # On a GPU compiling takes the time, of forward the most; in the interpreter it is starting the processes.
+    """Verify all plans in parallel processes, then time those that are correct at the largest shape, one by one."""
+    # On a GPU most of the time is compiling, above all forward; in the interpreter it is starting processes.
     groups = list(pairs([[product] for product in PRODUCTS] if on_gpu else [PRODUCTS], kinds))
     largest = max(shapes, key=lambda shape: shape.tokens * shape.in_features * shape.out_features)
     with ThreadPoolExecutor(_side_by_side(largest, on_gpu)) as pool, Workers(on_gpu) as workers:
@@ -124,7 +124,7 @@ def check(kinds: Sequence[str], shapes: Sequence[Shape], on_gpu: bool) -> list[R
 
 
 def _side_by_side(shape: Shape, on_gpu: bool) -> int:
-    """Return how many processes there are cores and memory for: operands and results, several of them in float32."""
+    """Return how many processes the cores and memory allow: operands and results, several of them in float32."""
     cores = len(os.sched_getaffinity(0))
     if not on_gpu:
         return cores
@@ -134,7 +134,7 @@ def _side_by_side(shape: Shape, on_gpu: bool) -> int:
 
 
 def _verified(workers: Workers, products: Sequence[str], kind: str, shapes: Sequence[Shape]) -> list[Row]:
-    """Return the rows of a group. A plan that ends its process, or never ends, is left out from then on."""
+    """Return the rows of a group. A plan that ends its process, or hangs, is skipped from then on."""
     rows: list[Row] = []
     lost: list[str] = []
     while True:
@@ -158,7 +158,7 @@ def _verified(workers: Workers, products: Sequence[str], kind: str, shapes: Sequ
 
 
 def _add_times(workers: Workers, rows: list[Row]) -> None:
-    """Time rows, all in one process as long as it lives; a plan that ends it is faulty after all."""
+    """Time all rows in one process for as long as it lives; a plan that ends it counts as faulty after all."""
     waiting = {(row.kind, row.place): row for row in rows}
     with tqdm(total=len(rows), desc="timing", unit="plan") as bar:
         while waiting:
@@ -187,7 +187,7 @@ def _add_times(workers: Workers, rows: list[Row]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Write a line for each kernel: its worst error at any shape over plain torch's, and times at the largest shape."""
+    """Format a line per kernel: its worst error at any shape over plain torch's, and times at the largest shape."""
     variants: dict[str, list[Row]] = {}
     for row in rows:
         variants.setdefault(row.variant, []).append(row)
@@ -211,7 +211,7 @@ def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m m2pt_kernels.check", description=" ".join(__doc__.split()))
     parser.add_argument("--model", metavar="NAME", help="check the linear layers of this timm model instead")
-    parser.add_argument("--batch", type=int, default=64, help="inputs of that model at a time (default: 64)")
+    parser.add_argument("--batch", type=int, default=64, help="batch size of that model (default: 64)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row to this file")
     arguments = parser.parse_args()
     try:

@@ -1,4 +1,4 @@
-"""Check what every function needs: dense tensors, floating dtypes, one device. Messages begin with the argument."""
+"""Checks shared by every function: dense tensors, floating dtypes, one device. Messages begin with the argument."""
 
 import torch
 from torch import Tensor, strided
@@ -10,7 +10,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     """Check that an argument is a dense tensor, with an element at every index.
 
     Raises:
-        TypeError: it is no tensor.
+        TypeError: it is not a tensor.
         ValueError: it is sparse or nested.
     """
     if getattr(tensor, "layout", None) is strided and not tensor.is_nested:

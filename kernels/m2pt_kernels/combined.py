@@ -1,4 +1,4 @@
-"""Hold a combined weight as a value, say how it lies in memory, and check what it is made of."""
+"""The combined weight as a value, its layout in memory, and checks of its parts."""
 
 from typing import NamedTuple
 
@@ -13,9 +13,9 @@ class CombinedWeight(NamedTuple):
 
     Attributes:
         weight: W, (N, K).
-        aux_weight: W_aux, (N, K), or (n, N, K) of n auxiliary models; floating, or what `quantize` made of it.
+        aux_weight: W_aux, (N, K), or (n, N, K) for n auxiliary models; floating, or data from `quantize`.
         cross_modal_scale: s, (1,) or (n,).
-        aux_weight_scale: the quantisation scale that `quantize` returned beside aux_weight; None if there is none.
+        aux_weight_scale: the quantisation scale that `quantize` returned with aux_weight; None if there is none.
         transposed: whether the factor is the transpose, (K, N), as in the forward pass.
     """
 
@@ -36,15 +36,15 @@ class CombinedWeight(NamedTuple):
         return models_in(self.aux_weight)
 
     def strides(self, matrix: Tensor) -> tuple[int, int]:
-        """Return how far apart neighbours in weight or aux_weight lie along the depth, and along the columns."""
+        """Return the strides of weight or aux_weight along the depth and along the columns."""
         row, column = matrix.stride()[-2:]
         return (column, row) if self.transposed else (row, column)
 
     @property
     def layout(self) -> tuple[bool, int]:
-        """Whether W lies in memory as (depth, columns), and the dimension along which neighbours lie a row apart.
+        """Whether W lies in memory as (depth, columns), and the dimension whose stride is the distance between rows.
 
-        That is -2, the dimension of the output features, if W is stored by rows, or else -1.
+        That is -2, the output features, if W is stored by rows, otherwise -1.
         """
         depth_first = self.weight.stride(1 if self.transposed else 0) != 1
         return depth_first, -2 if depth_first != self.transposed else -1
@@ -77,5 +77,5 @@ def models_in(aux_weight: Tensor) -> int:
 
 
 def model_stride(matrices: Tensor) -> int:
-    """Return how far apart the matrices of auxiliary models lie; 0 if there is one."""
+    """Return the stride between the matrices of auxiliary models; 0 if there is one."""
     return 0 if matrices.dim() == 2 else matrices.stride(0)

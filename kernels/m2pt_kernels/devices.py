@@ -1,4 +1,4 @@
-"""Ask torch and Triton about the device that kernels are compiled for and launched on."""
+"""Facts from torch and Triton about the device that kernels are compiled for and launched on."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -17,10 +17,10 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
-"""Kernels read floating operands of these dtypes."""
+"""The dtypes of floating operands that kernels read."""
 
 OLDEST_CAPABILITY = 80
-"""Older CUDA devices have no tensor cores that Triton knows, and would spill; there plain torch is faster."""
+"""Older CUDA devices have no tensor cores that Triton supports, and would spill: plain torch is faster there."""
 
 
 @cache
@@ -43,11 +43,11 @@ def check_runs_kernels() -> None:
     except RuntimeError as error:
         raise RuntimeError('implementation("triton"): Triton has no active driver') from error
     if capability is not None and capability < OLDEST_CAPABILITY:
-        raise RuntimeError(f'implementation("triton"): needs compute capability 8.0, this is {capability / 10}')
+        raise RuntimeError(f'implementation("triton"): needs compute capability 8.0, got {capability / 10}')
 
 
 def active_target() -> GPUTarget | None:
-    """Return what Triton's active driver compiles for; None in the interpreter.
+    """Return the target of Triton's active driver; None in the interpreter.
 
     Raises:
         RuntimeError: Triton has no active driver.
@@ -60,29 +60,29 @@ def active_target() -> GPUTarget | None:
 
 @cache
 def _target_of(driver: DriverBase, device: int) -> GPUTarget:
-    """Ask a driver about the current device only once, as that takes microseconds."""
+    """Ask a driver for a device's target only once, as that takes microseconds."""
     return driver.get_current_target()
 
 
 def capability_of(target: GPUTarget | None) -> int | None:
-    """Return ten times the compute capability of a target with CUDA, None of others."""
+    """Return ten times the compute capability of a CUDA target; None for others."""
     return target.arch if target is not None and target.backend == "cuda" else None
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:
-    """Make the tensor's device the current one inside: Triton compiles for the current device and launches there."""
+    """Make the tensor's device current inside: Triton compiles for the current device and launches on it."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @cache
 def device_name(device: torch.device) -> str:
-    """Return the name of a GPU, as its target does not tell it from others of its generation."""
+    """Return the name of a GPU; its target is the same for its whole generation."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Return how many SMs a GPU has; where there is none, as many as an H100."""
+    """Return how many SMs a GPU has; without a GPU, as many as an H100."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 

@@ -1,4 +1,4 @@
-"""Find out what is divided among processes: tensors by DTensor, modules by FSDP."""
+"""Detect what is divided among processes: tensors by DTensor, modules by FSDP."""
 
 import sys
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ def check_whole(name: str, tensor: Tensor | None) -> None:
 
 
 def whole(tensor: Any) -> Tensor:
-    """Gather a tensor that may be divided among processes; if it is, all of them have to call this."""
+    """Gather a tensor that may be divided among processes; if it is, every process has to call this."""
     return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
 def is_divided(model: nn.Module, place: str) -> bool:
-    """Return whether the module at a dotted name has DTensors, or is in one that FSDP divides, even if whole now."""
+    """Return whether the module at a dotted name has DTensors, or is in one that FSDP divides, even if gathered now."""
     names = place.split(".") if place else []
     around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
     own = (*around[-1].parameters(recurse=False), *around[-1].buffers(recurse=False))
@@ -33,17 +33,17 @@ def check_undivided(model: nn.Module, remedy: str) -> None:
 
 
 def fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
-    """Return those that FSDP2 divides."""
+    """Return the modules that FSDP2 divides."""
     return _of_fsdp(modules, "FSDPModule")
 
 
 def flattened_modules(modules: Iterable[nn.Module]) -> list[Any]:
-    """Return those that FSDP1 divides; a process may have a part of their parameters, or nothing."""
+    """Return the modules that FSDP1 divides; a process may hold some of their parameters, or none."""
     return _of_fsdp(modules, "FullyShardedDataParallel")
 
 
 def _of_fsdp(modules: Iterable[nn.Module], kind: str) -> list[Any]:
-    """Return those of a class that takes most of a second to import; whoever divided a module has imported it."""
+    """Return those of a class that takes most of a second to import; code that divided a module has imported it."""
     found = getattr(sys.modules.get("torch.distributed.fsdp"), kind, ())
     return [module for module in modules if isinstance(module, found)]
 

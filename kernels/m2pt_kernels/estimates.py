@@ -1,8 +1,8 @@
-"""Estimate what a plan takes, to choose one before anything was timed: waves of tiles, steps, and what is fixed.
+"""A cost model to choose plans before anything is timed: waves of tiles, k-steps and fixed costs.
 
 Constants are in clocks of one SM at 1.755 GHz. Those of kernels are fitted to an H200's times of every plan of the
-linear layers of ViT-B, L and g (`benchmarks/results/products-h200.json`), and stand for other GPUs until these are
-measured; `warmup` replaces estimates by times.
+linear layers of ViT-B, L and g (`benchmarks/results/products-h200.json`) and used for other GPUs until those are
+measured; `warmup` replaces estimates with times.
 """
 
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ from .tiles import ceil_div, count_tiles
 
 
 class Speed(NamedTuple):
-    """Says how a kernel spends its time, in clocks.
+    """How a kernel spends its time, in clocks.
 
     Attributes:
-        wait: of a step, in which a block waits. Blocks that share an SM do so together.
-        tile: of a tile, besides its steps.
-        overlaps: whether the tensor cores multiply while the next step's operand is combined.
+        wait: per k-step, in which a block waits. Blocks that share an SM wait together.
+        tile: per tile, besides its k-steps.
+        overlaps: whether the tensor cores multiply while the next k-step's operand is combined.
     """
 
     wait: int
@@ -25,9 +25,9 @@ class Speed(NamedTuple):
 
 
 TILE = 2300
-"""Clocks of a tile before its first step and after its last."""
+"""Clocks of a tile before its first k-step and after its last."""
 DESCRIPTORS = 13500
-"""Clocks in which a block of `gemm_tma` makes descriptors of its operands, before all else."""
+"""Clocks that a block of `gemm_tma` first spends on making its operands' descriptors."""
 SPEEDS = {
     **dict.fromkeys(("pointers", "pointers, gradients"), Speed(wait=356, tile=TILE)),
     "tma": Speed(wait=80, tile=TILE + DESCRIPTORS),
@@ -35,7 +35,7 @@ SPEEDS = {
     "hopper, gradients": Speed(wait=95, tile=TILE),
     "hopper": Speed(wait=150, tile=TILE, overlaps=True),
 }
-"""By the kernels of a plan."""
+"""By a plan's kernels."""
 FLOPS = {
     "ampere": 2048,
     "ampere_small": 1024,
@@ -46,31 +46,31 @@ FLOPS = {
     "rdna": 512,
     "portable": 1024,
 }
-"""Dense half-precision FLOP a clock and SM, by the makers' data sheets; of portable kernels, assumed."""
+"""Dense half-precision FLOP per clock and SM, from the makers' data sheets; for portable kernels, assumed."""
 SLOWDOWN = {"half": 1, "tf32": 2, "ieee": 16}
-"""By so much are float32 operands multiplied slower."""
+"""How many times slower float32 operands are multiplied."""
 COMBINE = 0.115
-"""Clocks for an entry of an auxiliary model that is added to W."""
+"""Clocks to add an entry of an auxiliary model to W."""
 SHARED_RATE = 128
-"""Bytes a clock through shared memory."""
+"""Bytes per clock through shared memory."""
 SPLIT_RATE = 16
-"""Bytes a clock and SM of the splits, which are written and read."""
+"""Bytes per clock and SM at which splits are written and read."""
 LAUNCH = 3500
 """Clocks of the launch that adds splits."""
 
 MOST_SPLITS = 16
 MOST_SPLIT_BYTES = 2**26
-"""Splits that are chosen take no more memory than this while gradients are computed."""
+"""The most memory that chosen splits take while gradients are computed."""
 
 
 class Work(NamedTuple):
-    """Describes a product and the GPU.
+    """A product and the GPU.
 
     Attributes:
-        rows, columns, depth: of the result, and of what is summed up for an entry of it.
-        models: auxiliary models whose weights are combined with W; 0 in gradients.
+        rows, columns, depth: of the result, and of the sum that makes an entry of it.
+        models: auxiliary models whose weights are combined with W; 0 for gradients.
         weight_bytes: of an entry of W and of each W_aux together.
-        flops: a clock and SM, of operands of this dtype.
+        flops: per clock and SM, for operands of this dtype.
         multiprocessors: SMs of the GPU.
     """
 
@@ -84,7 +84,7 @@ class Work(NamedTuple):
 
 
 def clocks(by: str, tile: Any, work: Work) -> dict[int, float]:
-    """Return about how long a kernel takes in such tiles: whole, and in as many splits as are the fastest.
+    """Estimate a kernel's clocks with a tile, by number of splits: for 1, and for the fastest number.
 
     Only the reduction of gradients is split.
     """
@@ -93,12 +93,12 @@ def clocks(by: str, tile: Any, work: Work) -> dict[int, float]:
     multiply = 2 * height * width * depth / work.flops
     combine = COMBINE * work.models * width * depth
     if speed.overlaps:
-        # wgmma reads the rows once for each half of the columns; what is copied in is written and read once.
+        # wgmma reads the rows once for each half of the columns; copied data is written and read once.
         shared = (3 * height * 2 + 2 * width * work.weight_bytes) * depth / SHARED_RATE
         busy = max(multiply, combine, shared)
     else:
         busy = multiply + combine
-    # About as many blocks share an SM as registers hold; one of those that read by TMA.
+    # About as many blocks share an SM as its registers hold; one, if they read by TMA.
     resident = 1 if by != "pointers" else min(4, max(1, 2**17 // (height * width * tile.num_warps)))
     tiles, all_steps = count_tiles(tile, work.rows, work.columns), ceil_div(work.depth, depth)
     split_bytes = 4 * work.rows * work.columns

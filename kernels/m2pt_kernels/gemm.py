@@ -1,4 +1,4 @@
-"""Compute the two products by the kernels that `plans` chooses, each on its tensors' device."""
+"""Compute the two products with the kernels that `plans` chooses, each on its tensors' device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ _GRAD_LAUNCHES = {"pointers": gemm_pointers, "tma": gemm_tma, "hopper": plans.ge
 def combined_matmul(
     left: Tensor, combined: CombinedWeight, bias: Tensor | None = None, plan: Plan | None = None
 ) -> Tensor:
-    """Return left times combined plus bias, contiguous and in left's dtype. `plan` replaces the one that is chosen.
+    """Return left times combined plus bias, contiguous and in left's dtype. `plan` overrides the chosen one.
 
     Raises:
         NotCompiledError: the kernel of `plan` does not compile.
@@ -42,11 +42,11 @@ def _combined_matmul(plan: Plan, product: CombinedMatmul) -> Tensor:
 def grad_parameters(
     product: GradParameters, plan: Plan | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the wanted gradients of weight, aux weight and cross-modal scale. `plan` replaces the one that is chosen.
+    """Return the wanted gradients of weight, aux weight and cross-modal scale. `plan` overrides the chosen one.
 
-    The scale's is reduced in two stages of fixed order, a sum per row of a tile and the sum of those, without atomics:
-    repeated runs give the same bits. So they do where the tokens are split, which takes float32 memory of N x K for
-    each split until this returns, `estimates.MOST_SPLIT_BYTES` at most unless `plan` says otherwise.
+    The scale's is reduced in two stages of fixed order without atomics, a sum per row of a tile and the sum of those:
+    repeated runs give the same bits. This also holds if the tokens are split, which takes N x K float32 memory per
+    split until this returns: `estimates.MOST_SPLIT_BYTES` at most, unless `plan` says otherwise.
 
     Raises:
         NotCompiledError, ValueError: as `combined_matmul`.
@@ -72,7 +72,7 @@ def _grad_parameters(plan: Plan, product: GradParameters) -> tuple[Tensor | None
 
 
 def _by_plan(function: Callable[[Plan, Any], Any], product: Product, plan: Plan | None) -> Any:
-    """Compute by `plan`, or else by the first that compiles."""
+    """Compute with `plan`, or else with the first that compiles."""
     while plan is None:
         chosen = plans.choose(product)
         try:
@@ -83,7 +83,7 @@ def _by_plan(function: Callable[[Plan, Any], Any], product: Product, plan: Plan 
 
 
 def compute(plan: Plan, product: Product) -> Any:
-    """Compute a product by one of its plans.
+    """Compute a product with one of its plans.
 
     Raises:
         NotCompiledError: its kernel does not compile.

@@ -1,8 +1,8 @@
-"""The GEMM with the combined weight for sm_90, scheduled by hand in Gluon, Triton's language below its tiles.
+"""The persistent GEMM with the combined weight for sm_90, scheduled by hand in Gluon, Triton's lower-level language.
 
-As in `gemm_tma.py` it is computed transposed, `Y^T = (W + s * W_aux) X^T`, with the combined tile in registers as the A
-operand of wgmma. A block stays on its SM and computes tile after tile. One warp loads by TMA; two groups of four warps
-have half of a tile's columns each: while the tensor cores multiply a step, the group combines the next one's operand.
+As in `gemm_tma.py` it is computed transposed, `Y^T = (W + s * W_aux) X^T`, with the combined tile in registers as
+wgmma's A operand. One warp loads by TMA; two groups of four warps compute half of a tile's columns each. While the
+tensor cores multiply a k-step, the group combines the operand of the next one.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from .tensor_maps import tensor_map
 from .tiles import GROUP, count_tiles
 from .versions import TMA_OPTIONS
 
-# Named otherwise before Triton 3.8.
+# Other names before Triton 3.8.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 allocate_barriers = mbarrier.allocate_mbarrier
@@ -34,7 +34,7 @@ _GROUPS = gl.constexpr(2)
 _COLUMNS = gl.constexpr(64)
 """A group's half of a tile has as many columns as wgmma has rows."""
 _UNROLL = gl.constexpr(4)
-"""All products are waited for every so many steps: none may be in flight where a loop turns."""
+"""Every so many k-steps all products are waited for: none may be in flight at the end of a loop iteration."""
 
 
 @gluon.jit
@@ -81,7 +81,7 @@ def _column_of(vector_ptr, column, columns, layout: gl.constexpr, RELABEL: gl.co
 
 @gluon.jit
 def _load_tiles(maps, stages, barriers, sizes, GROUP: gl.constexpr, DEPTH_FIRST: gl.constexpr):
-    """Fill stage after stage, each as soon as both groups have read it. All that is past a matrix is zero."""
+    """Fill one stage after another, each as soon as both groups have read it. Entries past a matrix are zero."""
     left, more_left, weight, aux = maps
     lefts, more_lefts, weights, auxes = stages
     filled, emptied = barriers
@@ -128,7 +128,7 @@ def _combine(
     OPERAND: gl.constexpr,
     DEPTH_FIRST: gl.constexpr,
 ):
-    """Make a step's operand, once its tiles are there."""
+    """Combine a k-step's operand once its tiles have arrived."""
     lefts, _, weights, auxes = stages
     stage = step % auxes.shape[0]
     mbarrier.wait(filled.index(stage), (step // auxes.shape[0]) & 1)
@@ -142,7 +142,7 @@ def _combine(
 
 @gluon.jit
 def _multiply(combined, lefts, more_lefts, step, accumulator, more, MORE_OPERAND: gl.constexpr):
-    """Begin a step's products."""
+    """Start a k-step's products."""
     stage = step % lefts.shape[0]
     accumulator = warpgroup_mma(combined, lefts.index(stage).permute((1, 0)), accumulator, is_async=True)
     combined = gl.convert_layout(combined, MORE_OPERAND, assert_trivial=True)
@@ -152,7 +152,7 @@ def _multiply(combined, lefts, more_lefts, step, accumulator, more, MORE_OPERAND
 
 @gluon.jit
 def _wait_for(step, accumulator, more, emptied, LATER: gl.constexpr):
-    """Wait for a step's products, LATER steps having been begun since; then its stage may be filled again."""
+    """Wait for a k-step's products, with LATER k-steps started since, and release its stage to be filled again."""
     accumulator, more = warpgroup_mma_wait(num_outstanding=2 * LATER, deps=(accumulator, more))
     mbarrier.arrive(emptied.index(step % emptied.shape[0]), count=1)
     return accumulator, more
@@ -160,7 +160,7 @@ def _wait_for(step, accumulator, more, emptied, LATER: gl.constexpr):
 
 @gluon.jit
 def _store_tile(map, tile, buffer, row, column, RELABEL: gl.constexpr):
-    """Store a tile through shared memory, once the store before has left it; this one is waited for later."""
+    """Store a tile through shared memory once the previous store has left it; this store is waited for later."""
     tile = tile.to(map.dtype)
     if RELABEL:
         tile = _relabel(tile, 2, 4)
@@ -294,7 +294,7 @@ def combined_matmul_hopper_kernel(
 
 
 class CombinedTile(NamedTuple):
-    """The output tile is (BLOCK_M + MORE_M) x 128, a step's depth BLOCK_K."""
+    """The output tile is (BLOCK_M + MORE_M) x 128, a k-step's depth BLOCK_K."""
 
     BLOCK_M: int
     MORE_M: int
@@ -303,14 +303,14 @@ class CombinedTile(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Its rows and columns, and a step's depth."""
+        """Its rows and columns, and a k-step's depth."""
         return self.BLOCK_M + self.MORE_M, _GROUPS.value * _COLUMNS.value, self.BLOCK_K
 
 
 def combined_matmul(
     tile: CombinedTile, left: Tensor, combined: CombinedWeight, bias: Tensor | None, output: Tensor
 ) -> None:
-    """Write a `CombinedMatmul` to output, contiguous. A quantised W_aux has a scale for each row in memory.
+    """Write a `CombinedMatmul` to a contiguous output. A quantised W_aux has a scale for each row in memory.
 
     Raises:
         NotCompiledError: the kernel does not compile.

@@ -1,8 +1,7 @@
-"""The GEMM of the parameters' gradients for sm_90, `G = dY^T x`, scheduled by hand in Gluon as `gemm_hopper.py` is.
+"""The persistent GEMM of the parameters' gradients for sm_90, `G = dY^T x`, scheduled by hand like `gemm_hopper.py`.
 
-A block stays on its SM and computes tile after tile. One warp loads by TMA; two groups of four warps have half of a
-tile's rows each, and begin a step's products before those of the step before are done. A tile leaves in pieces of its
-columns, while the first steps of the next one arrive.
+One warp loads by TMA; two groups of four warps compute half of a tile's rows each, and start a k-step's products before
+the previous ones are done. A tile is stored in pieces of its columns while the first k-steps of the next one arrive.
 """
 
 import torch
@@ -25,14 +24,14 @@ from .tensor_maps import map_of_several, tensor_map
 from .tiles import GROUP, GradTile, ceil_div, count_tiles, share_of
 from .versions import TMA_OPTIONS
 
-# Named otherwise before Triton 3.9.
+# Another name before Triton 3.9.
 _reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 _GROUPS = gl.constexpr(2)
 _ROWS = gl.constexpr(64)
 """A group's half of a tile has as many rows as wgmma."""
 _SLOTS = gl.constexpr(2)
-"""A group has memory for so many pieces of the result and of W_aux, which it uses in turn."""
+"""How many pieces of the result, and of W_aux, a group has memory for; it uses the slots in turn."""
 
 
 @gluon.jit
@@ -44,7 +43,7 @@ def _tiles(sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _place(index, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr):
-    """Return where a tile begins, and which split it is of."""
+    """Return where a tile begins, and which split it belongs to."""
     rows, columns, _, _ = sizes
     tiles = _tiles(sizes, BLOCK_M, BLOCK_N)
     row, column = tile_at(index % tiles, rows, columns, BLOCK_M, BLOCK_N, GROUP)
@@ -53,14 +52,14 @@ def _place(index, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl
 
 @gluon.jit
 def _next(stage, phase, STAGES: gl.constexpr):
-    """Return the next step's stage, and its phase: whether it was used an odd number of times before."""
+    """Return the next k-step's stage, and its phase: whether it was used an odd number of times before."""
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), phase ^ last.to(gl.int32)
 
 
 @gluon.jit
 def _load_tiles(operands, stages, barriers, sizes, GROUP: gl.constexpr):
-    """Fill stage after stage, each as soon as both groups have read it. All that is past a matrix is zero."""
+    """Fill one stage after another, each as soon as both groups have read it. Entries past a matrix are zero."""
     grad, x = operands
     grads, xs = stages
     filled, emptied = barriers
@@ -83,14 +82,14 @@ def _load_tiles(operands, stages, barriers, sizes, GROUP: gl.constexpr):
 
 @gluon.jit
 def _release_before(stage, emptied, wanted=True):
-    """Let the stage before this one be filled again."""
+    """Release the stage before this one to be filled again."""
     STAGES: gl.constexpr = emptied.shape[0]
     mbarrier.arrive(emptied.index(gl.where(stage == 0, STAGES, stage) - 1), count=1, pred=wanted)
 
 
 @gluon.jit
 def _multiply(group: gl.constexpr, stages, barriers, steps, stage, phase, accumulator):
-    """Add a tile's steps to a group's accumulator."""
+    """Run a tile's k-loop into a group's accumulator."""
     grads, xs = stages
     filled, emptied = barriers
     for step in range(steps):
@@ -107,7 +106,7 @@ def _multiply(group: gl.constexpr, stages, barriers, steps, stage, phase, accumu
 
 @gluon.jit
 def _split(tile, LAYOUT: gl.constexpr):
-    """Return the pieces of a tile; no thread gives any of its elements away."""
+    """Return the pieces of a tile; every thread keeps its elements."""
     if tile.shape[1] == LAYOUT.instr_shape[1]:
         return (gl.convert_layout(tile, LAYOUT, assert_trivial=True),)
     else:
@@ -117,7 +116,7 @@ def _split(tile, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _fetch(group: gl.constexpr, turn: gl.constexpr, factors, place, MODELS: gl.constexpr, COUNT: gl.constexpr):
-    """Begin to load a tile's next piece of W_aux, if there is one; Triton waits until the slot has been read."""
+    """Start loading a tile's next piece of W_aux, if there is one; Triton waits until the slot has been read."""
     aux, auxes, arrived = factors
     row, column, _ = place
     if turn < MODELS * COUNT:
@@ -129,7 +128,7 @@ def _fetch(group: gl.constexpr, turn: gl.constexpr, factors, place, MODELS: gl.c
 
 @gluon.jit
 def _take(group: gl.constexpr, turn: gl.constexpr, factors, phase, LAYOUT: gl.constexpr):
-    """Read a piece of W_aux, in float32, once it is there."""
+    """Read a piece of W_aux in float32 once it has arrived."""
     _, auxes, arrived = factors
     slot: gl.constexpr = group * _SLOTS + turn % _SLOTS
     mbarrier.wait(arrived.index(slot), phase ^ (turn // _SLOTS & 1))
@@ -144,7 +143,7 @@ def _blocks(count, descriptor):
 
 @gluon.jit
 def _store(group: gl.constexpr, turn, descriptor, piece, buffers, matrix, row, column):
-    """Store a piece through shared memory, which the store but one has left; this one is waited for later."""
+    """Store a piece through shared memory once the store before last has left it; this one is waited for later."""
     FIT: gl.constexpr = buffers.dtype.primitive_bitwidth // descriptor.dtype.primitive_bitwidth
     buffer = buffers.index(group * _SLOTS + turn % _SLOTS)
     buffer = _reinterpret(buffer, descriptor.dtype, _blocks(FIT, descriptor), descriptor.layout).index(0)
@@ -158,7 +157,7 @@ def _store(group: gl.constexpr, turn, descriptor, piece, buffers, matrix, row, c
 
 @gluon.jit
 def _row_of(matrix, length, row, LAYOUT: gl.constexpr):
-    """Return where a group's entries lie in one of several vectors, in 64 bits, and whether they exist."""
+    """Return the 64-bit offsets of a group's entries in one of several vectors, and whether they exist."""
     entry = row + gl.arange(0, _ROWS, LAYOUT)
     return gl.to_tensor(matrix).to(gl.int64) * length + entry, entry < length
 
@@ -176,7 +175,7 @@ def _compute_tiles(
     MODELS: gl.constexpr,
     PIECE: gl.constexpr,
 ):
-    """Compute a group's half of every tile, and store what is wanted of it."""
+    """Compute a group's half of every tile, and store the wanted results."""
     grads, xs = stages
     grad_weight, grad_aux, buffers = outputs
     cross_modal_scale_ptr, aux_weight_scale_ptr, partial_ptr = vectors
@@ -238,7 +237,7 @@ def _buffers(descriptor, COUNT: gl.constexpr):
 
 @gluon.jit
 def _buffers_of_either(first, second, COUNT: gl.constexpr):
-    """Return buffers that blocks of both descriptors fit into, either of which may be None."""
+    """Return buffers that fit the blocks of both descriptors; either may be None."""
     if first is None:
         return None if second is None else _buffers(second, COUNT)
     elif second is not None and second.nbytes_per_cta > first.nbytes_per_cta:
@@ -277,7 +276,7 @@ def grad_parameters_hopper_kernel(
     MODELS: gl.constexpr,
     PIECE: gl.constexpr,
 ):
-    """Compute what `gemm_tma.grad_parameters_tma_kernel` does, of matrices that the host describes.
+    """Compute the same as `gemm_tma.grad_parameters_tma_kernel`, with tensor maps made on the host.
 
     aux and grad_aux are (models, rows, columns), grad_weight is (splits, rows, columns): all in blocks of PIECE
     columns, at most half of a tile's. share is the depth of a split.
@@ -306,9 +305,9 @@ def grad_parameters_hopper_kernel(
 def grad_parameters(
     tile: GradTile, product: GradParameters, grad_weight: Tensor | None, grad_aux: Tensor | None, splits: int = 1
 ) -> Tensor | None:
-    """Write the weights' gradients that are given; return the scale's, if wanted, as partial sums (n, ...).
+    """Write those weight gradients that are not None; return the scale's, if wanted, as partial sums (n, ...).
 
-    With several splits grad_weight alone is written, (splits, N, K), in float32: of each share of the tokens.
+    With several splits only grad_weight is written: (splits, N, K) in float32, one for each share of the tokens.
 
     Raises:
         NotCompiledError: the kernel does not compile.

@@ -1,4 +1,4 @@
-"""GEMMs by pointers take any shape, any stride, float32, float16 and bfloat16, and a W_aux that may be quantised."""
+"""Pointer GEMMs for any shape and stride, float32, float16 and bfloat16, and a W_aux that may be quantised."""
 
 from typing import NamedTuple
 
@@ -20,20 +20,20 @@ GROUP_SIZE = tl.constexpr(GROUP_SIZE)
 
 @triton.jit
 def _indices_inside(tile, size, BLOCK: tl.constexpr):
-    """Return the int64 indices of a tile. Those past `size` repeat those before, and can be read without a mask."""
+    """Return the int64 indices of a tile. Those past `size` repeat earlier ones, so no mask is needed."""
     start = tile * BLOCK
     return start.to(tl.int64) + tl.arange(0, BLOCK) % tl.minimum(size - start, BLOCK).to(tl.int32)
 
 
 @triton.jit
 def packed_index(column):
-    """Return where the int4 entry of a column lies in its row, in bytes."""
+    """Return the byte offset of a column's int4 entry in its row."""
     return column // GROUP_SIZE * (GROUP_SIZE // 2) + column % (GROUP_SIZE // 2)
 
 
 @triton.jit
 def unpack(data, column):
-    """Return the int4 entries of the columns that bytes were read for."""
+    """Return the int4 entries of columns from the bytes read for them."""
     shift = (column // (GROUP_SIZE // 2) % 2 * 4).to(tl.uint8)
     return ((data >> shift) & 15).to(tl.float32) - 8
 
@@ -71,10 +71,10 @@ def combined_matmul_kernel(
 ):
     """Store left (weight + sum of scale * aux) + bias: left (rows, depth), weight and each aux (depth, columns).
 
-    A quantised aux has a scale for each step of the depth if SCALED_BY_DEPTH, or else for each column; int4 has one for
-    each group along the other dimension too, and no tile touches two groups.
+    A quantised aux has a scale for each index of the depth if SCALED_BY_DEPTH, otherwise for each column; int4 also has
+    one for each group along the other dimension, and no tile touches two groups.
     """
-    # A mask of rows and columns in the loop would cost registers that the largest tiles do not have.
+    # Masking rows and columns in the k-loop would cost registers that the largest tiles do not have.
     tile_row, tile_column = tile_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     row = _indices_inside(tile_row, rows, BLOCK_M)
     column = _indices_inside(tile_column, columns, BLOCK_N)
@@ -171,11 +171,12 @@ def grad_parameters_kernel(
     INPUT_PRECISION: tl.constexpr,
     MODELS: tl.constexpr,
 ):
-    """Compute G = grad^T x, of grad (depth, rows) and x (depth, columns), in float32.
+    """Compute G = grad^T x from grad (depth, rows) and x (depth, columns), in float32.
 
     Store each result whose pointer is not None: G in grad_weight, and for each auxiliary model scale * G in grad_aux,
-    and <G, aux> in partial, one number per row of a tile. A quantised aux has a scale a row, int4 a group.
-    If share is not None, `program_id(1)` counts shares of so much of the depth, each with its G in grad_weight.
+    and <G, aux> in partial, one number per row of a tile. A quantised aux has a scale per row, int4 per group.
+    If share is not None, the depth is divided into shares of that size, one per `program_id(1)`, each with its own G in
+    grad_weight.
     """
     if share is not None:
         begin = offset_of(tl.program_id(1), share)
@@ -234,10 +235,10 @@ def grad_parameters_kernel(
 
 
 class CombinedTile(NamedTuple):
-    """The output tile is BLOCK_M x BLOCK_N, a step's depth BLOCK_K.
+    """The output tile is BLOCK_M x BLOCK_N, a k-step's depth BLOCK_K.
 
-    COMBINE_IN_WARPS: every warp combines what it multiplies, in registers, again in each warp that needs it; otherwise
-    the block combines a tile once and passes it through shared memory, which costs a barrier a step.
+    COMBINE_IN_WARPS: every warp combines its own operand in registers, even if other warps need the same; otherwise the
+    block combines a tile once and passes it through shared memory, which costs a barrier per k-step.
     """
 
     BLOCK_M: int
@@ -249,14 +250,14 @@ class CombinedTile(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Its rows and columns, and a step's depth."""
+        """Its rows and columns, and a k-step's depth."""
         return self.BLOCK_M, self.BLOCK_N, self.BLOCK_K
 
 
 def combined_matmul(
     tile: CombinedTile, left: Tensor, combined: CombinedWeight, bias: Tensor | None, output: Tensor
 ) -> None:
-    """Write a `CombinedMatmul` to output, contiguous."""
+    """Write a `CombinedMatmul` to a contiguous output."""
     (rows, depth), columns = left.shape, output.shape[1]
     weight, aux_weight, _, aux_weight_scale, transposed = combined
     strides = *left.stride(), *combined.strides(weight), *combined.strides(aux_weight), model_stride(aux_weight)
@@ -281,9 +282,9 @@ def combined_matmul(
 def grad_parameters(
     tile: GradTile, product: GradParameters, grad_weight: Tensor | None, grad_aux: Tensor | None, splits: int = 1
 ) -> Tensor | None:
-    """Write the weights' gradients that are given; return the scale's, if wanted, as partial sums (n, ...).
+    """Write those weight gradients that are not None; return the scale's, if wanted, as partial sums (n, ...).
 
-    With several splits grad_weight alone is written, (splits, N, K), in float32: of each share of the tokens.
+    With several splits only grad_weight is written: (splits, N, K) in float32, one for each share of the tokens.
     """
     grad_output, x, aux_weight, cross_modal_scale, *_, aux_weight_scale = product
     (rows, columns), depth, models = product.shape, len(x), product.models

@@ -1,7 +1,7 @@
-"""The GEMMs for sm_90 and sm_100: tensors arrive by TMA in a warp of their own, other warps compute.
+"""Warp-specialised GEMMs for sm_90 and sm_100: one warp loads tensors by TMA, the others compute.
 
-Products of weights are computed transposed, `Y^T = (W + s * W_aux) X^T`: then the combined tile is the A operand, which
-wgmma may read from registers and tcgen05 from tensor memory, so that it is never written to memory, not even to shared.
+Products of weights are computed transposed, `Y^T = (W + s * W_aux) X^T`. The combined tile is then the A operand, which
+wgmma can read from registers and tcgen05 from tensor memory: it is never written to memory, not even to shared memory.
 Half-precision activations only; int4 and matrices that TMA cannot address go to `gemm_pointers.py`.
 """
 
@@ -21,11 +21,11 @@ from .versions import TMA_OPTIONS
 
 @triton.jit
 def _relabel(tile, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """Permute every OUTER * INNER rows as an OUTER x INNER matrix transposed; (4, 2) and (2, 4) undo each other.
+    """Permute every OUTER * INNER rows as an OUTER x INNER matrix is transposed; (4, 2) and (2, 4) undo each other.
 
-    In wgmma's A operand four lanes share a row, and eight rows a warp: by (4, 2) they read float32 rows without bank
-    conflicts. A lane has the rows i and i + 8 of every 16: by (8, 2) these are neighbours in memory. Rows of the
-    weight are independent, so nothing else changes.
+    In wgmma's A operand four lanes share a row, and eight rows a warp: (4, 2) lets them read float32 rows without bank
+    conflicts. A lane has rows i and i + 8 of every 16: (8, 2) makes these neighbours in memory. Rows of the weight are
+    independent, so nothing else changes.
     """
     ROWS: tl.constexpr = tile.shape[0]
     COLUMNS: tl.constexpr = tile.shape[1]
@@ -35,7 +35,7 @@ def _relabel(tile, OUTER: tl.constexpr, INNER: tl.constexpr):
 
 @triton.jit
 def _halves(tile):
-    """Return the left and the right half of a tile's columns; no thread gives any of its elements away."""
+    """Return the left and right halves of a tile's columns; every thread keeps its elements."""
     return tile.reshape([tile.shape[0], 2, tile.shape[1] // 2]).permute((0, 2, 1)).split()
 
 
@@ -43,8 +43,8 @@ def _halves(tile):
 def _folded_halves(tile):
     """Return `_halves` as (rows, 2, columns / 4) each: the caller reshapes a half where it uses it.
 
-    Triton 3.8 allots shared memory for a tile that is stored from where the tile is made, and tiles made together do
-    not fit.
+    Triton 3.8 allocates shared memory for a stored tile as soon as the tile is made, and tiles made together do not
+    fit.
     """
     return tile.reshape([tile.shape[0], 2, 2, tile.shape[1] // 4]).permute((0, 2, 3, 1)).split()
 
@@ -60,7 +60,7 @@ def _store_transposed(descriptor, accumulator, row, column, RELABEL: tl.constexp
 @triton.jit
 def _column_of(vector_ptr, start, size, BLOCK: tl.constexpr, RELABEL: tl.constexpr):
     """Load BLOCK entries of a vector as a column, in float32."""
-    # By TMA too: Triton 3.8 offsets the mask of an ordinary load twice in the second of the two consumer groups.
+    # Also by TMA: in the second consumer group, Triton 3.8 offsets the mask of an ordinary load twice.
     column = tl.make_tensor_descriptor(vector_ptr, [size], [1], [BLOCK]).load([start]).to(tl.float32)[:, None]
     if RELABEL:
         column = _relabel(column, RELABEL, 2)
@@ -78,7 +78,7 @@ def _tile_of_weight(descriptor, k, column, DEPTH_FIRST: tl.constexpr, RELABEL: t
 
 @triton.jit
 def _tile_of_pairs(descriptor, k, column, dtype: tl.constexpr, RELABEL: tl.constexpr):
-    """Load the same of a W_aux of 8 bits that is described as (panels, depth, pairs of columns) of int16."""
+    """Load the same from an 8-bit W_aux, described as (panels, depth, pairs of columns) of int16."""
     PANELS: tl.constexpr = descriptor.block_shape[0]
     DEPTH: tl.constexpr = descriptor.block_shape[1]
     PAIRS: tl.constexpr = descriptor.block_shape[2]
@@ -114,11 +114,11 @@ def combined_matmul_tma_kernel(
     MODELS: tl.constexpr,
     PANEL: tl.constexpr,
 ):
-    """Store left (weight + sum of scale * aux) + bias in tiles of BLOCK_M + MORE_M rows, with an accumulator each.
+    """Store left (weight + sum of scale * aux) + bias in tiles of BLOCK_M + MORE_M rows, one accumulator for each.
 
     left is (rows, depth); weight and each aux lie in memory as (columns, depth), or (depth, columns) if DEPTH_FIRST. A
     quantised aux has a scale for each row in memory; if DEPTH_FIRST, columns is a multiple of PANEL.
-    MORE_M is 0 or less than BLOCK_M. The output leaves in pieces, to spare shared memory for stages.
+    MORE_M is 0 or less than BLOCK_M. The output is stored in pieces, to save shared memory for stages.
     """
     PAIRED: tl.constexpr = DEPTH_FIRST and aux_weight_scale_ptr is not None
     RELABEL: tl.constexpr = 8 if PAIRED else 0 if DEPTH_FIRST else 4
@@ -144,8 +144,8 @@ def combined_matmul_tma_kernel(
         # A (1, 1) block: a scalar would send the combined tile through shared memory.
         scale = tl.load(cross_modal_scale_ptr + model + tl.zeros((1, 1), tl.int32)).to(tl.float32)
         if PAIRED:
-            # In pairs, as warps load elements of 16 bits transposed, not of 8; in panels, as Triton 3.8 gives half of a
-            # tile's columns to each of two warp groups and cuts between panels, but no row that is swizzled.
+            # In pairs, because warps load 16-bit elements transposed, but not 8-bit ones; in panels, because Triton 3.8
+            # gives half of a tile's columns to each of two warp groups and cuts between panels, but not swizzled rows.
             panels = tl.make_tensor_descriptor(
                 matrix_ptr.to(tl.pointer_type(tl.int16)),
                 [columns // PANEL, depth, PANEL // 2],
@@ -169,7 +169,7 @@ def combined_matmul_tma_kernel(
         for model in tl.static_range(MODELS):
             step_scale = scales[model]
             if PAIRED:
-                # Not `[None, :]`: specialisation hands a load on in one layout, and the products would ask for two.
+                # Not `[None, :]`: specialisation passes a load on in one layout, and the products would need two.
                 step_scale *= aux_weight_scales[model].load([k]).reshape([1, BLOCK_K])
                 combined += step_scale * _tile_of_pairs(auxes[model], k, column, aux_ptr.dtype.element_ty, RELABEL)
             else:
@@ -214,9 +214,9 @@ def grad_parameters_tma_kernel(
     GROUP: tl.constexpr,
     MODELS: tl.constexpr,
 ):
-    """Compute what `grad_parameters_kernel` does by TMA, with a quantised aux's scale for each row.
+    """Compute the same as `grad_parameters_kernel` by TMA; a quantised aux has a scale for each row.
 
-    Tiles are stored in quarters: 64-bit addresses and a whole tile beside the accumulator exceed the registers.
+    Tiles are stored in quarters: 64-bit addresses and a whole tile beside the accumulator would not fit into registers.
     """
     begin, end = 0, depth
     if share is not None:
@@ -238,7 +238,7 @@ def grad_parameters_tma_kernel(
         if partial_ptr is not None:
             matrix_ptr = aux_ptr + offset_of(model, stride_aux_model)
             auxes += (tl.make_tensor_descriptor(matrix_ptr, [rows, columns], [stride_aux, 1], [BLOCK_M, PIECE]),)
-            # Rows past the matrix, where an infinity times zero is NaN, are not stored: masks fail (see `_column_of`).
+            # Descriptors skip rows past the matrix, where infinity times zero is NaN; masks fail (see `_column_of`).
             sums_ptr = partial_ptr + offset_of(model * column_tiles + tile_column, rows)
             partials += (tl.make_tensor_descriptor(sums_ptr, [rows], [1], [BLOCK_M]),)
         if grad_aux_ptr is not None:
@@ -275,7 +275,7 @@ def grad_parameters_tma_kernel(
 
 
 class CombinedTile(NamedTuple):
-    """The output tile is (BLOCK_M + MORE_M) x BLOCK_N, a step's depth BLOCK_K."""
+    """The output tile is (BLOCK_M + MORE_M) x BLOCK_N, a k-step's depth BLOCK_K."""
 
     BLOCK_M: int
     MORE_M: int
@@ -286,14 +286,14 @@ class CombinedTile(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Its rows and columns, and a step's depth."""
+        """Its rows and columns, and a k-step's depth."""
         return self.BLOCK_M + self.MORE_M, self.BLOCK_N, self.BLOCK_K
 
 
 def combined_matmul(
     tile: CombinedTile, left: Tensor, combined: CombinedWeight, bias: Tensor | None, output: Tensor
 ) -> None:
-    """Write a `CombinedMatmul` to output, contiguous. A quantised W_aux has a scale for each row in memory."""
+    """Write a `CombinedMatmul` to a contiguous output. A quantised W_aux has a scale for each row in memory."""
     (rows, depth), columns = left.shape, output.shape[1]
     (weight, aux_weight, *_), (depth_first, outer) = combined, combined.layout
     strides = weight.stride(outer), aux_weight.stride(outer), model_stride(aux_weight)
@@ -307,7 +307,7 @@ def combined_matmul(
         GROUP=GROUP,
         DEPTH_FIRST=depth_first,
         MODELS=combined.models,
-        # Fewer rows to copy; 64 would make two panels a tile, and Triton does not divide a dimension of two.
+        # 32 means fewer rows to copy; 64 would make two panels per tile, and Triton does not divide a dimension of 2.
         PANEL=32 if columns % 32 == 0 else 16,
         **TMA_OPTIONS,
     )
@@ -316,9 +316,9 @@ def combined_matmul(
 def grad_parameters(
     tile: GradTile, product: GradParameters, grad_weight: Tensor | None, grad_aux: Tensor | None, splits: int = 1
 ) -> Tensor | None:
-    """Write the weights' gradients that are given; return the scale's, if wanted, as partial sums (n, ...).
+    """Write those weight gradients that are not None; return the scale's, if wanted, as partial sums (n, ...).
 
-    With several splits grad_weight alone is written, (splits, N, K), in float32: of each share of the tokens.
+    With several splits only grad_weight is written: (splits, N, K) in float32, one for each share of the tokens.
     """
     grad_output, x, aux_weight, cross_modal_scale, *_, aux_weight_scale = product
     (rows, columns), depth, models = product.shape, len(x), product.models
@@ -341,5 +341,5 @@ def grad_parameters(
 
 
 def provide_descriptor_memory() -> None:
-    """Give Triton, for this thread, an allocator of the memory on the current device that descriptors lie in."""
+    """Give Triton, for this thread, an allocator of the descriptors' memory on the current device."""
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))

@@ -1,4 +1,4 @@
-"""Launch kernels, and hold what they compiled: for the same arguments Triton takes longer to find it than to launch."""
+"""Launch kernels and keep what was compiled: Triton takes longer to look it up than to launch it."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from triton.runtime import JITFunction
 from .devices import active_target
 
 HELD: dict[tuple[Any, ...], tuple[CompiledKernel, list[Any]]] = {}
-"""What was compiled, and its constants, by the arguments and settings that Triton compiles anew for.
+"""Compiled kernels and their constants, by the arguments and settings that make Triton compile anew.
 
-Hooks that change what Triton compiles are asked where nothing is held.
+Hooks that change what Triton compiles are only asked when nothing is held.
 """
 MOST_HELD = 2**12
 
 
 class NotCompiledError(RuntimeError):
-    """Says that a kernel does not compile for this GPU with this release of Triton."""
+    """A kernel does not compile for this GPU with this release of Triton."""
 
 
 def launch(
@@ -31,13 +31,13 @@ def launch(
     maps: tuple[Any | None, ...] = (),
     **constants: Any,
 ) -> None:
-    """Launch a grid of a kernel's programs on the current device and its current stream.
+    """Launch a kernel with a grid on the current device and its current stream.
 
     Args:
         tensors: the first arguments, on the current device.
         sizes: the arguments after them.
-        tile: constants by name, as `constants`, which are the rest of the arguments and options.
-        maps: arguments before the tensors, as `tensor_maps` makes them.
+        tile: constants by name; `constants` are the remaining arguments and options.
+        maps: arguments before the tensors, made by `tensor_maps`.
 
     Raises:
         NotCompiledError: a kernel that takes maps does not compile; such kernels use Triton's experimental Gluon.
@@ -64,7 +64,7 @@ def launch(
     if isinstance(compiled, CompiledKernel):
         if len(HELD) >= MOST_HELD:  # of sizes that keep changing
             HELD.clear()
-        if maps and not any(settings):  # what instruments a launch adds arguments
+        if maps and not any(settings):  # instrumentation adds arguments to a launch
             from .tensor_maps import encode_once  # which needs Gluon, as maps do
 
             encode_once(compiled)

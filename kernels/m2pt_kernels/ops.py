@@ -1,4 +1,4 @@
-"""Make torch operators of the kernels: dispatch, autocast, autograd, shapes for tracing, FLOP counts."""
+"""The kernels as torch operators: dispatch, autocast, autograd, shapes for tracing, FLOP counts."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -57,34 +57,34 @@ def cross_modal_linear(
 
     With n auxiliary models it is `x (W + sum of s_i * W_aux_i)^T + b`.
 
-    On other devices, and for float64, plain torch computes it, and the sum exists while a product is being made.
+    On other devices, and for float64, plain torch computes it, and the sum exists during a product.
 
     Args:
         x: (..., in_features); its dtype, or autocast's, is the dtype of the multiplication and of the result.
         weight: (out_features, in_features), of x's dtype, or float32 with a half-precision x.
         aux_weight: (out_features, in_features), or (n, out_features, in_features) with n > 1, any floating dtype of 16
-            bits or more; or what `quantize` made of it.
+            bits or more; or data from `quantize`.
         scale: the cross-modal scale, (1,) or (n,), any floating dtype; read on the device, so changing it costs neither
             a sync nor a recompilation.
         bias: (out_features,), any floating dtype, or None.
-        aux_weight_scale: the quantisation scale that `quantize` returned beside `aux_weight`; None if there is none.
+        aux_weight_scale: the quantisation scale that `quantize` returned with `aux_weight`; None if there is none.
 
     Returns:
         (..., out_features), contiguous. Differentiable once, with respect to every tensor that requires a gradient.
         Nothing of size out_features x in_features is saved for backward except `weight` and `aux_weight` themselves.
 
     Raises:
-        TypeError: no tensor, a dtype that is not floating (for x: float16, bfloat16, float32 or float64), a weight
-            whose dtype does not go with x's, or a quantised aux_weight without its scales or the other way round.
+        TypeError: not a tensor, a dtype that is not floating (for x: float16, bfloat16, float32 or float64), a weight
+            whose dtype does not fit x's, or a quantised aux_weight without its scales or vice versa.
         ValueError: a sparse or nested tensor, a shape or a device that does not fit the others, or a quantised
-            aux_weight that is to be trained.
+            aux_weight or its scales that require a gradient.
     """
     operands = x, weight, aux_weight, scale, bias, aux_weight_scale
     key = dtype = None
     if _is_unobserved():
         try:
             dtype = _PASSED.get(key := _checked_metadata(*operands))
-        except (AttributeError, RuntimeError, TypeError):  # of no tensor, a nested one, or sizes that are symbols
+        except (AttributeError, RuntimeError, TypeError):  # not a tensor, a nested one, or symbolic sizes
             key = None
     if dtype is None:
         check_weights(weight, aux_weight, scale, aux_weight_scale)
@@ -98,14 +98,14 @@ def cross_modal_linear(
 
 
 _PASSED: dict[tuple[Any, ...], torch.dtype] = {}
-"""Of ordinary tensors that passed the checks, all that these look at, and the dtype to multiply in."""
+"""All that the checks look at, of ordinary tensors that passed them, and the dtype to multiply in."""
 MOST_PASSED = 2**10
 
 _metadata = attrgetter("__class__", "dtype", "shape", "device", "layout")
 
 
 def _checked_metadata(x, weight, aux_weight, scale, bias, aux_weight_scale):
-    """Return all that the checks look at."""
+    """Return everything that the checks look at."""
     return (
         torch._C._is_any_autocast_enabled() and _gemm_dtype(x),
         _metadata(x),
@@ -155,11 +155,11 @@ def combined_weight(
 ) -> Tensor:
     """Compute `W + s * W_aux` (M2PT eq. 2) in float32 at least, and round it once, to `dtype`; without gradients.
 
-    Several auxiliary models are all added. Shapes and dtypes as `cross_modal_linear` takes them.
+    All auxiliary models are added. Shapes and dtypes are those of `cross_modal_linear`.
 
     Raises:
-        TypeError: no tensors, dtypes that are not floating, or a quantised aux_weight without its scales or the other
-            way round.
+        TypeError: not tensors, dtypes that are not floating, or a quantised aux_weight without its scales or vice
+            versa.
         ValueError: a shape, layout or device that does not fit the others, or a tensor divided among processes.
     """
     check_weights(weight, aux_weight, scale, aux_weight_scale)
@@ -219,7 +219,7 @@ _ORDINARY = frozenset((Tensor, Parameter, NoneType))
 
 
 def _is_unobserved() -> bool:
-    """Return whether no tracer or mode waits to see an operator: dispatching it would be time lost."""
+    """Return whether no tracer or mode wants to see an operator: dispatching it would waste time."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
@@ -229,12 +229,12 @@ def _is_unobserved() -> bool:
 
 
 def _are_ordinary(tensors: Iterable[Tensor | None]) -> bool:
-    """Return whether none is of a subclass, which would see an operator."""
+    """Return whether none is of a subclass, which would want to see an operator."""
     return _ORDINARY.issuperset(map(type, tensors))
 
 
 _shaped = torch.ops.aten._unsafe_view.default
-"""Reshape a tensor that nothing else refers to. Other views from an autograd function may not be changed in place."""
+"""Reshape a tensor that nothing else refers to. Other views from an autograd function cannot be changed in place."""
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ def _gradients(product: GradParameters) -> tuple[Tensor | None, Tensor | None, T
 
 
 def _grad_product(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale=None):
-    """Make the product that the operator asks for; a scale and a dtype ask for W_aux's gradient together."""
+    """Make the operator's product; W_aux's gradient is wanted only if both a scale and a dtype are given."""
     if scale is None or aux_dtype is None:
         scale = aux_dtype = None
     return GradParameters(grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale)
@@ -352,8 +352,8 @@ class _CrossModalLinear(torch.autograd.Function):
             matmul, gradients = _dispatched_matmul, _dispatched_gradients
         grad_x = grad_weight = grad_aux = grad_scale = grad_bias = None
         if need_bias:
-            # First, as torch takes memory for the sum: 32 MiB of 1024 x 4096 on an H200, in which others then fit.
-            # Before torch 2.12 a DTensor does not flatten a batch dimension that is sharded.
+            # First, because torch takes memory for the sum (32 MiB for 1024 x 4096 on an H200) that others then reuse.
+            # Before torch 2.12 a DTensor does not flatten a sharded batch dimension.
             batch = tuple(range(grad_output.dim() - 1))
             grad_bias = grad_output.sum(batch, dtype=bias_dtype) if batch else reference.cast(grad_output, bias_dtype)
         if need_x:
@@ -369,7 +369,7 @@ class _CrossModalLinear(torch.autograd.Function):
                 aux_weight_scale if need_scale else None,
             )
             grad_weight, grad_aux, grad_scale = gradients(product)
-        # What is not wanted comes as an empty tensor from an operator.
+        # Operators return an empty tensor for a gradient that is not wanted.
         grad_weight, grad_aux = grad_weight if need_weight else None, grad_aux if need_aux else None
         grad_scale = reference.cast(grad_scale, scale_dtype) if need_scale else None
         return grad_x, grad_weight, grad_aux, grad_scale, grad_bias, None, None

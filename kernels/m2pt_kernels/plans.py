@@ -1,10 +1,10 @@
-"""Choose the kernel and the tiles of a product by the GPU, the operands, and what was timed or found faulty.
+"""Choose a product's kernel and tiles by the GPU, the operands, and what was timed or found faulty.
 
-Kernels and tiles by architecture are here; devices.py and quantization.py say which dtypes a device reads, estimates.py
-which of the tiles are tried first. To add an architecture, name it in `architecture` and give it a row in POINTER_TILES
-and POINTER_GRAD_TILES, in the TMA tables if these kernels compile for it, and in `estimates.FLOPS`. With its target and
-memory in `benchmarks/offline.py`, `tests/test_compilation.py` says whether the tiles fit without spills; with its rates
-in `benchmarks/cost.py`, `benchmarks/compile_report.py` says what they compile to.
+This file has the kernels and tiles by architecture; devices.py and quantization.py say which dtypes a device reads,
+estimates.py which tiles are tried first. To add an architecture, name it in `architecture` and give it a row in
+POINTER_TILES and POINTER_GRAD_TILES, in the TMA tables if these kernels compile for it, and in `estimates.FLOPS`. Add
+its target and memory to `benchmarks/offline.py`, and `tests/test_compilation.py` checks that the tiles fit without
+spills; add its rates to `benchmarks/cost.py`, and `benchmarks/compile_report.py` shows what they compile to.
 """
 
 import warnings
@@ -29,7 +29,7 @@ from .versions import HAS_TALLEST_HOPPER_TILE, HAS_TMA_LOOPS, RELEASE, is_truste
 
 try:
     from . import gemm_hopper, gemm_hopper_gradients
-except (ImportError, AttributeError):  # Gluon is experimental: a release may lack a part, or name it otherwise
+except (ImportError, AttributeError):  # Gluon is experimental: a release may lack a part, or rename it
     gemm_hopper = gemm_hopper_gradients = None
 
 KERNELS = (
@@ -44,9 +44,9 @@ KERNELS = (
 
 
 class Plan(NamedTuple):
-    """Says what computes a product: kernels of "pointers", "tma" or "hopper" in such tiles, or plain torch, "eager".
+    """What computes a product: the kernels of "pointers", "tma" or "hopper" with a tile, or plain torch, "eager".
 
-    splits: among so many blocks the reduction of a tile of gradients is split, to be added by `split_sums`.
+    splits: how many blocks share the reduction of a tile of gradients; `split_sums` adds their results.
     """
 
     by: str
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
 
     @property
     def kernel(self) -> str:
-        """Names what is compiled for it."""
+        """The name of what is compiled for it."""
         return self.by if self.tile is None else f"{self.by} {'x'.join(map(str, self.tile))}"
 
     def __str__(self) -> str:
@@ -85,8 +85,8 @@ _64x32 = partial(gemm_pointers.CombinedTile, BLOCK_M=64, BLOCK_N=32, num_warps=4
 _32x32 = partial(gemm_pointers.CombinedTile, BLOCK_M=32, BLOCK_N=32, num_warps=4)
 _AMPERE_IEEE = (_128x128(BLOCK_K=8, num_stages=3), _64x64(BLOCK_K=16, num_stages=3))
 
-# Of a tuple and of "small" the one is used that `estimates` takes for the fastest, of equals the first, unless `warmup`
-# finds a faster one; for one auxiliary model all fit without spills.
+# Of a tuple and "small", the tile that `estimates` ranks fastest is used, or the first of equals, unless `warmup` finds
+# a faster one; with one auxiliary model all fit without spills.
 # Operand kinds: "half"; "mixed" is half-precision activations with float32 W or W_aux; float32 is "tf32" or "ieee".
 POINTER_TILES: dict[str, dict[str, tuple[gemm_pointers.CombinedTile, ...]]] = {
     "ampere": {  # sm_80 and sm_87, with 163 KiB of shared memory
@@ -209,7 +209,7 @@ for _tiles in (POINTER_TILES, POINTER_GRAD_TILES):
     _tiles["blackwell"] = _tiles["thor"] = _tiles["hopper"]
 
 CROWDED_TILES: Sequence[GradTile] = ()
-"""Half-precision gradients whose epilogue holds much get these, if any, whatever the architecture."""
+"""Half-precision gradients with a large epilogue use these, if any, whatever the architecture."""
 if RELEASE < (3, 8):  # whose compiler spills the tiles above, or does not take float32 steps of depth 8
     POINTER_TILES["ampere"]["ieee"] = POINTER_TILES["ampere_small"]["ieee"] = (_64x64(BLOCK_K=16, num_stages=3),)
     POINTER_TILES["portable"]["half"] = (_64x64(BLOCK_K=16, num_stages=2),)
@@ -230,8 +230,8 @@ _hopper = partial(gemm_tma.CombinedTile, BLOCK_M=256, BLOCK_N=128, BLOCK_K=32, n
 _OVER_256_ROWS = tuple(_hopper(MORE_M=more, num_stages=4) for more in (128, 64, 32))
 _blackwell = partial(gemm_tma.CombinedTile, BLOCK_M=256, MORE_M=128, BLOCK_N=128, num_warps=8)
 
-# 384 rows a tile is what registers (sm_90) and tensor memory (sm_100) hold, the stages are what shared memory does. By
-# architecture, then by the bytes an element of W and one of W_aux take together.
+# Registers (sm_90) and tensor memory (sm_100) hold 384 rows per tile; shared memory holds the stages. By architecture,
+# then by the bytes of an element of W and one of W_aux together.
 TMA_TILES: dict[str, dict[int, tuple[gemm_tma.CombinedTile, ...]]] = {
     "hopper": {
         **dict.fromkeys((3, 4), (*_OVER_256_ROWS, _hopper(MORE_M=0, num_stages=5))),
@@ -242,7 +242,7 @@ TMA_TILES: dict[str, dict[int, tuple[gemm_tma.CombinedTile, ...]]] = {
         (3, 4, 5, 6, 8), (_blackwell(BLOCK_K=64, num_stages=2), _blackwell(BLOCK_K=32, num_stages=4))
     ),
 }
-# The same for two or three auxiliary models, by the bytes that W and all W_aux take; what is left out would spill.
+# The same for two or three auxiliary models, by the bytes of W and all W_aux; tiles left out would spill.
 SEVERAL_TMA_TILES: dict[str, dict[int, tuple[gemm_tma.CombinedTile, ...]]] = {
     "hopper": {
         **dict.fromkeys((4, 5, 6), _OVER_256_ROWS),
@@ -256,7 +256,7 @@ SEVERAL_TMA_TILES: dict[str, dict[int, tuple[gemm_tma.CombinedTile, ...]]] = {
 }
 if RELEASE >= (3, 9):  # whose assembler spills 384 rows of three models
     SEVERAL_TMA_TILES["hopper"][10] = SEVERAL_TMA_TILES["hopper"][10][1:]
-# The same on sm_90 where they are quantised and their rows run along the depth, with a scale for each step of it.
+# The same on sm_90 for quantised W_aux that lie in memory as (depth, columns), with a scale per index of the depth.
 _SEVERAL_PAIRED_TILES = dict.fromkeys((4, 5, 6, 7), (_hopper(MORE_M=0, num_stages=4),))
 
 _grad = partial(GradTile, BLOCK_K=64)
@@ -272,13 +272,13 @@ TMA_GRAD_TILES: dict[str, Sequence[GradTile]] = {
     ),
 }
 _MOST_DESCRIBED = 2**31
-"""Triton computes the extent of what the host describes in 32 bits, and for some drivers changes the map by it."""
+"""Triton computes the extent of a map made on the host in 32 bits, and changes the map by it for some drivers."""
 _LARGEST_SIZE_BY_TMA = 2**31 - 2**10
 """Coordinates have 32 bits, and a tile may reach past the matrix."""
 
 
 def candidates(product: Product) -> list[Plan]:
-    """Return the ways to compute a product on the current device, the untuned choice first, by `estimates.clocks`.
+    """Return the plans of a product on the current device, sorted by `estimates.clocks`: the untuned choice is first.
 
     Raises:
         ValueError: the device cannot read a float8 W_aux.
@@ -288,9 +288,9 @@ def candidates(product: Product) -> list[Plan]:
 
 
 def worth_timing(product: Product, within: float = 1.5) -> list[Plan]:
-    """Return, of what is `usable`, what is estimated to take up to `within` times as long as the first of it.
+    """Return the `usable` plans estimated to take up to `within` times as long as the first.
 
-    The first of every kernel is among them, and plain torch.
+    The first plan of every kernel is included, and plain torch.
     """
     clocks, plans = _clocks(product), list(usable(product))
     first = {by: next(plan for plan in plans if plan.by == by) for by in {plan.by for plan in plans}}.values()
@@ -348,7 +348,7 @@ def _check_readable(aux_weight: Tensor | None, target: GPUTarget | None) -> None
 
 
 def hopper_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence[Any]:
-    """Return the tiles of `gemm_hopper`, for one auxiliary model; none where it cannot compute."""
+    """Return the tiles of `gemm_hopper`, for one auxiliary model; none if it cannot compute the product."""
     if gemm_hopper is None or architecture(target) != "hopper" or combined.models > 1:
         return ()
     if combined.aux_weight_scale is not None and not combined.transposed:  # the scales lie along the depth
@@ -362,7 +362,7 @@ def hopper_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence
 
 
 def tma_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence[gemm_tma.CombinedTile]:
-    """Return the tiles of `gemm_tma`; none where it cannot compute."""
+    """Return the tiles of `gemm_tma`; none if it cannot compute the product."""
     row, models = architecture(target), combined.models
     if not HAS_TMA_LOOPS or models > 3:  # more would spill
         return ()
@@ -402,7 +402,7 @@ def _is_grad_for_tma(product: GradParameters) -> bool:
 
 
 def _is_whole(number: int) -> bool:
-    """Return whether an address or a distance is a multiple of 16, as TMA and wide loads need it."""
+    """Return whether an address or a distance is a multiple of 16, as TMA and wide loads require."""
     return number % 16 == 0
 
 
@@ -428,7 +428,7 @@ def _are_addressable(aux_weight_scale: Tensor) -> bool:
 
 
 def _is_described(matrix: Tensor) -> bool:
-    """Return whether the host can describe a matrix, or several."""
+    """Return whether the host can make a map of a matrix, or of several."""
     reaches = (size * stride for size, stride in zip(matrix.shape, matrix.stride(), strict=True))
     return max(reaches) * matrix.itemsize < _MOST_DESCRIBED
 
@@ -445,12 +445,12 @@ def _are_grads_described(product: GradParameters) -> bool:
 
 
 def hopper_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequence[GradTile]:
-    """Return the tiles of `gemm_hopper_gradients`; none where it cannot compute."""
+    """Return the tiles of `gemm_hopper_gradients`; none if it cannot compute the product."""
     if gemm_hopper_gradients is None or architecture(target) != "hopper":
         return ()
     aux_weight = product.aux_weight
     if aux_weight is not None and product.models > 1:
-        # As CUDA asks it of a map, and the others do not need: matrices lie whole rows apart.
+        # CUDA requires of a map, unlike the other kernels, that matrices lie whole rows apart.
         rows, rest = divmod(model_stride(aux_weight), aux_weight.stride(-2))
         if rest or not rows:
             return ()
@@ -458,7 +458,7 @@ def hopper_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequ
 
 
 def tma_grad_tiles(target: GPUTarget | None, product: GradParameters) -> Sequence[GradTile]:
-    """Return the tiles of `gemm_tma` for gradients; none where it cannot compute."""
+    """Return the tiles of `gemm_tma` for gradients; none if it cannot compute the product."""
     row, aux_weight = architecture(target), product.aux_weight
     if not HAS_TMA_LOOPS or row not in TMA_GRAD_TILES:
         return ()
@@ -529,9 +529,9 @@ def _is_crowded(product: GradParameters) -> bool:
 
 
 class Problem(NamedTuple):
-    """Says what the candidates for a product, given by its name, and their speed depend on.
+    """All that a product's candidates and their speed depend on; `product` is its name.
 
-    An operand that is a tensor is described by its shape, strides, alignment and dtype.
+    A tensor operand is described by its shape, strides, alignment and dtype.
     """
 
     product: str
@@ -542,7 +542,7 @@ class Problem(NamedTuple):
 
 
 def problem(product: Product) -> Problem:
-    """Describe a product on the current device, which is its tensors'."""
+    """Describe a product on the current device, the one of its tensors."""
     operands = [
         (operand.shape, operand.stride(), operand.data_ptr() % 16 == 0, operand.dtype)  # `_is_whole`, at each launch
         if isinstance(operand, Tensor)
@@ -555,7 +555,7 @@ def problem(product: Product) -> Problem:
 
 
 def variant(plan: Plan, key: Problem) -> str:
-    """Name what a plan compiles for a problem, up to sizes, layouts and which outputs are wanted."""
+    """Name what a plan compiles for a problem, regardless of sizes, layouts and which outputs are wanted."""
     first, second, aux_weight, _, weight_dtype, *_ = key.operands
     dtypes = [first[-1], weight_dtype if key.product == "grad_parameters" else second[-1]]
     if aux_weight is not None:
@@ -569,10 +569,10 @@ def variant(plan: Plan, key: Problem) -> str:
 
 
 TUNED: dict[Problem, Plan] = {}
-"""`warmup` chose these plans."""
+"""The plans that `warmup` chose."""
 
 UNTUNED: dict[Problem, Plan] = {}
-"""Nobody tuned these; they are kept as choosing a plan takes longer than launching it."""
+"""Plans chosen without tuning, kept because choosing a plan takes longer than launching it."""
 MOST_UNTUNED = 2**12
 
 _recorded: dict[Problem, Product] | None = None
@@ -580,7 +580,7 @@ _recorded: dict[Problem, Product] | None = None
 
 @contextmanager
 def recording() -> Iterator[dict[Problem, Product]]:
-    """Collect the products, one of each problem, for which any thread chooses plans inside."""
+    """Collect the products, one per problem, that any thread chooses plans for inside."""
     global _recorded
     _recorded = recorded = {}
     try:
@@ -603,7 +603,7 @@ def choose(product: Product) -> Plan:
 
 
 def usable(product: Product) -> Iterator[Plan]:
-    """Yield `candidates`, then plain torch; leave out, with a warning, what was found faulty on such a GPU."""
+    """Yield `candidates`, then plain torch; skip, with a warning, those found faulty on such a GPU."""
     key = problem(product)
     faults = records.faults(key.device, KERNELS)
     left_out = []
@@ -616,7 +616,7 @@ def usable(product: Product) -> Iterator[Plan]:
             continue
         while left_out:
             forget = f"delete {records.path_of('findings', key.device, KERNELS)} to try it again"
-            _warn_once(f"{left_out.pop(0)}: next is {plan}; {forget}")
+            _warn_once(f"{left_out.pop(0)}: the next plan is {plan}; {forget}")
         yield plan
 
 
@@ -625,7 +625,7 @@ NOT_COMPILED: set[str] = set()
 
 
 def leave_out(plan: Plan, product: Product, error: Exception) -> None:
-    """Choose another plan from now on in this process where a kernel does not compile; warn once of each kernel."""
+    """Stop using a kernel that does not compile in this process; warn once per kernel."""
     key = problem(product)
     name = variant(plan, key)
     if name in NOT_COMPILED:  # by another thread
@@ -633,7 +633,7 @@ def leave_out(plan: Plan, product: Product, error: Exception) -> None:
     NOT_COMPILED.add(name)
     _forget(key.device, {name})
     reason = str(error).partition("\n")[0]
-    message = f"{name} does not compile with Triton {triton.__version__} ({reason}): next is {choose(product)}"
+    message = f"{name} does not compile with Triton {triton.__version__} ({reason}): using {choose(product)} instead"
     warnings.warn(message, stacklevel=2)
 
 
@@ -643,13 +643,13 @@ def _warn_once(message: str) -> None:
 
 
 def remember(device: str, findings: records.Findings) -> None:
-    """Keep what was found on such a GPU, and choose plans anew where a variant is faulty."""
+    """Store findings about such a GPU, and choose plans anew where a variant is faulty."""
     records.remember(device, KERNELS, findings)
     _forget(device, records.faults(device, KERNELS))
 
 
 def _forget(device: str, variants: Container[str]) -> None:
-    """Forget the plans by such variants."""
+    """Forget the plans that use such variants."""
     UNTUNED.clear()
     for key, plan in tuple(TUNED.items()):
         if key.device == device and variant(plan, key) in variants:

@@ -1,4 +1,4 @@
-"""Run processes of `cases`, which may hang or die, and read what they say until then."""
+"""Run worker processes of `cases`, which may hang or die, and read their output until then."""
 
 import json
 import os
@@ -13,17 +13,17 @@ from typing import Any
 from .cases import Row, Shape
 
 PATIENCE = 90.0
-"""A process is given up after so many seconds without a line."""
+"""Seconds without a line after which a process is given up."""
 
 WORKER = [sys.executable, "-m", "m2pt_kernels.cases"]
 
 
 class LostError(Exception):
-    """Says how a process ended that did not end as it should."""
+    """A process did not end as it should; the message says how it ended."""
 
 
 class Workers:
-    """Starts processes. None outlives the block; SIGTERM leaves it, with status 143."""
+    """Starts processes. None outlives the block; SIGTERM exits with status 143."""
 
     def __init__(self, on_gpu: bool) -> None:
         self._environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0" if on_gpu else "1"}
@@ -43,10 +43,10 @@ class Workers:
             signal.signal(signal.SIGTERM, self._at_sigterm)
 
     def answers(self, requests: list[dict[str, Any]]) -> Iterator[tuple[str, Row]]:
-        """Yield what a new process says of each row, "begun" or "done".
+        """Start a process and yield its lines about rows, each "begun" or "done".
 
         Raises:
-            LostError: after its last words.
+            LostError: after its last line, if it did not end as it should.
         """
         with tempfile.TemporaryFile("w+") as stdin, tempfile.TemporaryFile("w+") as stderr:
             stdin.writelines(f"{json.dumps(request)}\n" for request in requests)
@@ -106,6 +106,6 @@ def _parsed(line: str) -> tuple[str, Row]:
 
 
 def _reason(stderr: str) -> str:
-    """Return the line that names an error, or else the last one."""
+    """Return the line that names an error, otherwise the last one."""
     lines = stderr.strip().splitlines() or [""]
     return next((line for line in reversed(lines) if "Error" in line.partition(":")[0]), lines[-1])

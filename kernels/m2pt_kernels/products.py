@@ -1,4 +1,4 @@
-"""Hold the two products that kernels compute as values, to be planned, timed, verified and launched."""
+"""The two products that kernels compute, as values to plan, time, verify and launch."""
 
 from typing import NamedTuple
 
@@ -9,12 +9,12 @@ from .combined import CombinedWeight, models_in
 
 
 class CombinedMatmul(NamedTuple):
-    """Asks for left times a combined weight, plus a bias: "forward" multiplies by the transpose, "grad_input" does not.
+    """Left times a combined weight, plus a bias: "forward" multiplies by the transpose, "grad_input" does not.
 
     Attributes:
         left: x (M, K), or dY (M, N).
         combined: a factor (K, N), or (N, K).
-        bias: (N,), or None, as it is without transposing.
+        bias: (N,) or None; None without transposing.
     """
 
     left: Tensor
@@ -30,7 +30,7 @@ class CombinedMatmul(NamedTuple):
         return self.left, *self.combined, self.bias
 
     def prepared(self) -> "CombinedMatmul":
-        """Return the same as kernels read it: entries lie in memory, vectors and scales without gaps."""
+        """Return the product as kernels read it: entries stored in memory, vectors and scales contiguous."""
         left, (weight, aux_weight, cross_modal_scale, aux_weight_scale, transposed), bias = self
         scales = _contiguous(cross_modal_scale), _contiguous(aux_weight_scale)
         combined = CombinedWeight(_stored(weight), _stored(aux_weight), *scales, transposed)
@@ -38,16 +38,16 @@ class CombinedMatmul(NamedTuple):
 
 
 class GradParameters(NamedTuple):
-    """Asks for gradients that are made of `G = dY^T x`.
+    """The gradients made from `G = dY^T x`.
 
     Attributes:
         grad_output: dY (M, N).
         x: (M, K).
         aux_weight: asks for the cross-modal scale's gradient, `<G, W_aux>`; None if it is not wanted.
-        cross_modal_scale: s of the aux weight's gradient; None if that is not wanted.
+        cross_modal_scale: s, for the aux weight's gradient; None if that is not wanted.
         weight_dtype: asks for the weight's gradient, G, in this dtype.
         aux_dtype: asks for the aux weight's gradient, `s * G`, in this dtype.
-        aux_weight_scale: of a quantised aux_weight.
+        aux_weight_scale: the scale of a quantised aux_weight.
     """
 
     grad_output: Tensor
@@ -82,11 +82,11 @@ class GradParameters(NamedTuple):
 
     @property
     def of_splits(self) -> "GradParameters":
-        """What is computed of each split of the tokens: G alone, in float32."""
+        """The product for each split of the tokens: G alone, in float32."""
         return GradParameters(self.grad_output, self.x, None, None, torch.float32, None)
 
     def prepared(self) -> "GradParameters":
-        """Return the same as kernels read it: entries lie in memory, scales without gaps."""
+        """Return the product as kernels read it: entries stored in memory, scales contiguous."""
         grad_output, x, aux_weight, cross_modal_scale, *dtypes, aux_weight_scale = self
         matrices = _stored(grad_output), _stored(x), _stored(aux_weight)
         return GradParameters(*matrices, _contiguous(cross_modal_scale), *dtypes, _contiguous(aux_weight_scale))
@@ -96,7 +96,7 @@ Product = CombinedMatmul | GradParameters
 
 
 def _stored(tensor: Tensor | None) -> Tensor | None:
-    """Compute the entries of a tensor that is negated lazily, or of zeros that are not stored."""
+    """Materialise a tensor that is lazily negated, or of zeros that are not stored."""
     return tensor.clone() if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()) else tensor
 
 

@@ -1,6 +1,6 @@
-"""Store a frozen weight small: symmetric, with one float32 scale per output row or per group of 64 columns.
+"""Quantise a frozen weight symmetrically, with one float32 scale per output row or per group of 64 columns.
 
-A matrix (N, K), or each of n in (n, N, K), becomes `data` and `scale`; `dequantize` is what it stands for, in float32:
+A matrix (N, K), or each of n in (n, N, K), becomes `data` and `scale`; `dequantize` returns their value in float32:
 
 int8            data (N, K) int8, scale (N, 1)
 float8_e4m3fn   data (N, K) float8_e4m3fn, scale (N, 1)
@@ -18,11 +18,11 @@ from .checks import GEMM_DTYPES, check_tensor
 from .divided import check_whole
 
 GROUP_SIZE = 64
-"""So many columns of an int4 matrix share a scale."""
+"""How many columns of an int4 matrix share a scale."""
 
 _LARGEST = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0}
 DTYPES = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "float8_e4m3fn"}
-"""Names a storage by the dtype of its data."""
+"""The names of storage formats, by the dtype of their data."""
 
 
 def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
         The data and the quantisation scale, as described at the top of this file.
 
     Raises:
-        TypeError: a weight that is no tensor of such a dtype.
+        TypeError: a weight that is not a tensor of such a dtype.
         ValueError: another dtype, a weight that is sparse, nested, empty, divided among processes, not divisible into
             groups or not finite in float32, or float8_e4m3fn on a GPU that is not CUDA with compute capability 8.9.
     """
@@ -50,10 +50,10 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
         columns = f"in_features, a multiple of {GROUP_SIZE}" if dtype == "int4" else "in_features"
         raise ValueError(f"weight: expected shape (out_features, {columns}), got {tuple(weight.shape)}")
     if dtype == "float8_e4m3fn" and not supports_float8(weight.device):
-        raise ValueError(f"dtype: float8_e4m3fn needs CUDA and compute capability 8.9, {weight.device} has not")
+        raise ValueError(f"dtype: float8_e4m3fn needs CUDA and compute capability 8.9, got {weight.device}")
     groups = weight.detach().float().unflatten(-1, (-1, GROUP_SIZE) if dtype == "int4" else (1, weight.shape[-1]))
     largest = groups.abs().amax(-1)
-    # by a tensor: CUDA multiplies by the reciprocal of a number, and would store other scales than a CPU
+    # divided by a tensor: CUDA multiplies by the reciprocal of a number, which gives other scales than on a CPU
     aux_weight_scale = largest / largest.new_tensor(_LARGEST[dtype])
     if not weight.is_meta and not (aux_weight_scale * _LARGEST[dtype]).isfinite().all():
         raise ValueError("weight: there are NaN or infinite entries, or ones beyond float32's range")
@@ -68,11 +68,11 @@ def quantize(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
 def dequantize(data: Tensor, scale: Tensor) -> Tensor:
     """Return the float32 matrix that `data` and its quantisation scale stand for; any block of rows will do.
 
-    What `quantize` returned are `data` and `scale`; `cross_modal_linear` takes them as aux_weight and aux_weight_scale.
+    `quantize` returns `data` and `scale`; `cross_modal_linear` takes them as aux_weight and aux_weight_scale.
 
     Raises:
-        TypeError: no tensors, or dtypes that `quantize` does not make.
-        ValueError: sparse, nested or divided ones, or shapes or devices that do not fit each other.
+        TypeError: not tensors, or dtypes that `quantize` does not return.
+        ValueError: sparse, nested or divided tensors, or shapes or devices that do not fit each other.
     """
     for name, tensor in (("data", data), ("scale", scale)):
         check_tensor(name, tensor)
@@ -94,7 +94,7 @@ def check_aux_weight(aux_weight: Tensor, aux_weight_scale: Tensor | None, shape:
     """Check that `aux_weight` is a matrix of `shape`, or several: floating without scales, or quantised with them.
 
     Raises:
-        TypeError: no tensor, a dtype that is neither, or not that of the other.
+        TypeError: not a tensor, a dtype that is neither, or one that does not fit the other argument.
         ValueError: a shape, layout or device that does not fit, or a quantised matrix that requires a gradient.
     """
     dtype, packed = aux_weight.dtype, aux_weight.dtype == torch.uint8
@@ -105,17 +105,17 @@ def check_aux_weight(aux_weight: Tensor, aux_weight_scale: Tensor | None, shape:
         check_tensor("aux_weight_scale", aux_weight_scale)
         if dtype not in DTYPES or aux_weight_scale.dtype != torch.float32:
             raise TypeError(
-                f"aux_weight_scale: expected float32 scales of an aux_weight among {tuple(DTYPES)},"
+                f"aux_weight_scale: expected float32 scales for an aux_weight of {tuple(DTYPES)},"
                 f" got {aux_weight_scale.dtype} with {dtype}"
             )
     rows, columns = shape
     if packed and columns % GROUP_SIZE:
-        raise ValueError(f"aux_weight: expected in_features, a multiple of {GROUP_SIZE}, with int4, got {columns}")
+        raise ValueError(f"aux_weight: expected in_features to be a multiple of {GROUP_SIZE} with int4, got {columns}")
     expected = rows, columns // 2 if packed else columns
     of_several = aux_weight.dim() == 3 and len(aux_weight) > 1
     if aux_weight.shape[of_several:] != expected:
         raise ValueError(
-            f"aux_weight: expected shape {expected} to fit weight, or (n, {expected[0]}, {expected[1]}) of several"
+            f"aux_weight: expected shape {expected} to fit weight, or (n, {expected[0]}, {expected[1]}) for several"
             f" auxiliary models, got {tuple(aux_weight.shape)} of {dtype}"
         )
     if aux_weight_scale is not None:
@@ -144,7 +144,7 @@ def reads_float8(capability: int | None) -> bool:
 
 
 def cuda_capability(device: torch.device) -> int | None:
-    """Return ten times the compute capability of a GPU; None of one without CUDA."""
+    """Return ten times the compute capability of a GPU; None without CUDA."""
     if torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability(device)

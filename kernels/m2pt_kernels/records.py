@@ -1,7 +1,7 @@
-"""Remember a GPU's times between processes, and which kernels were found right or faulty.
+"""Store a GPU's times between processes, and which kernels were found correct or faulty.
 
-JSON files in `$M2PT_CACHE_DIR`, by default `~/.cache/m2pt_kernels`, for each GPU's name, release of torch and Triton,
-and state of the kernels.
+They are JSON files in `$M2PT_CACHE_DIR`, by default `~/.cache/m2pt_kernels`, for each GPU name, release of torch and
+Triton, and state of the kernels.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ from .devices import INTERPRETED
 Kernels = tuple[JITFunction, ...]
 
 Findings = dict[str, dict[str, str | None]]
-"""Says what is wrong, or None, by variant of a kernel and by what it was tried on."""
+"""The fault, or None, by variant of a kernel and by what it was tried on."""
 
 
 def path_of(content: str, device: str, kernels: Kernels) -> Path:
     """Return the file of "times" or "findings".
 
     Raises:
-        RuntimeError: there is neither such a setting nor a home folder.
+        RuntimeError: no variable names a folder, and there is no home folder.
     """
     folder = os.environ.get("M2PT_CACHE_DIR")
     if not folder:
@@ -42,7 +42,7 @@ def path_of(content: str, device: str, kernels: Kernels) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a file; there is nothing in one that is missing or damaged."""
+    """Read a file; one that is missing or damaged counts as empty."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -51,7 +51,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write a file at once or, with a warning, not at all."""
+    """Write a file atomically or, with a warning, not at all."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,12 +61,12 @@ def write(path: Path, content: dict[str, Any]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        warnings.warn(f"M2PT_CACHE_DIR: cannot write {path} ({error}); it is forgotten with this process", stacklevel=3)
+        warnings.warn(f"M2PT_CACHE_DIR: cannot write {path} ({error}); it is lost when this process ends", stacklevel=3)
 
 
 @cache
 def faults(device: str, kernels: Kernels) -> dict[str, str]:
-    """Return what is wrong with each variant of a kernel that was found faulty on such a GPU."""
+    """Return the fault of each variant of a kernel that was found faulty on such a GPU."""
     if INTERPRETED:
         return {}
     try:
@@ -85,9 +85,9 @@ def _faults(findings: dict[str, Any]) -> dict[str, str]:
 
 
 def remember(device: str, kernels: Kernels, findings: Findings) -> None:
-    """Keep what was found, for `faults`. A variant has no fault any more once it is right where it was faulty.
+    """Store findings for `faults`. A variant's fault is gone once it is correct where it was faulty.
 
-    Other processes that run already go on as they were.
+    Other processes that are already running are not affected.
     """
     path, known = path_of("findings", device, kernels), faults(device, kernels)
     content = read(path)

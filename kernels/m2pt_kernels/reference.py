@@ -1,7 +1,7 @@
-"""Compute the products in plain torch, on devices without Triton and to test the kernels.
+"""The products in plain torch, for devices without Triton and for testing the kernels.
 
-Everything is accumulated in float32, or in float64 where the operands are float64. A quantised aux weight exists
-dequantised a block of rows at a time.
+Everything is accumulated in float32, or in float64 where the operands are float64. A quantised aux weight is
+dequantised one block of rows at a time.
 """
 
 from collections.abc import Iterator
@@ -15,16 +15,16 @@ from .products import GradParameters
 from .quantization import dequantize
 
 BLOCK_ENTRIES = 2**18
-"""A block of rows has so many entries: 1 MiB in float32, which stays in a CPU's cache."""
+"""Entries of a block of rows: 1 MiB in float32, which stays in a CPU's cache."""
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Call `tensor.to(dtype)` only where it is needed, as it takes microseconds even where there is nothing to do."""
+    """Call `tensor.to(dtype)` only if needed, as it takes microseconds even when there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that sums of a dtype are made in."""
+    """Return the dtype that sums of a dtype are accumulated in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -49,7 +49,7 @@ def combined_sum(combined: CombinedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks_of_rows(aux_weight: Tensor, aux_weight_scale: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield some rows at a time, and what the auxiliary models have in them, (n, rows, K)."""
+    """Yield a few rows at a time, with the auxiliary models' entries in them, (n, rows, K)."""
     size = max(1, BLOCK_ENTRIES // max(1, aux_weight.shape[-1]))
     for start in range(0, max(1, aux_weight.shape[-2]), size):
         rows = slice(start, start + size)
@@ -101,7 +101,7 @@ def grad_scale(accumulator: Tensor, aux_weight: Tensor, aux_weight_scale: Tensor
     """
     dtype = accumulator.dtype
     if aux_weight_scale is None and aux_weight.dtype == dtype and accumulator.numel() <= BLOCK_ENTRIES:
-        sums = torch.linalg.vecdot(accumulator, aux_weight)  # as below, without what takes longer in a small layer
+        sums = torch.linalg.vecdot(accumulator, aux_weight)  # as below, with less overhead for a small layer
     else:
         blocks = _blocks_of_rows(aux_weight, aux_weight_scale)
         sums = torch.cat([torch.linalg.vecdot(accumulator[rows], cast(aux, dtype)) for rows, aux in blocks], 1)

@@ -1,9 +1,9 @@
-"""Tell DTensor how the operators act on DTensors. Importing this is enough, and takes most of a second.
+"""Sharding rules of the operators for DTensor. Importing this registers them, and takes most of a second.
 
 Every dimension of an operand has a name. Sharding a name shards every operand that has it and leaves the others
 replicated; a result that has it comes out sharded, and one that was summed over it as a partial sum. So no operator
-communicates by itself. Sharded can be each batch dimension (a number), "out" (column-wise parallel) and "in" (row-wise
-parallel); not "model", because a product needs all auxiliary matrices at once.
+communicates by itself. Each batch dimension (a number), "out" (column-wise parallel) and "in" (row-wise parallel) can
+be sharded; "model" cannot, because a product needs all auxiliary matrices at once.
 """
 
 import torch
@@ -17,7 +17,7 @@ _operators = torch.ops.m2pt_kernels
 
 
 def _shardings(outputs: list[Names], inputs: list[Names | None], names: Names) -> list[tuple[Placements, Placements]]:
-    """Return placements of outputs and inputs, with nothing sharded and along each name; None for an input left out."""
+    """Return placements of outputs and inputs, unsharded and sharded along each name; None for an input left out."""
 
     def place(name: str | int | None, operand: Names | None, otherwise: Placement) -> Placement | None:
         if operand is None:
@@ -38,12 +38,12 @@ def _batch(x) -> Names:
 
 
 def _names(operand, *names: str) -> Names | None:
-    """Name the dimensions of an operand that may be left out, or lack the first dimension."""
+    """Name the dimensions of an operand, which may be left out or lack the first dimension."""
     return None if operand is None else names[-operand.ndim :]
 
 
 def _aux(aux_weight, aux_weight_scale) -> tuple[Names | None, Names | None, Names]:
-    """Name both, and the features that can be sharded: int4's columns only where no group is divided."""
+    """Name both, and the features that can be sharded: int4's columns only if no group is divided."""
     is_int4 = aux_weight is not None and aux_weight.tensor_meta.dtype == torch.uint8
     is_divisible = not is_int4 or aux_weight_scale.shape[-1] % aux_weight_scale.mesh.size() == 0
     return (

@@ -25,7 +25,7 @@ class SumsTile(NamedTuple):
 
 
 _LARGEST_BLOCK = 1024
-"""Eight columns a thread are two loads of 16 bytes."""
+"""Eight columns per thread: two loads of 16 bytes."""
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def split_sums_kernel(
     SPLITS: tl.constexpr,
     MODELS: tl.constexpr,
 ):
-    """Store what `grad_parameters_kernel` does of a row of G, the sum of splits (SPLITS, rows, columns).
+    """Store the same as `grad_parameters_kernel` for a row of G, the sum of splits (SPLITS, rows, columns).
 
     partial has a number for each row and block of columns.
     """
@@ -85,9 +85,9 @@ def split_sums_kernel(
 def grad_parameters(
     splits: Tensor, product: GradParameters, grad_weight: Tensor | None, grad_aux: Tensor | None
 ) -> Tensor | None:
-    """Write the weights' gradients that are given; return the scale's, if wanted, as partial sums (n, ...).
+    """Write those weight gradients that are not None; return the scale's, if wanted, as partial sums (n, ...).
 
-    splits, (splits, N, K) in float32, are those of G.
+    splits are the parts of G, (splits, N, K) in float32.
     """
     _, _, aux_weight, cross_modal_scale, *_, aux_weight_scale = product
     (rows, columns), models = product.shape, product.models

@@ -1,7 +1,7 @@
-"""Describe matrices to TMA on the host, each once.
+"""TMA tensor maps, made on the host and cached.
 
-A map depends on nothing but what it is kept by, and holds an address, no tensor: it cannot become stale, and keeps no
-memory. So does what Triton encodes of it, which is the same for every kernel: the dtype and the tile say how.
+A map depends only on its cache key, and holds an address instead of a tensor: it cannot become stale, and keeps no
+memory alive. The same goes for Triton's encoding of it, which depends on dtype and tile and is equal for all kernels.
 """
 
 from functools import lru_cache
@@ -25,11 +25,11 @@ DTYPES = {
     torch.float8_e4m3fn: gl.float8e4nv,
 }
 MOST_MAPS = 2**14
-"""So many are kept, each of about a kilobyte."""
+"""How many are kept, of about a kilobyte each."""
 
 
 class Address(NamedTuple):
-    """Stands for a tensor."""
+    """Stands in for a tensor."""
 
     pointer: int
     dtype: torch.dtype
@@ -39,11 +39,11 @@ class Address(NamedTuple):
 
 
 class TensorMap(TensorDescriptor):
-    """Says how TMA copies tiles of a matrix.
+    """How TMA copies tiles of a matrix.
 
     Attributes:
         kind: what a kernel is compiled for.
-        encoded: what a launch makes of it, once there was one.
+        encoded: Triton's encoding, after the first launch.
     """
 
     encoded: list[Any] | None = None
@@ -54,15 +54,15 @@ class TensorMap(TensorDescriptor):
 
 
 def tensor_map(matrix: Tensor, shape: tuple[int, int], pitch: int, tile: tuple[int, int]) -> TensorMap:
-    """Describe a matrix of such a shape whose rows begin `pitch` entries apart, to copy tiles of it.
+    """Make a map of a matrix of `shape` whose rows begin `pitch` entries apart, to copy tiles of it.
 
-    What is past the matrix is read as zero and not written. `plans` says what TMA can address.
+    Entries past the matrix are read as zero and not written. `plans` says what TMA can address.
     """
     return _map(matrix.data_ptr(), matrix.dtype, shape, (pitch, 1), tile)
 
 
 def map_of_several(matrices: Tensor, height: int, width: int) -> TensorMap:
-    """Describe matrices, (n, rows, columns) or one alone, to copy tiles of such a size, each of one of them."""
+    """Make a map of matrices, (n, rows, columns) or just one, to copy tiles of height x width, each from one matrix."""
     rows, columns = matrices.shape[-2:]
     pitch = matrices.stride(-2)
     count, distance = (1, rows * pitch) if matrices.dim() == 2 else (len(matrices), matrices.stride(0))
@@ -79,9 +79,9 @@ def _map(
 
 
 def encode_once(compiled: CompiledKernel) -> None:
-    """Let launches reuse what encoding a map gave: encoding all of a product's takes longer than the rest of a launch.
+    """Let launches reuse a map's encoding: encoding all of a product's takes longer than the rest of a launch.
 
-    Triton before 3.8 offers no place for this, and what newer ones offer is not known.
+    Triton before 3.8 has no hook for this, and the hooks of newer releases are unknown.
     """
     launcher = compiled.run
     if isinstance(launcher, nvidia.CudaLauncher) and (3, 8) <= RELEASE <= NEWEST:

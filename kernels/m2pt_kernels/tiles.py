@@ -1,4 +1,4 @@
-"""Number and address tiles, for all kernels."""
+"""The number, order and offsets of tiles, for all kernels."""
 
 from typing import Any, NamedTuple
 
@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 
 GROUP = 8
-"""So many rows of tiles are computed together: their operands stay in L2."""
+"""How many rows of tiles are computed together: their operands stay in L2."""
 
 
 class GradTile(NamedTuple):
-    """The output tile of a kernel of gradients is BLOCK_M x BLOCK_N, a step's depth BLOCK_K."""
+    """The output tile of a gradient kernel is BLOCK_M x BLOCK_N, a k-step's depth BLOCK_K."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -20,7 +20,7 @@ class GradTile(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Its rows and columns, and a step's depth."""
+        """Its rows and columns, and a k-step's depth."""
         return self.BLOCK_M, self.BLOCK_N, self.BLOCK_K
 
 
@@ -36,7 +36,7 @@ def count_tiles(tile: Any, rows: int, columns: int) -> int:
 
 
 def share_of(depth: int, splits: int, block: int) -> int | None:
-    """Return how much of the depth each split reduces, whole steps of `block`; None if there is one split."""
+    """Return how much of the depth each split reduces, in whole k-steps of `block`; None if there is one split."""
     return None if splits == 1 else ceil_div(ceil_div(depth, block), splits) * block
 
 
@@ -54,6 +54,6 @@ def tile_of_program(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.c
 
 @triton.jit
 def offset_of(index, stride):
-    """Return where an auxiliary model's matrix, or a row, begins: `stride` after the one before, in 64 bits."""
+    """Return the 64-bit offset of an auxiliary model's matrix, or of a row, from its index and stride."""
     # Not `index.to`: an argument that is 1 is a Python integer here.
     return tl.cast(index, tl.int64) * stride

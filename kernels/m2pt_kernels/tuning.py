@@ -1,6 +1,6 @@
-"""Tune ahead of training: time every way to compute a model's products once, and use the fastest from then on.
+"""Autotuning ahead of training: time the plans of a model's products once, and use the fastest from then on.
 
-Nothing is timed unless `warmup` is called: a product that was not takes the first of its candidates.
+Nothing is timed unless `warmup` is called: a product that was not timed uses the first of its candidates.
 """
 
 import math
@@ -29,7 +29,7 @@ from .verification import verify
 
 @dataclass(frozen=True)
 class Tuned:
-    """Says of a product what each candidate that ran takes, in milliseconds, and which one is used."""
+    """The milliseconds of each of a product's candidates that ran, and which one is used."""
 
     problem: Problem
     milliseconds: dict[str, float]
@@ -37,7 +37,7 @@ class Tuned:
 
     @property
     def eager_wins(self) -> bool:
-        """Whether plain torch, which makes the combined weight for the time of the product, is the fastest."""
+        """Whether plain torch, which stores the combined weight during the product, is the fastest."""
         return min(self.milliseconds, key=self.milliseconds.__getitem__, default=str(EAGER)) == str(EAGER)
 
 
@@ -45,22 +45,22 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
     """Time every way to compute the products of a training step, and use the fastest from now on in this process.
 
     Runs the model forward and backward once, within the caller's autocast; parameters, gradients, buffers and random
-    numbers are left as they were. What other threads compute meanwhile is tuned too. Before a candidate is timed its
-    result is compared with float64. Times are kept as `records` says; what is found there is not timed again. A
-    candidate that fails is left out, with a warning, and one whose result is wrong is never used again on such a GPU;
-    if no kernel is left, plain torch computes. Call it before `torch.compile` and distributed wrappers.
+    numbers are left as they were. What other threads compute meanwhile is tuned too. Each candidate's result is
+    compared with float64 before it is timed. Times are stored by `records`, and not measured again if found there. A
+    candidate that fails is skipped with a warning, and one whose result is wrong is never used again on such a GPU; if
+    no kernel is left, plain torch computes. Call it before `torch.compile` and distributed wrappers.
 
     Args:
-        model: on the GPU that it is trained on.
+        model: on the GPU that it trains on.
         sample: the input of a training step, or a tuple of inputs; products are tuned for exactly these sizes.
-        use_eager: let plain torch, which makes the combined weight for the time of a product, compute what it is the
-            fastest at. It is timed in any case, and a line on stderr says where it would win.
+        use_eager: use plain torch, which stores the combined weight during a product, where it is the fastest. It is
+            timed in any case, and a line on stderr says where it would win.
 
     Returns:
         A record for each product that differs in shapes, strides, alignment or dtypes.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: no product of the model is computed by a Triton kernel, or a module is divided among processes.
     """
     if not isinstance(model, nn.Module):
@@ -90,7 +90,7 @@ def warmup(model: nn.Module, sample: Tensor | tuple[Any, ...], use_eager: bool =
 
 
 def _choose(key: Problem, named: dict[str, Plan], times: dict[str, float], use_eager: bool) -> Tuned:
-    """Use the fastest from now on, of what runs and has not been found faulty meanwhile, in whichever product."""
+    """Use from now on the fastest plan that runs and was not found faulty meanwhile, in this product or another."""
     faults = records.faults(key.device, plans.KERNELS)
     right = {name: plan for name, plan in named.items() if plans.variant(plan, key) not in faults}
     times = {name: times[name] for name in right if name in times}
@@ -116,7 +116,7 @@ def _products(model: nn.Module, sample: Tensor | tuple[Any, ...]) -> dict[Proble
 
 
 def _times(content: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Return what was timed before; nothing, if it is not that."""
+    """Return the times in a file's content; nothing if it has another form."""
     try:
         return {str(key): {str(name): float(time) for name, time in times.items()} for key, times in content.items()}
     except (ValueError, TypeError, AttributeError):
@@ -124,7 +124,7 @@ def _times(content: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _time(key: Problem, product: Product, named: dict[str, Plan]) -> dict[str, float]:
-    """Return milliseconds of the plans that run and are right; infinite where the device has too few resources."""
+    """Return milliseconds of the plans that run and are correct; infinite if the device has too few resources."""
     milliseconds = {}
     sizes = ", ".join(str(tuple(operand.shape)) for operand in product.operands if isinstance(operand, Tensor))
     for name, plan in named.items():
@@ -142,7 +142,7 @@ def _time(key: Problem, product: Product, named: dict[str, Plan]) -> dict[str, f
             plans.leave_out(plan, product, error)
         except Exception as error:
             if product[0].is_cuda:
-                torch.cuda.synchronize()  # raises where the failure has left the device unusable
+                torch.cuda.synchronize()  # raises if the failure left the device unusable
             _warn(f"{product.name} by {name} failed and is left out: {type(error).__name__}: {error}")
     return milliseconds
 

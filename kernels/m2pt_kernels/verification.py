@@ -1,6 +1,6 @@
-"""Find out whether a plan computes a product right: compare it with float64, and its error with plain torch's own.
+"""Verify that a plan computes a product correctly: compare it with float64, and its error with plain torch's.
 
-The memory that a kernel writes to is poisoned before, and repeated runs must give the same bits.
+The memory that a kernel writes to is poisoned first, and repeated runs must give the same bits.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from .quantization import dequantize
 
 RUNS = 3
 _BLOCK_ENTRIES = 2**22
-"""A float64 result is made in blocks of so many entries: 32 MiB."""
+"""Entries per block of a float64 result: 32 MiB."""
 
 
 class Finding(NamedTuple):
-    """Says what is wrong with a plan, or None and `Bound.error_ratio` of its worst output."""
+    """What is wrong with a plan, or None and `Bound.error_ratio` of its worst output."""
 
     fault: str | None
     error_ratio: float | None = None
@@ -31,15 +31,15 @@ class Finding(NamedTuple):
 class Bound:
     """Finds the largest error of a result, and accepts 1.5 times plain torch's plus a rounding.
 
-    A rounding is one of the largest entry, one of the operands, and one in float32 of the terms, for where they cancel;
-    or the smallest number for each term. Entries count where torch's result is finite. An infinity counts as the
-    largest number, as torch may have rounded to that one.
+    The rounding allows for one of the largest entry, one of the operands, one in float32 of the terms, in case they
+    cancel, and the smallest number for each term. Only entries where torch's result is finite count. An infinity counts
+    as the largest number, because torch may have rounded to that.
 
     Args:
         dtype: of the result.
-        depth: how many terms an entry is the sum of.
+        depth: how many terms are summed for an entry.
         eps: of the largest entry; by default the dtype's.
-        sums: how many more float32 roundings of the largest entry are accepted, of sums on the way to it.
+        sums: how many more float32 roundings of the largest entry are accepted, for intermediate sums.
     """
 
     def __init__(self, dtype: torch.dtype, depth: int, eps: float | None = None, sums: float = 0) -> None:
@@ -55,7 +55,7 @@ class Bound:
             got: the block.
             plain: as plain torch computes it.
             exact: in float64.
-            terms: of the terms' absolute values.
+            terms: the sum of the terms' absolute values.
             moved: how far rounded operands move it; infinite where they may overflow.
         """
         counted = plain.isfinite() if moved is None else plain.isfinite() & moved.isfinite()
@@ -89,12 +89,12 @@ class Bound:
 
     @property
     def error_ratio(self) -> float:
-        """Return the error over plain torch's, or over a rounding of the largest entry, if that is more."""
+        """Return the error over plain torch's or, if that is more, over a rounding of the largest entry."""
         return self.error / max(self.plain_error, self._eps * self._of("exact"), self._limits.tiny)
 
 
 def verify(plan: Plan, product: Product) -> Finding:
-    """Compute a product by a plan, RUNS times, and compare; outside autocast.
+    """Compute a product RUNS times with a plan, and compare; outside autocast.
 
     Raises:
         Exception: whatever the kernel raises.
@@ -111,7 +111,7 @@ def verify(plan: Plan, product: Product) -> Finding:
     faults = [
         f"error of {name} {bound.error:.2e}, of plain torch {bound.plain_error:.2e}, accepted {bound.accepted:.2e}"
         for name, bound in bounds.items()
-        if not bound.error <= bound.accepted  # as none of NaN is
+        if not bound.error <= bound.accepted  # which includes NaN
     ]
     if faults:
         return Finding("; ".join(faults))
@@ -120,7 +120,7 @@ def verify(plan: Plan, product: Product) -> Finding:
 
 @contextmanager
 def _deterministic(mode: int) -> Iterator[None]:
-    """Set one of torch's modes of deterministic algorithms: 0 for none, 1 warns of others."""
+    """Set torch's mode of deterministic algorithms: 0 for off, 1 to warn about others."""
     before, filled = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     torch.set_deterministic_debug_mode(mode)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -171,7 +171,7 @@ def _compare_gradients(
 ) -> dict[str, Bound]:
     grad_output, x, aux_weight, cross_modal_scale, *_, aux_weight_scale = product
     tokens, columns = x.shape
-    eps = _operand_eps(x) if x.dtype == torch.float32 else 0.0  # what is not float32 is multiplied as it is
+    eps = _operand_eps(x) if x.dtype == torch.float32 else 0.0  # other dtypes are multiplied as they are
     names = ("the gradient of weight", "the gradient of aux_weight", "the gradient of scale")
     bounds = {
         name: Bound(output.dtype, tokens, max(eps, torch.finfo(output.dtype).eps), _sums(tokens))
@@ -218,7 +218,7 @@ def _sums_over_tokens(grad_output: Tensor, x: Tensor) -> list[Tensor]:
 
 
 def _operand_eps(operand: Tensor) -> float:
-    """Return what an operand is rounded to before it is multiplied, relative to its size."""
+    """Return the relative rounding of an operand before it is multiplied."""
     tf32 = operand.dtype == torch.float32 and input_precision(operand.dtype, active_target()) == "tf32"
     return 2.0**-10 if tf32 else torch.finfo(operand.dtype).eps
 
@@ -229,6 +229,6 @@ def _sums(depth: int) -> float:
 
 
 def _blocks(size: int, width: int) -> list[slice]:
-    """Divide rows of such a width into blocks."""
+    """Divide rows of `width` entries into blocks."""
     step = max(1, _BLOCK_ENTRIES // width)
     return [slice(start, start + step) for start in range(0, size, step)]

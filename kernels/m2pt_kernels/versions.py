@@ -1,4 +1,4 @@
-"""Say what differs between releases of Triton, tiles apart: features, options, and which releases are known."""
+"""Differences between releases of Triton other than tiles: features, options, and which releases are known."""
 
 import os
 import re
@@ -9,19 +9,19 @@ import triton
 
 RELEASE = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
 OLDEST, NEWEST = (3, 5), (3, 9)
-"""All kernels were compiled with these and the releases between, and read: no spills, within shared memory."""
+"""All kernels were compiled with these and the releases between, and inspected: no spills, within shared memory."""
 
 HAS_TMA_LOOPS = RELEASE >= (3, 8)
-"""Triton 3.4 to 3.6 do not compile the loops of `gemm_tma`; 3.7 does, with barriers that share their memory."""
+"""Triton 3.4 to 3.6 do not compile the loops of `gemm_tma`; 3.7 does, but barriers share their memory."""
 
 HAS_TALLEST_HOPPER_TILE = RELEASE == (3, 8)
-"""Of `gemm_hopper` others lack it: 3.7 spills it, and 3.9 makes its products wait for each other."""
+"""The tallest tile of `gemm_hopper`: 3.7 spills it, and 3.9 makes its products wait for each other."""
 
 OPTIONS = {"enable_fp_fusion": True}
-"""In every kernel multiplications and additions become one instruction, which Triton 3.10 will do only if asked."""
+"""Fuses multiplications and additions into one instruction in every kernel; Triton 3.10 will do so only if asked."""
 
 TMA_OPTIONS = OPTIONS
-"""The kernels that read by TMA need more from Triton 3.9 on."""
+"""The kernels that read by TMA need another option from Triton 3.9 on."""
 if RELEASE >= (3, 9):
     # It assembles for sm_90 with ptxas 13, which by default spills registers of the largest tiles.
     TMA_OPTIONS = OPTIONS | {"ptx_options": "--register-usage-level=0"}
@@ -31,7 +31,7 @@ if RELEASE >= (3, 9):
 def is_trusted() -> bool:
     """Return whether more than the portable kernels may be used: Triton is known, or M2PT_TRUST_TRITON is 1.
 
-    It warns once where not.
+    It warns once if not.
     """
     if OLDEST <= RELEASE <= NEWEST or os.environ.get("M2PT_TRUST_TRITON") == "1":
         return True
