@@ -1,8 +1,7 @@
-"""Bytes per parameter in training, of the connected layers of a ViT-B on the CPU: float32 weights, AdamW.
+"""Bytes per parameter of a ViT-B's connected layers, training on the CPU: float32 weights, AdamW.
 
 Run as `python -m benchmarks.bytes_per_parameter`. Real tensors are counted in a real training step at 32 pixels under
-bfloat16 autocast: W, the gradients that are there together when AdamW updates, what AdamW keeps, and W_aux with its
-scales.
+bfloat16 autocast: W, the gradients that exist together when AdamW updates, AdamW's states, and W_aux with its scales.
 """
 
 import torch
@@ -43,7 +42,7 @@ SETTINGS = (
 def bytes_per_parameter(
     variant: str, levers: Levers, name: str = "vit_base_patch16_224", **options: int
 ) -> dict[str, float]:
-    """Of W, gradients, Adam and W_aux; gradients and Adam are W's, and W_aux's where that is trained."""
+    """Count W, gradients, Adam and W_aux; gradients and Adam are W's, and W_aux's where that is trained."""
     with vision_transformer(variant, name, img_size=32, **options) as model:
         layers = [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]
         weights = [weight for layer in layers for weight in (layer.weight, layer.aux_weight)]

@@ -1,13 +1,13 @@
-"""What the compiler made of every kernel, per architecture, for ViT-B's mlp.fc1 at 64 images.
+"""What every kernel compiles to, per architecture, for ViT-B's mlp.fc1 at 64 images.
 
-No GPU is needed and none is timed. On sm_90 the first tile of every kernel that reads by TMA is shown beside the plan
-that is chosen. Tensor, shared, float and integer are the instructions of a warp and k-step, "instructions" all of them,
-and "barriers" its waits for other warps or for copies. The columns in clocks are what a k-step of a tile takes of an
-SM: tensor cores at their dense peak; an instruction a clock from each of four schedulers; 128 bytes a clock through
-shared memory, counting copies into it, what warps read and write (from the SASS,
-without bank conflicts) and what wgmma or tcgen05 reads: an operand in shared memory once for every 64 or 128 rows of
-the other, one in registers or tensor memory not at all; 64 bytes a clock from L2. "overlap" says whether combining a
-step's operand overlaps with MMA. What that makes of a product is in the predictions.
+No GPU is needed, and nothing is timed. On sm_90 the first tile of every kernel that reads by TMA is shown beside the
+chosen plan. Tensor, shared, float and integer are instructions per warp and k-step, "instructions" all of them, and
+"barriers" the waits for other warps or for copies. The columns in clocks are the time of an SM for a k-step of a tile:
+tensor cores at their dense peak; an instruction per clock from each of four schedulers; 128 bytes per clock through
+shared memory; 64 bytes per clock from L2. Shared memory counts copies into it, reads and writes of warps (from the
+SASS, without bank conflicts), and reads of wgmma or tcgen05: an operand in shared memory once for every 64 or 128 rows
+of the other, one in registers or tensor memory not at all. "overlap" says whether combining a k-step's operand overlaps
+with MMA. The predictions turn this into times of products.
 """
 
 import re
@@ -38,7 +38,7 @@ CONSUMER_WARPS = 8
 """Warps of a specialised kernel that compute; the others copy."""
 
 UNROLLED = 4
-"""Steps in a turn of the loop of the kernel with the combined weight that is scheduled by hand."""
+"""k-steps per loop iteration of the hand-scheduled kernel with the combined weight."""
 PIPES = ("tensor", "shared", "float", "integer")
 ACTIVATIONS = torch.bfloat16
 WEIGHTS = {
@@ -54,7 +54,7 @@ WEIGHTS = {
 
 
 def products(tokens: int, in_features: int, out_features: int, weights: str) -> list[Product]:
-    """Return a layer's forward, input gradient and parameter gradients, W and s being trained and W_aux frozen."""
+    """Return a layer's forward, input gradient and parameter gradients, with W and s trained and W_aux frozen."""
     weight_dtype, aux_dtype, models = WEIGHTS[weights]
     x, grad_output = (torch.empty(tokens, features, dtype=ACTIVATIONS) for features in (in_features, out_features))
     weight = torch.empty(out_features, in_features, dtype=weight_dtype)
@@ -78,7 +78,7 @@ class Terms(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What a plan compiled to for an architecture, with what one k-step of a block copies in."""
+    """What a plan compiled to for an architecture, and what a block copies in per k-step."""
 
     arch: int | str
     product: str
@@ -98,22 +98,22 @@ class Kernel(NamedTuple):
 
     @property
     def unrolled(self) -> int:
-        """k-steps in a turn of the loop."""
+        """k-steps per loop iteration."""
         return UNROLLED if self.by == "hopper" and self.product != "grad_parameters" else 1
 
     @property
     def instructions(self) -> dict[str, float]:
-        """Of a warp and k-step."""
+        """Per warp and k-step."""
         return {pipe: count / self.unrolled for pipe, count in self.loop.instructions.items()}
 
     @property
     def barriers(self) -> float:
-        """Waits of a warp and k-step."""
+        """Waits per warp and k-step."""
         return self.loop.barriers / self.unrolled
 
     @property
     def warps(self) -> int:
-        """Of a block, the ones that specialisation added included."""
+        """Per block, including those that specialisation added."""
         return int(re.search(r"\.reqntid (\d+)", self.compiled.asm["ptx"])[1]) // 32
 
     @property
@@ -145,7 +145,7 @@ class Kernel(NamedTuple):
         return (self.rows + 2 * self.columns) * size
 
     def _tcgen05_reads(self) -> int:
-        """Bytes of shared memory that 128 rows at a time of the first operand, maybe in tensor memory, read."""
+        """Bytes of shared memory read as operands, for 128 rows at a time of the first, maybe in tensor memory."""
         size = ACTIVATIONS.itemsize * self.depth
         if self.product != "grad_parameters" and self.by == "tma":
             return triton.cdiv(self.columns, 128) * self.rows * size
@@ -154,7 +154,7 @@ class Kernel(NamedTuple):
 
 @cache
 def kernel(architecture: str, weights: str, position: int, plan: Plan) -> Kernel:
-    """Compile what `plan` computes `products(...)[position]` by, of whatever size: the kernel that multiplies."""
+    """Compile the multiplying kernel of `plan` for `products(...)[position]`, whatever its size."""
     target = TARGETS[architecture]
     product = products(TOKENS, IN_FEATURES, OUT_FEATURES, weights)[position]
     with compiling_for(target) as compiled:
@@ -178,7 +178,7 @@ def kernel(architecture: str, weights: str, position: int, plan: Plan) -> Kernel
 
 
 def chosen(architecture: str, product: Product, multiprocessors: int = 132) -> Plan:
-    """Return the plan that computes a product without tuning, on a GPU of so many SMs."""
+    """Return the plan that computes a product without tuning, on a GPU with so many SMs."""
     return candidates(architecture, product, multiprocessors)[0]
 
 

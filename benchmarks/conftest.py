@@ -1,4 +1,4 @@
-"""Options, the order of the files, and what becomes of what they measure: tables in files, and a summary at the end."""
+"""Options of `pytest benchmarks/`, the order of its files, and its output: tables in files and a final summary."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -14,10 +14,10 @@ from benchmarks.results import Row
 from benchmarks.timing import ON_GPU, Timing
 
 IMPORTANCE = ("test_operators", "test_training_step", "test_host_overhead")
-"""The order the files run in, so that the first are measured if a run is cut off."""
+"""The order that files run in, so that a run cut short has measured the first."""
 
 LEFT_OUT = {
-    "full": "on a GPU: every size, precision and variant; hours",
+    "full": "on a GPU: every size, precision and variant; takes hours",
     "compile": "also the published formulation under torch.compile, which takes long to tune",
 }
 
@@ -34,7 +34,7 @@ MEASURED = pytest.StashKey[dict[str, Measured]]()
 
 
 class Replay:
-    """A timer for pytest-benchmark that shows what was measured before."""
+    """A timer for pytest-benchmark that replays earlier measurements."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -64,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Let SIGTERM do what Ctrl-C does, so that what was measured is written."""
+    """Treat SIGTERM like Ctrl-C, so that what was measured is written."""
 
     def stop(*_: object) -> None:
         session.shouldstop = "SIGTERM"  # after this test, if the exception ends in a callback, where it is ignored
@@ -79,7 +79,7 @@ def pytest_report_header() -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what has to be asked for, and put the most important files first."""
+    """Leave out tests that have to be asked for, and run the most important files first."""
     config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=REPLAY))
@@ -96,7 +96,7 @@ def importance(item: pytest.Item) -> int:
 
 @pytest.fixture(scope="module")
 def rows(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
-    """The lines of the file's table, which is written as the file ends; the file's docstring goes above it."""
+    """The rows of the file's table, which is written when the file ends, below the file's docstring."""
     expected = sum(not is_left_out(item) for item in request.node.collect())
     collected: list[Row] = []
     yield collected
@@ -110,7 +110,7 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
 
 @pytest.fixture
 def record(benchmark, rows: list[Row]) -> Callable[[Row, Timing | None], None]:
-    """Keep a line in the file's table, and in pytest-benchmark's report if something was timed."""
+    """Add a row to the file's table, and to pytest-benchmark's report if something was timed."""
 
     def keep(row: Row, timing: Timing | None) -> None:
         rows.append(row)

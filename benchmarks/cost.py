@@ -1,8 +1,8 @@
-"""Estimate the time of a product on a GPU: ours from the terms of its compiled loop, and cuBLAS's plain GEMM.
+"""A cost model of a product on a GPU: ours from the terms of its compiled loop, and cuBLAS's plain GEMM.
 
-A launch takes as long as its busiest SM or as HBM: so many waves of tiles, of so many k-steps, of so many clocks. What
-is called fitted below was fitted to the times of an H200 in results/products-h200.json, at a nominal 1755 MHz, and is
-assumed of every other GPU. `m2pt_kernels.estimates`, which chooses plans, has fewer terms, as it compiles nothing.
+A launch takes as long as its busiest SM or as HBM. An SM takes waves times k-steps times clocks per k-step. Constants
+called fitted were fitted to the times of an H200 in results/products-h200.json, at a nominal 1755 MHz, and are assumed
+for every other GPU. `m2pt_kernels.estimates`, which chooses plans, has fewer terms because it compiles nothing.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from m2pt_kernels.tiles import ceil_div
 
 
 class Gpu(NamedTuple):
-    """Is described by its data sheet: SMs, MHz of the boost clock, GB/s of HBM."""
+    """A GPU by its data sheet: SMs, boost clock in MHz, HBM in GB/s."""
 
     name: str
     arch: int
@@ -31,19 +31,19 @@ H200 = H100._replace(name="H200", hbm=4800)
 B200 = Gpu("B200", 100, 148, 1850, 8000)
 
 TENSOR_FLOPS = {arch: FLOPS[architecture(GPUTarget("cuda", arch, 32))] for arch in (80, 86, 90, 100, 120)}
-"""Dense half-precision FLOP a clock and SM (float32 accumulation), by the data sheets."""
+"""Dense half-precision FLOP per clock and SM (float32 accumulation), from the data sheets."""
 
 LAUNCH = 5.0
 """Microseconds of a launch between two events, with a cold L2 cache; fitted."""
 NEXT_LAUNCH = 3.0
-"""Microseconds that a second kernel, which adds what splits computed, takes to start; fitted."""
+"""Microseconds to start a second kernel, which adds the splits; fitted."""
 
 
 class Costs(NamedTuple):
-    """Clocks that nothing hides: exposed ones of a step, those of a tile's epilogue, of a block's prologue.
+    """Clocks that nothing hides: exposed ones of a k-step, a tile's epilogue, a block's prologue.
 
     Attributes:
-        overlap: whether a step's combine overlaps with its MMA; "-" if nothing is combined.
+        overlap: whether a k-step's combine overlaps with its MMA; "-" if nothing is combined.
     """
 
     exposed: float
@@ -54,7 +54,7 @@ class Costs(NamedTuple):
 
 COSTS = {
     "hopper": Costs(SPEEDS["hopper"].wait, TILE, 0, "yes"),
-    # Each of a step's products is waited for.
+    # Each of a k-step's products is waited for.
     "tma, sm_90": Costs(145, TILE, DESCRIPTORS, "no"),
     # The warps that combine wait for the one buffer of tensor memory that MMA reads. Assumed.
     "tma, sm_100": Costs(175, TILE, DESCRIPTORS, "partly"),
@@ -62,16 +62,16 @@ COSTS = {
     "pointers, sm_90": Costs(790, TILE, 0, "no"),
     # The same warps combine and multiply, and others fill the gaps. Assumed.
     "pointers": Costs(205, TILE, 0, "partly"),
-    # Less than in `estimates`, which leaves out what wgmma reads of shared memory.
+    # Less than in `estimates`, which leaves out what wgmma reads from shared memory.
     "tma, gradients": Costs(20, TILE, DESCRIPTORS),
     "hopper, gradients": Costs(5, TILE),
     "pointers, gradients": Costs(205, TILE),
 }
-"""By the kernels of a plan, where it matters by architecture; fitted unless it says assumed."""
+"""By a plan's kernels and, where it matters, architecture; fitted unless it says assumed."""
 
 
 def costs_of(by: str, product: str, arch: int) -> Costs:
-    """Return what nothing hides of a product, by its name, as a plan computes it."""
+    """Return the costs of a product, given by its name, as a plan computes it."""
     if product == "grad_parameters":
         return COSTS[f"{by}, gradients"]
     return COSTS.get(f"{by}, sm_{arch}") or COSTS[by]
@@ -84,22 +84,22 @@ PLAIN_TILES = {
     90: ((128, 256), (256, 128), (128, 192), (192, 128), (128, 128), (192, 192)),
     100: ((128, 256), (256, 128), (128, 192), (192, 128), (128, 128), (256, 256)),
 }
-"""It has the best of these, and clusters of SMs share what they read of L2; assumed."""
+"""It uses the best of these, and clusters of SMs share what they read from L2; assumed."""
 PLAIN_DEPTH = {80: 32, 90: 64, 100: 64}
 PLAIN_SPLITS, LEAST_STEPS = (1, 2, 3, 4, 5, 6, 8, 12, 16), 16
-"""It may split the reduction into so many parts of at least so many steps; assumed."""
+"""It may split the reduction into so many parts, of at least so many k-steps each; assumed."""
 ROWS_OF_MMA = {90: 64, 100: 128}
 """wgmma and tcgen05 read an operand in shared memory once for every so many rows of the other."""
 
 
 class Launch(NamedTuple):
-    """Describes what is computed: tiles of so many k-steps, and clocks of an SM that a step takes of every pipe.
+    """What is computed: the tiles, the k-steps of each, and the clocks of an SM that a k-step takes of every pipe.
 
     Attributes:
         hbm_bytes: the operands and the output, once.
-        products: MMA's of a step, each with an accumulator.
-        splits: parts of the reduction, each computed by a block of its own.
-        partial_bytes: what they write and a second launch reads.
+        products: MMAs per k-step, each with its own accumulator.
+        splits: parts of the reduction, each computed by its own block.
+        partial_bytes: what splits write and a second launch reads.
         resident: blocks that an SM holds at a time.
     """
 
@@ -114,7 +114,7 @@ class Launch(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Microseconds: of every pipe as if alone, exposed, fixed, and in all."""
+    """Microseconds: of every pipe as if it worked alone, exposed, fixed, and in total."""
 
     waves: int
     terms: dict[str, float]
@@ -122,7 +122,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(launch: Launch, costs: Costs, gpu: Gpu) -> Estimate:
-    """Estimate the time of a launch, and of the one that adds what the splits of its reduction computed."""
+    """Estimate the time of a launch, plus that of the launch that adds the splits of its reduction."""
     blocks = launch.tiles * launch.splits
     waves = ceil_div(blocks, gpu.multiprocessors)
     steps = waves * ceil_div(launch.steps, launch.splits)
@@ -143,7 +143,7 @@ def estimate(launch: Launch, costs: Costs, gpu: Gpu) -> Estimate:
 
 
 def plain(rows: int, columns: int, depth: int, gpu: Gpu) -> float:
-    """Estimate the microseconds of cuBLAS's plain GEMM in half precision: its best tile, its reduction split or not."""
+    """Estimate the microseconds of cuBLAS's plain half-precision GEMM with its best tile, with or without splits."""
     step = PLAIN_DEPTH[gpu.arch]
     steps = ceil_div(depth, step)
     return min(
@@ -169,12 +169,12 @@ def plain(rows: int, columns: int, depth: int, gpu: Gpu) -> float:
 
 
 def partial_bytes(rows: int, columns: int, splits: int) -> int:
-    """Count the bytes of float32 that splits of a reduction write and that are read to add them."""
+    """Count the float32 bytes that splits of a reduction write and that are read to add them."""
     return 0 if splits == 1 else 8 * splits * rows * columns
 
 
 def _reads(rows: int, columns: int, arch: int) -> int:
-    """Count what a tile's MMA read of shared memory for every element of the depth: rows and columns, repeated."""
+    """Count the rows and columns, with repeats, that a tile's MMAs read from shared memory per index of the depth."""
     if arch not in ROWS_OF_MMA:  # warps read both operands of their 64 x 64
         return ceil_div(columns, 64) * rows + ceil_div(rows, 64) * columns
     return rows + ceil_div(rows, ROWS_OF_MMA[arch]) * columns

@@ -1,7 +1,7 @@
 """The CPU fallback: a training step of a ViT-B of depth 2 in float32, this package against the published formulation.
 
-Run as `python -m benchmarks.cpu_step`. W_aux is frozen in both. Every measurement is a process of its own, because the
-peak of a process's resident memory never falls; the two of a pair follow each other, in alternating order. Most of the
+Run as `python -m benchmarks.cpu_step`. W_aux is frozen in both. Every measurement has its own process, because a
+process's peak resident memory never falls; the two of a pair run one after the other, in alternating order. Most of the
 peak is torch itself: the last quantity leaves out what the imports took.
 """
 
@@ -31,7 +31,7 @@ Measurement = tuple[float, ...]
 
 
 def measure(variant: str, batch: int) -> Measurement:
-    """In this process."""
+    """Measure in this process."""
     seconds, imported = [], peak_rss()
     with vision_transformer(variant, "vit_base_patch16_224", depth=2) as model:
         optimizer = adamw(model)
@@ -44,12 +44,12 @@ def measure(variant: str, batch: int) -> Measurement:
 
 
 def peak_rss() -> float:
-    """Of this process so far, in MiB."""
+    """Return this process's peak so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / MIB
 
 
 def measure_apart(variant: str, batch: int) -> Measurement:
-    """In a new process."""
+    """Measure in a new process."""
     command = [sys.executable, "-m", "benchmarks.cpu_step", variant, str(batch)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return tuple(map(float, output.split()))

@@ -1,10 +1,10 @@
 """Simulated peak memory of one training step at 224 pixels: float32 weights, bfloat16 autocast, AdamW.
 
-Run as `python -m benchmarks.memory`. Nothing is computed: fake tensors are allocated and freed as by the operators of
-the step. Simulated as on an H100, where AdamW is fused and gradients of few tiles are split, which takes float32 sums
-of 64 MiB at most while a layer's are computed; the allocator's rounding and fragmentation, the CUDA context and cuBLAS
-workspaces are left out. The levers are those of `python -m benchmarks.memory_levers`; without activation checkpointing,
-nothing goes to the host.
+Run as `python -m benchmarks.memory`. Nothing is computed: fake tensors are allocated and freed as the step's operators
+do it. The simulation is of an H100, where AdamW is fused and gradients of few tiles are split, which takes at most 64
+MiB of float32 sums while a layer's gradients are computed. The allocator's rounding and fragmentation, the CUDA context
+and cuBLAS workspaces are left out. The levers are those of `python -m benchmarks.memory_levers`; without activation
+checkpointing, nothing goes to the host.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ GIB = 2**30
 
 
 class SimulatedAdamW8bit(AdamW8bit):
-    """bitsandbytes' optimizer for fake tensors: the states are its own, the numbers are left out."""
+    """bitsandbytes' optimizer for fake tensors: it makes its own states, but computes nothing."""
 
     def fill_qmap(self) -> None:
         self.name2qmap = {"dynamic": torch.empty(256), "udynamic": torch.empty(256)}
@@ -60,7 +60,7 @@ OPTIMIZERS = {FUSED_LEVERS: SimulatedAdamW8bit, FUSED_LEVERS_ADAMW: FUSED_ADAMW}
 
 @cache
 def splits_of(rows: int, columns: int, tokens: int) -> int:
-    """Return among how many blocks of an H100 the reduction of gradients in half precision is split."""
+    """Return how many blocks of an H100 share the reduction of half-precision gradients."""
     with _disable_current_modes():
         grad_output, x = (torch.empty(tokens, size, dtype=torch.bfloat16, device="meta") for size in (rows, columns))
         product = GradParameters(grad_output, x, None, None, torch.float32, None)
@@ -78,7 +78,7 @@ STEPS = [Step(*values) for values in product(MODELS, BATCHES, (False, True))]
 
 
 def peak_gib(step: Step, variant: str, levers: Levers = NO_LEVERS) -> float:
-    """Simulated, of weights, gradients, Adam states, images and everything kept for backward."""
+    """Simulate the peak of weights, gradients, Adam states, images and everything kept for backward."""
     model_at = vision_transformer(variant, MODELS[step.model], "meta")
     with model_at as model, simulation.fake():
         model.to_empty(device="cpu")
@@ -102,7 +102,7 @@ def row(step: Step, peaks: dict[str, float]) -> Row:
 
 
 def plot(rows: list[Row]) -> Figure:
-    """Simulated GiB: a panel a batch and checkpointing, a group of bars a model, a bar a variant."""
+    """Plot simulated GiB: a panel per batch and checkpointing, a group of bars per model, a bar per variant."""
     figure = Figure(figsize=(11, 10), layout="constrained")
     figure.suptitle("Simulated peak memory of a training step, float32 weights, bfloat16 autocast, AdamW")
     settings = list(product(BATCHES, ("no", "yes")))

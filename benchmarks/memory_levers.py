@@ -1,10 +1,10 @@
-"""Simulated peak memory of a training step with activation checkpointing, and all that lowers it.
+"""Simulated peak memory of a training step with activation checkpointing, and everything that lowers it.
 
-Run as `python -m benchmarks.memory_levers`; simulated as by `python -m benchmarks.memory`. Ratios are to the published
+Run as `python -m benchmarks.memory_levers`; simulated like `python -m benchmarks.memory`. Ratios are to the published
 formulation. "Step in backward" is `m2pt.step_in_backward`. "8-bit Adam" is bitsandbytes' AdamW8bit: it allocates its
-states itself, and its update, on a GPU one kernel in place, is left out. "Block inputs on the host" is
-`torch.autograd.graph.save_on_cpu`: what is saved leaves the GPU and comes back as a new tensor; host memory and the
-time of the copies are not counted.
+own states; its update, one in-place kernel on a GPU, is left out. "Block inputs on the host" is
+`torch.autograd.graph.save_on_cpu`: saved tensors leave the GPU and come back as new tensors; host memory and the time
+of the copies are not counted.
 """
 
 from itertools import product

@@ -1,4 +1,4 @@
-"""Compile the kernels for a GPU that is not there, through the package's own host code, and read off what came out."""
+"""Compile the kernels for an absent GPU, through the package's own host code, and read off the resources they need."""
 
 import re
 import subprocess
@@ -62,9 +62,9 @@ class _CompileOnlyDriver:
 
 @contextmanager
 def compiling_for(target: GPUTarget, *others: JITFunction) -> Iterator[list[CompiledKernel]]:
-    """The package's kernels, and `others`, called inside the block with CPU tensors compile for `target`, no more.
+    """Inside the block, the package's kernels and `others` called with CPU tensors only compile, for `target`.
 
-    The list holds what they compiled once the block is left.
+    The list holds what was compiled once the block is left.
 
     Raises:
         triton.runtime.errors.OutOfResources: a kernel needs more shared or tensor memory than the target has.
@@ -84,7 +84,7 @@ def compiling_for(target: GPUTarget, *others: JITFunction) -> Iterator[list[Comp
 
 
 def can_compile(target: GPUTarget) -> bool:
-    """Whether the installed Triton has what compiles for `target`, of which a copy may have been stripped."""
+    """Whether the installed Triton can compile for `target`; a copy may have been stripped of what it needs."""
     try:
         make_backend(target)
         return target.backend != "cuda" or bool(assembler(target.arch))

@@ -1,9 +1,9 @@
-"""What the alternatives take at least over a plain GEMM's time, predicted, for ViT-B's mlp.fc1.
+"""Predicted minimum time of the alternatives over a plain GEMM's, for ViT-B's mlp.fc1.
 
-No GPU is needed and none is timed. Every alternative is the plain GEMM, as modelled for the predictions, plus passes
-over matrices of the weight's size, which read and write HBM at its peak rate, one after the other; their launches are
-left out. "published" makes the combined weight in the dtypes that torch's promotion gives it and keeps it for backward.
-"transient copy" (`implementation("eager")`) makes it in one pass and makes it again in backward.
+No GPU is needed, and nothing is timed. Every alternative is the plain GEMM, as modelled for the predictions, plus
+passes over matrices of the weight's size, which read and write HBM at its peak rate, one after the other; their
+launches are left out. "published" makes the combined weight in the dtypes of torch's promotion and keeps it for
+backward. "transient copy" (`implementation("eager")`) makes it in one pass, and again in backward.
 """
 
 from typing import NamedTuple
@@ -39,7 +39,7 @@ ALTERNATIVES = (
 
 
 def predicted(bytes_per_weight: int, rows: int, columns: int, depth: int, gpu: Gpu) -> float:
-    """Predict the time over that of the plain GEMM of such a result."""
+    """Predict the time over that of a plain GEMM with such a result."""
     passes = bytes_per_weight * IN_FEATURES * OUT_FEATURES / gpu.hbm / 1e3
     return 1 + passes / plain(rows, columns, depth, gpu)
 

@@ -1,4 +1,4 @@
-"""How far the predictions are from what an H200 measured, by kernel: every plan of every layer in the products' table.
+"""How far the predictions are from an H200's times, by kernel: every plan of every layer in the table of products.
 
 The constants in `cost.py` are fitted to these very times. Kernels that the package no longer has are left out.
 """
@@ -21,7 +21,7 @@ from m2pt_kernels.tiles import GradTile
 
 
 def errors() -> dict[tuple[str, str], list[float]]:
-    """Return predicted over measured time less 1, by kernel and product."""
+    """Return predicted over measured time minus 1, by kernel and product."""
     found, times = defaultdict(list), measured()
     for layer, weights in tqdm([(layer, weights) for layer in LAYERS for weights in WEIGHTS], unit="layer"):
         for position, product in enumerate(products(*layer[1:], weights)):
@@ -38,7 +38,7 @@ def errors() -> dict[tuple[str, str], list[float]]:
 
 
 def plan_of(name: str, product: str) -> Plan | None:
-    """Return the plan of a name, such as "tma 128x256x64x4x3 in 2 splits"; None if there is no such kernel."""
+    """Return the plan with a name, such as "tma 128x256x64x4x3 in 2 splits"; None if there is no such kernel."""
     by, sizes, splits = re.fullmatch(r"(\w+) (\w+)(?: in (\d+) splits)?", name).groups(default="1")
     modules = {"hopper": gemm_hopper, "tma": gemm_tma, "pointers": gemm_pointers}
     if by not in modules:

@@ -1,15 +1,15 @@
-"""The time of each product of a ViT's linear layers, predicted for GPUs by name, beside a modelled plain GEMM.
+"""Predicted time of each product of a ViT's linear layers on named GPUs, beside a modelled plain GEMM.
 
-No GPU is needed and none is timed but for "measured / plain", which is of an H200 where it ran that plan (`python -m
-benchmarks.products`). Times are in microseconds, in columns by pipe as if that pipe worked alone, and ratios the
-product's time over the plain GEMM's: above 1 is slower. The busiest SM has so many waves of tiles, one after the other,
-and wave efficiency is the useful part of what all SMs could multiply meanwhile. "exposed" is what a step waits without
-its busiest pipe being busy, as for combining where that does not overlap with MMA; "fixed" is launch, prologue and
-epilogue. Of the plain GEMM the best of six tiles is taken, its reduction split into up to 16 parts or not, its tiles
-shared between SMs so that L2 does not limit it.
-Constants are fitted to the H200 at 64 images (`cost.py`; how well: `prediction_errors.py`) and assumed of 4 images and
-of the A100 and B200, on which nothing ran. Clocks are the data sheets'. An H100 differs from an H200 by its HBM, which
-limits no row.
+No GPU is needed, and nothing is timed except "measured / plain", on an H200 where it ran that plan (`python -m
+benchmarks.products`). Times are in microseconds; a pipe's column is its time as if it worked alone. Ratios are the
+product's time over the plain GEMM's: above 1 is slower. "waves" are the tiles that the busiest SM computes one after
+the other, and wave efficiency is the useful part of what all SMs could multiply meanwhile. "exposed" is the time that
+k-steps wait while their busiest pipe is idle, such as for combining that does not overlap with MMA; "fixed" is launch,
+prologue and epilogue. The plain GEMM has the best of six tiles, its reduction split into up to 16 parts or not, and its
+tiles shared between SMs so that L2 does not limit it.
+Constants are fitted to the H200 at 64 images (`cost.py`; `prediction_errors.py` shows how well) and assumed for 4
+images and for the A100 and B200, on which nothing ran. Clocks are from the data sheets. An H100 differs from an H200 by
+its HBM, which limits no row.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ SHOWN = [layer for layer in LAYERS if "ViT-B" in layer.name or layer.name in ("V
 
 
 def measured() -> dict[tuple[str, int, str, str], dict[str, float]]:
-    """By layer, tokens, weights and product: the plain GEMM's microseconds, and over these every plan's time."""
+    """By layer, tokens, weights and product: the plain GEMM's microseconds, and every plan's time over them."""
     found = {}
     for row in results.read(results.TRACKED / "products-h200.md"):
         others = (other.rpartition(" ") for other in row["others / plain"].split(", "))
@@ -51,7 +51,7 @@ def sizes(layer: Layer, product: str) -> tuple[int, int, int]:
 
 
 def predict(gpu: Gpu, layer: Layer, weights: str, position: int, plan: Plan) -> tuple[Estimate, float]:
-    """Predict `products(...)[position]` by a plan; return its wave efficiency too."""
+    """Predict `products(...)[position]` with a plan; also return its wave efficiency."""
     made = kernel(f"sm_{gpu.arch}", weights, position, plan)
     rows, columns, depth = sizes(layer, made.product)
     weight_dtype, aux_dtype, _ = WEIGHTS[weights]
@@ -84,7 +84,7 @@ def report(gpu: Gpu) -> Iterator[Row]:
 
 
 def row(gpu: Gpu, layer: Layer, weights: str, position: int, product: Product, ratios: dict) -> Row:
-    """Predict `products(...)[position]` by the plan that is chosen, beside what was measured of that plan, if any."""
+    """Predict `products(...)[position]` with the chosen plan, beside what was measured of that plan, if anything."""
     plan = chosen(f"sm_{gpu.arch}", product, gpu.multiprocessors)
     found, efficiency = predict(gpu, layer, weights, position, plan)
     modelled = plain(*sizes(layer, product.name), gpu)

@@ -1,9 +1,9 @@
-"""Each product of a ViT's linear layers on a GPU, without the host: every plan beside the plain GEMM.
+"""GPU time, without the host, of each product of a ViT's linear layers: every plan beside the plain GEMM.
 
-Run as `python -m benchmarks.products`. The plain GEMM is cuBLAS's, with half-precision weights, and for float32 weights
-writes its gradient in float32. The transient copy is `implementation("eager")`: it makes the combined weight, and the
-gradients of W and s out of the float32 accumulator, in passes of their own. Medians of 15 calls in turn, timed by
-events, each on an idle device behind passes over 1 GiB that empty the L2 cache and give the host time to launch.
+Run as `python -m benchmarks.products`. The plain GEMM is cuBLAS's, with half-precision weights; for float32 weights it
+writes its gradient in float32. The transient copy is `implementation("eager")`: separate passes make the combined
+weight, and the gradients of W and s from the float32 accumulator. Times are medians of 15 calls made in turn and timed
+by events, each on an idle device after passes over 1 GiB that empty the L2 cache and give the host time to launch.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ WEIGHTS = {"bf16": (HALF, HALF), "fp32": (FLOAT, FLOAT), "fp32, W_aux bf16": (FL
 
 
 def milliseconds(calls: dict[str, Callable[[], object]], emptied: Tensor) -> dict[str, float]:
-    """The median of each, called in turn."""
+    """Return the median of each; calls are made in turn."""
     pairs = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -71,7 +71,7 @@ def milliseconds(calls: dict[str, Callable[[], object]], emptied: Tensor) -> dic
 
 
 def products(layer: Layer, weights: str) -> list[tuple[Callable[[], object], Product]]:
-    """Return each beside its plain GEMM, W, s and b being trained and W_aux frozen."""
+    """Return each with its plain GEMM, with W, s and b trained and W_aux frozen."""
     weight_dtype, aux_dtype = WEIGHTS[weights]
     draw = partial(torch.randn, device="cuda")
     x = draw(layer.tokens, layer.in_features, dtype=HALF)

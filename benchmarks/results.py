@@ -1,6 +1,6 @@
-"""Tables of results: JSON and Markdown, one pair of files a benchmark and device.
+"""Tables of results: JSON and Markdown, one pair of files per benchmark and device.
 
-They are written to `runs/benchmarks/`, which git ignores, and with `--record` to `results/`, which it tracks.
+They are written to `runs/benchmarks/`, which git ignores, or with `--record` to `results/`, which it tracks.
 `python -m benchmarks.results` puts the tracked ones into README.md.
 """
 
@@ -24,7 +24,7 @@ README = Path(__file__).parent / "README.md"
 RECORD = f"write complete tables to {TRACKED.relative_to(TRACKED.parents[1])}, which git tracks"
 
 Row = dict[str, str | float]
-"""A line of a table by its column names, which state the units."""
+"""A row of a table by its column names, which state the units."""
 
 
 def device_name() -> str:
@@ -37,7 +37,7 @@ def device_name() -> str:
 
 
 def clocks() -> str:
-    """Of the GPU at this moment, and what bounds them."""
+    """The GPU's clocks at this moment, and what limits them."""
     gpu = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     query = "--query-gpu=clocks.sm,clocks.max.sm,power.limit"
     command = ["nvidia-smi", f"--id={gpu}", query, "--format=csv,noheader,nounits"]
@@ -76,7 +76,7 @@ def made_with(machine: str) -> str:
 def write(benchmark: str, device: str, rows: list[Row], notes: str, record: bool, expected: int | None = None) -> Path:
     """Write `<benchmark>-<device>.json` and `.md` and return the latter; `notes` says what was measured.
 
-    A table of fewer rows than are expected is partial: it says so, in its name too, and is never recorded.
+    A table of fewer rows than expected is partial: it says so, also in its name, and is never recorded.
     """
     partial = expected is not None and len(rows) < expected
     folder = TRACKED if record and not partial else IGNORED
@@ -99,7 +99,7 @@ def write(benchmark: str, device: str, rows: list[Row], notes: str, record: bool
 
 
 def run(benchmark: str, device: str, measure: Callable[[], list[Row]], notes: str) -> Path:
-    """Run a benchmark that is a script: its arguments, its table, and where that was written, which is returned."""
+    """Run a benchmark script: parse its arguments, write and print its table, and return the table's path."""
     parser = ArgumentParser(description=notes, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help=RECORD)
     record = parser.parse_args().record
@@ -130,7 +130,7 @@ def cell(value: str | float) -> str:
 
 
 def insert_tables(text: str) -> str:
-    """README.md with what stands between `<!-- name -->` and `<!-- end -->` replaced by each `results/name.md`."""
+    """Put each `results/name.md` between `<!-- name -->` and `<!-- end -->` in the text of README.md."""
     for path in TRACKED.glob("*.md"):
         begin, found, rest = text.partition(f"<!-- {path.stem} -->\n")
         if found:

@@ -26,7 +26,7 @@ PIPES = {
 class Loop(NamedTuple):
     """One iteration of a warp: instructions by pipe, bytes it moves between registers and shared memory, and barriers.
 
-    Barriers are waits for other warps (BAR) and for what a barrier in shared memory counts (SYNCS).
+    Barriers are waits for other warps (BAR) and for barriers in shared memory (SYNCS).
     """
 
     instructions: dict[str, int]
@@ -76,7 +76,7 @@ def serialised_wgmma(compiled: CompiledKernel) -> list[str]:
 
 
 def assembler(architecture: int) -> str:
-    """The path of the one that Triton uses; before 3.6 it is the same for every architecture."""
+    """The path of Triton's assembler; before 3.6 it is the same for every architecture."""
     return get_ptxas(*[architecture][: len(signature(get_ptxas).parameters)]).path
 
 
@@ -110,7 +110,7 @@ def _pipe(name: str) -> str:
 
 
 def _shared_bytes(name: str) -> int:
-    """Of a whole warp: LDS.64 reads 8 bytes a lane, LDSM.16.M88.4 four matrices of 128 bytes, LDSM.16.M88 one."""
+    """Bytes of a whole warp: LDS.64 reads 8 bytes a lane, LDSM.16.M88.4 four matrices of 128 bytes, LDSM.16.M88 one."""
     if name.startswith(("LDSM", "STSM")):
         matrices = name.rpartition(".")[2]
         return 128 * (int(matrices) if matrices.isdigit() else 1)

@@ -1,4 +1,4 @@
-"""What a run has measured, as text for a terminal of 140 columns."""
+"""The measurements of a run, as text for a terminal of 140 columns."""
 
 from benchmarks.results import Row, cell
 
@@ -7,8 +7,8 @@ PASSES = {"forward": "fwd", "input gradient": "dx", "parameter gradients": "dW",
 WHOLE_STEP = "whole step"
 
 OPERATORS_LEGEND = """\
-Time / F.linear of the forward (fwd), of the backward for the gradient of x (dx) or of W, s and b (dW), and of forward
-and backward (all); TFLOP/s of this package's forward and backward. * this package is slower than the fastest other."""
+Time / F.linear of forward (fwd), of backward for the gradient of x (dx) or of W, s and b (dW), and of forward plus
+backward (all); TFLOP/s of this package's forward plus backward. * this package loses to the fastest alternative."""
 STEPS_LEGEND = """\
 W_aux is frozen, trained, or frozen and int8; published is with W_aux frozen. * this package is slower than that."""
 
@@ -17,7 +17,7 @@ Times = dict[tuple[str, str], float]
 
 
 def operators(rows: list[Row]) -> str:
-    """A line a layer, tokens and precision."""
+    """A line per layer, tokens and precision."""
     others = list(dict.fromkeys(row["implementation"] for row in rows if row["implementation"] not in (CEILING, OURS)))
     names = [*others, OURS]
     width = max(len(row["layer"]) for row in rows)
@@ -43,14 +43,14 @@ def _loses(times: Times, others: list[str], each: str) -> bool:
 
 
 def _ratio(value: float | None) -> str:
-    """Four characters."""
+    """Format in four characters."""
     if value is None:
         return "   -"
     return f"{value:.2f}" if value < 9.995 else f"{value:4.1f}" if value < 99.95 else f"{value:4.0f}"
 
 
 def training_steps(rows: list[Row]) -> str:
-    """A line a model, batch, precision, checkpointing and variant."""
+    """A line per model, batch, precision, checkpointing and variant."""
     simulated = ["simulated", "/ simulated"] if any("measured / simulated" in row for row in rows) else []
     lines = [[" model", "batch", "precision", "ckpt", "variant", "ms", "/ published", "peak GiB", *simulated]]
     for row in rows:
@@ -69,7 +69,7 @@ def _gib(mib: str | float) -> str | float:
 
 
 def _aligned(lines: list[list[str]], left: int) -> str:
-    """Columns, of which so many are aligned at the left."""
+    """Align columns, the first `left` of them to the left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     sides = "<" * left + ">" * (len(widths) - left)
     return "\n".join(

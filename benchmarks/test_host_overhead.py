@@ -1,6 +1,6 @@
-"""A layer of 16 x 16 on 16 tokens, forward and backward, one thread: what Python and the dispatcher cost a layer.
+"""What Python and the dispatcher cost a layer: 16 x 16 on 16 tokens, forward and backward, one thread.
 
-Microseconds a call, of 20 in a row; ratios are to the published formulation as it ships, which trains W_aux.
+Microseconds per call, of 20 in a row; ratios are to the published formulation as it ships, which trains W_aux.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,8 +1,8 @@
 """One layer of a ViT: time, memory and bytes saved for backward of every way to compute `x (W + s W_aux)^T + b`.
 
-W_aux is frozen. Forward and the whole step, which is forward and backward, are those of training, where x, W, s and b
-ask for gradients; of the gradients the backward is timed, with only x asking, or only W, s and b. Ratios are to
-`F.linear(x, W, b)`, the ceiling; TFLOP/s count its FLOPs, so they are comparable. Memory is the peak a forward and
+W_aux is frozen. Forward and the whole step (forward and backward) are those of training, where x, W, s and b require
+gradients; for the gradients only the backward is timed, where only x requires one, or only W, s and b. Ratios are to
+`F.linear(x, W, b)`, the ceiling; TFLOP/s count its FLOPs, so they are comparable. Memory is the peak that forward and
 backward add to the layer and its input. Rounds end when the medians of time and ratio are known to 2 %, or at a limit.
 """
 
@@ -35,7 +35,7 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of one product."""
+        """FLOPs of one product."""
         return 2 * self.batch * self.tokens * self.in_features * self.out_features
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Pass:
-    """What is timed, how many products it is, and which operands ask for gradients."""
+    """What is timed, how many products it is, and which operands require gradients."""
 
     name: str
     products: int
@@ -69,7 +69,7 @@ class Pass:
 
 
 def layers(batch: int, model: str, tokens: int, width: int, hidden: int) -> list[Shape]:
-    """Of a block of a ViT."""
+    """The linear layers of a ViT block."""
     return [
         Shape(f"{model} attn.qkv", batch, tokens, width, 3 * width),
         Shape(f"{model} attn.proj", batch, tokens, width, width),
@@ -139,7 +139,7 @@ FUNCTIONS: dict[str, Function] = {
 
 
 class Layer(nn.Module):
-    """The operands of a shape in a precision, and how to combine them; those that are named ask for gradients."""
+    """The operands of a shape in a precision, and how to combine them; those in `asking` require gradients."""
 
     def __init__(self, function: Function, shape: Shape, precision: Precision, asking: Iterable[str]) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Layer(nn.Module):
 
 
 def parameters(values: Iterable[object], mark: pytest.MarkDecorator, marked: Iterable[object]) -> list:
-    """Each under its name, and the marked ones left out unless they are asked for."""
+    """Parametrize by name; the marked values are left out unless they are asked for."""
     return [pytest.param(value, id=str(value), marks=mark if value in marked else ()) for value in values]
 
 

@@ -1,7 +1,7 @@
-"""A training step (forward, backward, AdamW) of a timm ViT: time and memory.
+"""Time and memory of a training step (forward, backward, AdamW) of a timm ViT.
 
-The published formulation that times are compared with has its W_aux frozen. The peak is what lasts, which is weights,
-W_aux, Adam's states and the images, plus what the allocator says that the step adds. On a GPU the simulated peak stands
+Times are compared with the published formulation with W_aux frozen. The peak is what lasts between steps (weights,
+W_aux, Adam's states and the images) plus what the step adds according to the allocator. On a GPU the simulated peak is
 beside it, from the table of `python -m benchmarks.memory`, which says what the levers are. Rounds end when the median
 is known to 2 %, or at a limit.
 """
@@ -62,7 +62,7 @@ WITH_LEVERS = FUSED_LEVERS if find_spec("bitsandbytes") else FUSED_LEVERS_ADAMW
 GPU_VARIANTS = [PUBLISHED_FROZEN, PLAIN, FUSED, FUSED_INT8, WITH_LEVERS]
 CPU_VARIANTS = [PUBLISHED_FROZEN, PLAIN, FUSED]
 STEP_VARIANTS = [*(GPU_VARIANTS if ON_GPU else CPU_VARIANTS), PUBLISHED_TRAINED]
-"""The one that times are compared with comes first."""
+"""The baseline of times comes first."""
 
 ONLY_IN_FULL = pytest.mark.full if ON_GPU else ()
 
@@ -76,7 +76,7 @@ def levers_of(variant: str, checkpointing: bool) -> Levers:
 def prepare_step(
     stack: ExitStack, variant: str, model: Model, checkpointing: bool, autocast: bool
 ) -> tuple[Callable[[], None], int]:
-    """A training step of a new model, which lives as long as the stack, and the bytes that last from step to step."""
+    """A training step of a new model, which lives as long as the stack, and the bytes that last between steps."""
     network = stack.enter_context(vision_transformer(variant, model.architecture, DEVICE, **model.options))
     network.set_grad_checkpointing(checkpointing)
     levers = levers_of(variant, checkpointing)
@@ -93,14 +93,14 @@ def prepare_step(
 
 
 def published_milliseconds(setting: Row, rows: list[Row]) -> float | None:
-    """Of the published formulation, if it has been measured in this setting."""
+    """The published formulation's time, if it was measured in this setting."""
     published = {**setting, "variant": PUBLISHED_FROZEN}.items()
     found = [row["median, ms"] for row in rows if row.items() >= published]
     return found[0] if found and isinstance(found[0], float) else None
 
 
 def simulated_mib(setting: Row, variant: str) -> float | None:
-    """As in the tracked table, if it is there."""
+    """The peak in the tracked table, if it is there."""
     step = {column: setting[column] for column in ("model", "batch", "checkpointing")}.items()
     for row in results.read(results.TRACKED / "memory-simulated.md"):
         if row.items() >= step and setting["precision"] == "autocast" and f"{variant}, simulated GiB" in row:

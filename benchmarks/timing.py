@@ -1,6 +1,6 @@
-"""Time and memory of single calls, on the GPU where there is one and on the CPU elsewhere.
+"""Measure time and memory of single calls, on the GPU if there is one, otherwise on the CPU.
 
-A call is timed again and again until a confidence interval of 95 % lies within 2 % of the median on both sides.
+A call is timed repeatedly until a 95 % confidence interval lies within 2 % of the median on both sides.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ LEAST_ROUNDS = 6
 UNITS = {"ms": 1e3, "us": 1e6}
 
 Prepare = Callable[[], Callable[[], object]]
-"""Does what is not to be timed and returns what is."""
+"""Does the untimed preparation and returns the call to time."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Timing:
         return median(self.seconds)
 
     def columns(self, unit: str, calls: int = 1) -> dict[str, float]:
-        """Of a table: quantiles for one of so many calls a round."""
+        """Columns of a table: quantiles for one call, with `calls` per round."""
         p20, _, _, p80 = quantiles(self.seconds, n=5)
         named = {"p20": p20, "median": self.median, "p80": p80}
         figures = {f"{name}, {unit}": seconds / calls * UNITS[unit] for name, seconds in named.items()}
@@ -49,13 +49,13 @@ class Timing:
 
 
 def time_alone(subject: Callable[[], object], most: int) -> Timing:
-    """In at most so many rounds; the subject has run before."""
+    """Time in at most so many rounds; the subject has run before."""
     rounds = until_known(lambda: (seconds_of(subject),), most)
     return Timing(tuple(seconds for (seconds,) in rounds))
 
 
 def time_paired(subject: Prepare, reference: Prepare, most: int) -> tuple[Timing, float]:
-    """In at most so many rounds, each with a call of the reference first; and the median of the ratios to that."""
+    """Time in at most so many rounds, each with a reference call first; also return the median ratio to that."""
 
     def pair() -> tuple[float, float]:
         expected = seconds_of(reference())
@@ -69,7 +69,7 @@ def time_paired(subject: Prepare, reference: Prepare, most: int) -> tuple[Timing
 
 
 def until_known(measure: Callable[[], tuple[float, ...]], most: int) -> list[tuple[float, ...]]:
-    """Rounds of measurements, until the median of each quantity is known or there are as many as allowed."""
+    """Measure in rounds until the median of each quantity is known or there are as many as allowed."""
     rounds: list[tuple[float, ...]] = []
     while len(rounds) < most and not (len(rounds) >= LEAST_ROUNDS and all(map(is_known, zip(*rounds, strict=True)))):
         rounds.append(measure())
@@ -85,7 +85,7 @@ def is_known(samples: Sequence[float]) -> bool:
 def median_interval(samples: Sequence[float]) -> tuple[float, float]:
     """Two of the samples between which the median lies with CONFIDENCE, whatever their distribution.
 
-    How many samples are below the median is binomial, so the same number may be left out at both ends.
+    The number of samples below the median is binomial, so the same number may be left out at both ends.
     """
     count, left_out = len(samples), 0
     outside = 2 / 2**count  # the chance that the median is beyond either end
@@ -97,7 +97,7 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float]:
 
 
 def seconds_of(function: Callable[[], object]) -> float:
-    """Of one call: on a GPU by events on the stream, behind passes over 1 GiB that empty the L2 cache and keep the
+    """Time one call: on a GPU by events on the stream, after passes over 1 GiB that empty the L2 cache and keep the
     device busy while the call is being launched."""
     if ON_GPU:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -119,7 +119,7 @@ def _larger_than_l2() -> Tensor:
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """The most memory a call has allocated at a time, what was there before left out."""
+    """The peak memory that a call allocates, without what was there before."""
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -132,6 +132,6 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 
 def nbytes(values: Iterable[object]) -> int:
-    """Of the tensors among them, what they share counted once."""
+    """Bytes of the tensors among the values, counting shared storage once."""
     storages = (value.untyped_storage() for value in values if isinstance(value, Tensor))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -74,12 +74,12 @@ NO_LEVERS = Levers()
 
 
 def every_lever(checkpointing: bool, create_optimizer: Callable[[list[nn.Parameter]], Optimizer]) -> Levers:
-    """The blocks' inputs go to the host where nothing else is saved, which is with activation checkpointing."""
+    """Block inputs go to the host only with activation checkpointing, where nothing else is saved."""
     return Levers(create_optimizer, in_backward=True, on_host=checkpointing)
 
 
 def adamw(model: nn.Module, levers: Levers = NO_LEVERS) -> Optimizer:
-    """AdamW over what is trainable, its states already there."""
+    """AdamW over the trainable parameters, with its states already allocated."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = levers.create_optimizer(trained)
     for parameter in trained:
@@ -92,13 +92,13 @@ def adamw(model: nn.Module, levers: Levers = NO_LEVERS) -> Optimizer:
 
 
 def training_step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, autocast: bool) -> None:
-    """Forward, backward and update of what backward has not updated; `autocast` to bfloat16."""
+    """Run forward, backward, and the updates that backward has not done; `autocast` is to bfloat16."""
     forward(model, images, labels, autocast).backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
 def forward(model: nn.Module, images: Tensor, labels: Tensor, autocast: bool) -> Tensor:
-    """The loss."""
+    """Return the loss."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
         return F.cross_entropy(model(images), labels)

@@ -1,4 +1,4 @@
-"""Train a Hugging Face ViT with the weights of a VideoMAE by the Trainer, save it, load it, merge it.
+"""Train a Hugging Face ViT with the weights of a VideoMAE using the Trainer; save, load and merge it.
 
 `python examples/huggingface_trainer.py [TARGET AUXILIARY]` takes names on the Hub or folders, such as
 google/vit-base-patch16-224 and MCG-NJU/videomae-base; without them both models are small and random.
@@ -33,7 +33,7 @@ def main(target=None, auxiliary=None):
     connect(model, aux_model)
     size = model.config.image_size
     images = torch.randn(32, 3, size, size)
-    labels = (images.mean(dim=(1, 2, 3)) > 0).long()  # replace with data of yours
+    labels = (images.mean(dim=(1, 2, 3)) > 0).long()  # replace with your data
     data = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
 
     with TemporaryDirectory() as folder:
@@ -48,11 +48,11 @@ def main(target=None, auxiliary=None):
         logits = model.cpu().eval()(images[:4]).logits
         with disabled_pathways(model):
             print("without its pathways: logits differ by", (model(images[:4]).logits - logits).abs().max().item())
-        print("loaded: largest difference of logits", (loaded(images[:4]).logits - logits).abs().max().item())
+        print("loaded: logits differ by", (loaded(images[:4]).logits - logits).abs().max().item())
 
         merge_pathways(loaded).save_pretrained(folder)  # PathwayCallback() merges when training ends
         plain = ViTForImageClassification.from_pretrained(folder)
-        print("merged: largest difference of logits", (plain(images[:4]).logits - logits).abs().max().item())
+        print("merged: logits differ by", (plain(images[:4]).logits - logits).abs().max().item())
 
 
 if __name__ == "__main__":

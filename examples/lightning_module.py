@@ -1,4 +1,4 @@
-"""A pathway in Lightning: train a ViT with the frozen weights of an audio transformer, and write the merged model.
+"""Train a ViT in Lightning with the frozen weights of an audio transformer, and write the merged model.
 
 Runs in seconds on a CPU. For real weights use pretrained=True with timm's names, and for the audio transformer
 `m2pt.checkpoint_formats.load_auxiliary("audiomae.pth")`.

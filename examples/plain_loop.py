@@ -1,6 +1,6 @@
-"""Train a timm ViT with the weights of an audio transformer in a loop of your own; save, load and merge the pathway.
+"""Train a timm ViT with the weights of an audio transformer in your own loop; save, load and merge the pathway.
 
-`python examples/plain_loop.py [IMAGE.pth AUDIO.pth]` takes MAE's and AudioMAE's ViT-B; without, small random models.
+`python examples/plain_loop.py [IMAGE.pth AUDIO.pth]` takes MAE's and AudioMAE's ViT-B; otherwise small random models.
 """
 
 import sys
@@ -36,7 +36,7 @@ def main(image=None, audio=None):
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3, weight_decay=0.05, scale_lr=1e-2))
 
     images = torch.randn(16, 3, *model.patch_embed.img_size)
-    labels = (images.mean(dim=(1, 2, 3)) > 0).long()  # replace with data of yours
+    labels = (images.mean(dim=(1, 2, 3)) > 0).long()  # replace with your data
     for step in range(4):
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(images), labels)
