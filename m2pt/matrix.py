@@ -148,8 +148,16 @@ def run_matrix(matrix: Matrix, out: str | os.PathLike) -> str:
 
 
 def _result(recipe: Recipe, modality: str, path: str, seed: int, folder: Path) -> dict[str, float]:
-    """The merged model's metrics of one run: read if it is finished, otherwise trained, from where it stopped."""
-    recipe = recipe.replaced({"auxiliary.modality": modality, "auxiliary.path": path, "run.seed": seed})
+    given = {"auxiliary.modality": modality, "auxiliary.path": path, "run.seed": seed}
+    return trained_metrics(recipe.replaced(given), folder)
+
+
+def trained_metrics(recipe: Recipe, folder: Path) -> dict[str, float]:
+    """The merged model's metrics of one run: read if it is finished, otherwise trained, from where it stopped.
+
+    Raises:
+        ValueError: the folder holds a run of another recipe. For others see `m2pt.train.train`.
+    """
     if (folder / "result.json").exists():
         if json.loads((folder / "recipe.json").read_text("utf-8")) != recipe.as_dict():
             raise ValueError(f"{folder}: holds a run of another recipe")

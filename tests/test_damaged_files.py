@@ -34,11 +34,10 @@ from m2pt.checkpoint_formats import load_auxiliary, load_pretrained
 from m2pt.checkpoints import AVERAGES, WRAPPERS, load_state_dict, save_state_dict
 from m2pt.cli import main
 from m2pt.data import create_dataset
-from m2pt.demo import plots as demo_plots
-from m2pt.demo.experiment import Environment, Merge, Results, Run, SavedBytes
+from m2pt.demo.experiment import Results
+from m2pt.demo.report import plot_scales as plot_scales_of_the_demo
 from m2pt.demo.report import write_report
-from m2pt.demo.settings import Settings
-from m2pt.matrix import Matrix, run_matrix
+from m2pt.matrix import Matrix, compare, run_matrix
 from m2pt.train import load_recipe, parse_assignment
 from m2pt.train.batches import training_batches
 from m2pt.train.distributed import World
@@ -467,13 +466,10 @@ def test_a_disk_that_tells_at_the_end_that_it_is_full_leaves_what_was_there(tmp_
 
 
 def results_of_the_demo():
-    runs = [
-        Run(variant, seed, 0.5, {f"blocks.{block}.{layer}": 0.1 for block in range(4) for layer in ("qkv", "fc1")})
-        for seed in range(2)
-        for variant in ("baseline", "pathway", "control")
-    ]
-    saved, environment = SavedBytes("float32", 1, 1, 2), Environment("torch", "timm", 1, 1.0)
-    return Results(Settings(), {"speech": 0.5}, None, runs, Merge(0.5, 0.0), [saved], environment)
+    scales = dict.fromkeys(("pathway", "control"), [{"blocks.0.attn.qkv": 0.1}] * 2)
+    gain = compare("speech", "digits", [{"top1": 50.0}] * 2, [{"top1": 51.0}] * 2)
+    saved = {"float32": {"plain": 1, "fused": 1, "published": 2}}
+    return Results(0.0, saved, "", None, scales, gain, gain, gain, [50.0] * 2)
 
 
 def write_matrix(folder):
@@ -487,8 +483,7 @@ def write_matrix(folder):
 WRITERS = {
     "report.md": lambda folder: write_report(results_of_the_demo(), folder),
     "results.json": lambda folder: write_report(results_of_the_demo(), folder),
-    "accuracy.png": lambda folder: demo_plots.plot_accuracy(results_of_the_demo(), folder / "accuracy.png"),
-    "scales.png": lambda folder: demo_plots.plot_scales(results_of_the_demo(), folder / "scales.png"),
+    "scales.png": lambda folder: plot_scales_of_the_demo(results_of_the_demo().scales, folder / "scales.png"),
     "gains.md": write_matrix,
     "gains.json": write_matrix,
     "gains.png": write_matrix,

@@ -2,26 +2,30 @@
 
 import json
 from dataclasses import asdict, replace
+from itertools import pairwise
 
 import pytest
 import torch
+from tiny_runs import interrupted, no_plots
 
 from m2pt.checkpoints import load_state_dict
-from m2pt.demo.data import labelled_subset, load_digit_images, load_speech
-from m2pt.demo.experiment import Run, permuted, run_experiment
-from m2pt.demo.models import digit_transformer, speech_transformer
-from m2pt.demo.plots import plot_accuracy, plot_scales
-from m2pt.demo.report import write_report
-from m2pt.demo.settings import Settings
-from m2pt.demo.summary import conclusion, summarize
+from m2pt.cli import main
+from m2pt.data import create_dataset
+from m2pt.demo.experiment import FINE_TUNING, plain_transformer, random_features_accuracy, run_demo
+from m2pt.demo.report import markdown, write_report
+from m2pt.matrix import compare
+from m2pt.train import load_recipe
+from m2pt.train.creation import created
+from m2pt.train.files import CHECKPOINT, load_trained, read_json
 
-DEFAULT = Settings()
-SHORT = Settings(
-    seeds=2,
-    speech_pretraining=replace(DEFAULT.speech_pretraining, epochs=1),
-    digit_pretraining=replace(DEFAULT.digit_pretraining, epochs=1),
-    fine_tuning=replace(DEFAULT.fine_tuning, epochs=2),
-)
+SHORT = {"schedule.epochs": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_plots():
+    with pytest.MonkeyPatch.context() as patch:
+        no_plots(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -31,97 +35,126 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return run_experiment(SHORT, folder / "merged.safetensors")
+    return run_demo(folder, 2, replaced=SHORT)
 
 
-def test_every_variant_runs_with_every_seed_and_the_scales_move(results):
-    assert [(run.variant, run.seed) for run in results.runs] == [
-        (variant, seed) for seed in range(2) for variant in ("baseline", "pathway", "control")
-    ]
-    for run in results.runs:
-        assert 0 <= run.accuracy <= 1
-        assert len(run.scales) == (0 if run.variant == "baseline" else 16)
-        assert all(run.scales.values())
+def test_every_variant_runs_with_every_seed_and_the_scales_move(results, folder):
+    runs = {(path.parent.parent.name, path.parent.name) for path in folder.glob("*/*/result.json")}
+    assert runs == {(variant, seed) for variant in ("baseline", "pathway", "control") for seed in "01"}
+    assert results.digits.alone == results.shuffled.alone
+    assert results.digits_over_shuffled.connected == results.digits.connected
+    assert results.digits_over_shuffled.alone == results.shuffled.connected
+    for variant in ("pathway", "control"):
+        assert [len(scales) for scales in results.scales[variant]] == [16, 16]
+        assert all(scale for scales in results.scales[variant] for scale in scales.values())
 
 
-def test_merged_checkpoint_loads_strictly_into_a_plain_model(results, folder):
-    plain = speech_transformer(9)
-    plain.load_state_dict(load_state_dict(folder / "merged.safetensors"))
-    speech = load_speech()
+def test_the_variants_of_a_seed_differ_in_their_auxiliary_weights_alone(results, folder):
+    for seed in "01":
+        recipes = [read_json(folder / variant / seed / "recipe.json") for variant in ("baseline", "pathway", "control")]
+        assert all(recipe.pop("auxiliary") is not None for recipe in recipes) and recipes[0] == recipes[1] == recipes[2]
+        assert recipes[0]["data"]["settings"] == {"shot": 4, "fold": int(seed)}
+        assert recipes[0]["model"]["init"] == str(folder / "speech" / "pretrained.safetensors")
+
+
+def test_the_control_keeps_the_values_and_not_the_order(results, folder):
+    digits, *shuffled = (
+        load_state_dict(folder / name)
+        for name in ("digits/pretrained.safetensors", "shuffled/0.safetensors", "shuffled/1.safetensors")
+    )
+    for name, tensor in digits.items():
+        assert all(torch.equal(tensor.flatten().sort()[0], other[name].flatten().sort()[0]) for other in shuffled)
+    weights = [entries["blocks.0.attn.qkv.weight"] for entries in (digits, *shuffled)]
+    assert all((a == b).double().mean() < 0.01 for a, b in pairwise(weights))
+    trained = load_trained(folder / "control" / "1" / CHECKPOINT).state_dict
+    assert torch.equal(trained["blocks.0.attn.qkv.aux_weight"], weights[2])
+
+
+def test_merged_checkpoint_loads_strictly_into_a_plain_timm_model(results, folder):
+    test_set = create_dataset("audio", "embedded", None, "test", False)
+    plain = plain_transformer(load_recipe("tiny_audio"))
+    plain.load_state_dict(load_state_dict(folder / "pathway" / "1" / "merged.safetensors"))
     with torch.no_grad():
-        accuracy = (plain.eval()(speech.test).argmax(1) == speech.test_speakers).double().mean().item()
-    assert accuracy == results.merge.accuracy == results.runs[-2].accuracy
+        predicted = plain.eval()(test_set.inputs).argmax(1)
+    accuracy = (predicted == torch.tensor(test_set.labels)).double().mean().item()
+    assert 100 * accuracy == pytest.approx(results.digits.connected[1])
+    assert results.merge_difference <= 1e-4
+
+
+def test_a_merged_checkpoint_that_computes_something_else_is_an_error(results, folder, monkeypatch):
+    monkeypatch.setattr("m2pt.demo.experiment.MERGE_TOLERANCE", -1.0)
+    with pytest.raises(ArithmeticError, match="pathway/0/merged.safetensors: logits differ by"):
+        run_demo(folder, 2, replaced=SHORT)
 
 
 def test_saved_bytes(results):
-    full, autocast = results.saved_bytes
-    weights = sum(p.numel() for n, p in speech_transformer(9).blocks.named_parameters() if p.ndim == 2)
-    assert full.fused == full.plain == full.published - 4 * weights
-    assert autocast.fused == autocast.plain - 2 * weights
+    full, autocast = results.saved_bytes["float32"], results.saved_bytes["bfloat16 autocast"]
+    model = created(load_recipe("tiny_audio"), 9)
+    weights = sum(p.numel() for n, p in model.blocks.named_parameters() if p.ndim == 2)
+    assert full["fused"] == full["plain"] == full["published"] - 4 * weights
+    assert autocast["fused"] == autocast["plain"] - 2 * weights
 
 
 def test_repeated_runs_give_the_same_figures(results, tmp_path):
-    again = run_experiment(SHORT, tmp_path / "merged.safetensors")
-    assert again.runs == results.runs and again.reconstruction_errors == results.reconstruction_errors
+    assert run_demo(tmp_path, 2, replaced=SHORT) == results
 
 
-def test_quantised_auxiliary_weights(results, folder, tmp_path):
-    quantised = run_experiment(replace(SHORT, aux_dtype="int8"), tmp_path / "merged.safetensors")
+def test_what_is_finished_is_not_trained_again(results, folder):
+    with interrupted(0):
+        assert run_demo(folder, 2, replaced=SHORT) == results
+    with pytest.raises(ValueError, match="holds a run of another recipe"):
+        run_demo(folder, 2, "int8", SHORT)
+
+
+def test_an_interrupted_demo_goes_on(results, tmp_path, capsys, monkeypatch):
+    for key, value in SHORT.items():
+        monkeypatch.setitem(FINE_TUNING, key, value)
+    command = ["demo", "--out", str(tmp_path), "--seeds", "2"]
+    with interrupted(2):
+        assert main(command) == 130
+    assert "m2pt: interrupted" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.glob("*.*"))
+    assert not (tmp_path / "speech" / "pretrained.safetensors").exists()
+
+
+def test_quantised_auxiliary_weights(results, tmp_path):
+    quantised = run_demo(tmp_path, 2, "int8", SHORT)
     assert 0.001 < quantised.quantization_error < 0.02 and results.quantization_error is None
     assert quantised.saved_bytes == results.saved_bytes
-    assert quantised.merge.max_logit_difference < 1e-4
-    assert [run.scales for run in quantised.runs] != [run.scales for run in results.runs]
-    write_report(quantised, tmp_path)
-    assert "stored as int8, with a relative error of" in (tmp_path / "report.md").read_text()
-    write_report(results, folder)
-    assert "stored as" not in (folder / "report.md").read_text()
+    assert quantised.merge_difference < 1e-4
+    assert quantised.scales != results.scales and quantised.digits.alone == results.digits.alone
+    assert "stored as int8, with a relative error of" in markdown(quantised)
+    assert "stored as" not in markdown(results)
 
 
-def test_files(results, folder):
-    write_report(results, folder)
-    plot_accuracy(results, folder / "accuracy.png")
-    plot_scales(results, folder / "scales.png")
-    numbers = json.loads((folder / "results.json").read_text())
-    assert numbers["runs"] == [asdict(run) for run in results.runs]
-    report = (folder / "report.md").read_text()
-    assert "CC BY 4.0" in report and "| pathway |" in report
-    assert {path.suffix for path in folder.iterdir()} == {".md", ".json", ".png", ".safetensors"}
+def test_random_features_are_measured_on_the_runs_own_utterances(results, folder):
+    recipes = [read_json(folder / "baseline" / seed / "recipe.json") for seed in "01"]
+    for recipe, accuracy in zip(recipes, results.random_features, strict=True):
+        given = {"data.settings": recipe["data"]["settings"], "run.seed": recipe["run"]["seed"]}
+        assert random_features_accuracy(load_recipe("tiny_audio", given)) == accuracy
+    assert all(70 < accuracy < 95 for accuracy in results.random_features)
 
 
-def test_speech_is_the_published_data():
-    speech = load_speech()
-    assert speech.train.shape == (270, 1, 12, 30) and speech.test.shape == (370, 1, 12, 30)
-    assert speech.train_speakers.bincount().tolist() == [30] * 9
-    spoken = speech.train.abs().sum(2, keepdim=True).expand_as(speech.train) > 0
-    assert speech.train[spoken].mean().abs() < 1e-2 and (speech.train[spoken].std() - 1).abs() < 1e-2
+def test_report_says_what_is_demonstrated_before_the_accuracies(results):
+    a, b = ([{"top1": value} for value in values] for values in ([80.0, 90.0], [81.0, 92.0]))
+    known = replace(results, digits=compare("speech", "digits", a, b), random_features=[84.0, 86.0])
+    report = markdown(known)
+    parts = (
+        "Merged into a plain timm model, logits differ by",
+        "| float32 |",
+        "| bfloat16 autocast |",
+        "16 scales have been learned",
+        "| speech | digits | top1 | 85.00 | 86.50 | +1.50 | 0.71 | 0.50 | 2 |",
+        "| speech | digits, shuffled | top1 |",
+        "logistic regression on a frozen random transformer already reaches 85.0 % on this task",
+        "CC BY 4.0",
+    )
+    places = [report.index(part) for part in parts]
+    assert places == sorted(places)
 
 
-def test_labelled_subsets_are_balanced_and_differ_by_seed():
-    speakers = load_speech().train_speakers
-    subsets = [labelled_subset(speakers, 4, seed) for seed in (0, 0, 1)]
-    assert all(speakers[subset].bincount().tolist() == [4] * 9 for subset in subsets)
-    assert torch.equal(subsets[0], subsets[1]) and not torch.equal(subsets[0].sort()[0], subsets[2].sort()[0])
-
-
-def test_permuted_keeps_the_values_and_not_the_order():
-    model = digit_transformer()
-    shuffled = permuted(model, 0)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter.flatten().sort()[0], shuffled.get_parameter(name).flatten().sort()[0])
-    weight = model.blocks[0].attn.qkv.weight
-    assert (weight == shuffled.blocks[0].attn.qkv.weight).double().mean() < 0.01
-    assert load_digit_images().shape == (1797, 1, 8, 8)
-
-
-def runs_of(**accuracies):
-    return [Run(name, seed, value, {}) for name, values in accuracies.items() for seed, value in enumerate(values)]
-
-
-def test_summary_and_conclusion_follow_from_the_figures():
-    runs = runs_of(baseline=[0.5, 0.6, 0.7], pathway=[0.6, 0.7, 0.8], control=[0.4, 0.7, 0.7])
-    baseline, pathway, control = summarize(runs)
-    assert (baseline.mean, pathway.difference, control.difference) == pytest.approx((60, 10, 0))
-    assert control.standard_error == pytest.approx(10 / 3**0.5)
-    assert "pathway (+10.00 points)" in conclusion([baseline, pathway, control])
-    assert "control" not in conclusion([baseline, pathway, control])
-    assert conclusion([baseline, control]).startswith("No difference")
+def test_files(results, tmp_path):
+    write_report(results, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "results.json", "scales.png"}
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(asdict(results)))
+    assert (tmp_path / "report.md").read_text().startswith(markdown(results))

@@ -92,6 +92,20 @@ def test_spectrum_is_the_cosine_series(splits):
         assert spectrogram[: len(cepstra)].any(1).all() and not spectrogram[len(cepstra) :].any()
 
 
+def test_a_few_utterances_of_each_speaker(splits):
+    whole, test = splits["audio"]
+    few, again, other = (embedded("audio", "train", shot=4, fold=fold) for fold in (0, 0, 1))
+    assert few.labels == [speaker for speaker in range(9) for _ in range(4)]
+    assert torch.equal(few.inputs, again.inputs) and not torch.equal(few.inputs, other.inputs)
+    of_speakers = [{input.numpy().tobytes() for input in whole.inputs[30 * speaker :][:30]} for speaker in range(9)]
+    assert all(
+        input.numpy().tobytes() in of_speakers[label] for input, label in zip(few.inputs, few.labels, strict=True)
+    )
+    assert len(few.inputs.unique(dim=0)) == 36
+    assert torch.equal(embedded("audio", "train", shot=30, fold=1).inputs, whole.inputs)
+    assert torch.equal(embedded("audio", "test", shot=4, fold=1).inputs, test.inputs)
+
+
 def test_squares_move_as_their_classes_say(splits):
     """Their shape against black: top, left, height and width in the first and the last frame."""
     for dataset in splits["video"]:
@@ -120,6 +134,13 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for modality, setting in (("image", "size"), ("point", "points"), ("video", "frames"), ("video", "size")):
         with pytest.raises(ValueError, match=f"{setting}: expected a positive integer, got 0"):
             embedded(modality, "train", **{setting: 0})
+    for settings, message in (
+        ({"shot": 0}, "shot: expected a positive integer, got 0"),
+        ({"shot": 31}, "shot: expected at most 30, got 31"),
+        ({"shot": 4, "fold": -1}, "fold: expected 0 or more, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            embedded("audio", "train", **settings)
 
 
 def test_recipes_without_data_say_what_is_missing(tmp_path, capsys):

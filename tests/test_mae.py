@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
+from timm.models import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from m2pt.demo.models import digit_transformer
 from m2pt.models import MODALITIES, MaskedAutoencoder, create_model
 from m2pt.models.mae import pixels
 
@@ -216,7 +216,7 @@ def test_activation_checkpointing_changes_nothing(modality):
 
 
 def test_pretrains_any_timm_transformer_of_one_size():
-    transformer = digit_transformer()
+    transformer = VisionTransformer(8, 2, 1, 0, "avg", embed_dim=96, depth=2, num_heads=3)
     model = MaskedAutoencoder(transformer, 0.5, 64, 1, 2, normalize_targets=False)
     model(torch.randn(3, 1, 8, 8)).backward()
     assert model.model is transformer and transformer.norm.weight.grad.any()

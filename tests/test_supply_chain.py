@@ -34,12 +34,10 @@ for package in (m2pt, m2pt_kernels):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
 
-from dataclasses import replace
 from pathlib import Path
 from m2pt.cli import main
-from m2pt.demo.experiment import run_experiment
+from m2pt.demo.experiment import run_demo
 from m2pt.demo.report import write_report
-from m2pt.demo.settings import Settings
 
 out, report = map(Path, sys.argv[1:])
 run = str(out / "run")
@@ -52,11 +50,7 @@ for command in (
     ["convert", f"{run}/merged.safetensors", f"{run}/converted.safetensors"],
 ):
     assert main(command) == 0, command
-default = Settings()
-phases = ("speech_pretraining", "digit_pretraining", "fine_tuning")
-settings = replace(default, seeds=2, **{name: replace(getattr(default, name), epochs=1) for name in phases})
-(out / "demo").mkdir()
-write_report(run_experiment(settings, out / "demo" / "merged.safetensors"), out / "demo")
+write_report(run_demo(out / "demo", 2, replaced={"schedule.epochs": 1}), out / "demo")
 
 changed = sorted({os.path.abspath(os.fsdecode(path)) for path in changed if isinstance(path, (str, bytes))})
 report.write_text(json.dumps({"network": network, "changed": changed}))

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import check_positive, one_of, require
+from ..checks import check_positive, check_sizes, one_of, require
 from .common import Samples
 from .point import unit_sphere
 
 TRAIN_DIGITS = 1200
-TRAIN_UTTERANCES = 270
-SPEAKERS = 9
+SPEAKERS, UTTERANCES = 9, 30
 FRAMES, BINS = 32, 128
 CLIPS = {"train": 600, "test": 300}
 SCREEN, SQUARE, TRAVEL = 64, 24, 16
@@ -70,13 +69,25 @@ def digit_clouds(root: Path | None, split: str, training: bool, *, points: int =
     return TensorSamples(torch.stack(clouds), digits, 10, list(map(str, range(10))))
 
 
-def spoken_vowels(root: Path | None, split: str, training: bool) -> TensorSamples:
-    """Utterances as spectrograms (1, 32 frames, 128 bins), zero where they have ended; the class is the speaker."""
+def spoken_vowels(
+    root: Path | None, split: str, training: bool, *, shot: int = UTTERANCES, fold: int = 0
+) -> TensorSamples:
+    """Utterances as spectrograms (1, 32 frames, 128 bins), zero where they have ended; the class is the speaker.
+
+    The training split has `shot` of the 30 utterances of each speaker, drawn from seed `fold`; the test split has all.
+    """
+    check_positive(shot=shot)
+    check_sizes(fold=fold)
+    if shot > UTTERANCES:
+        raise ValueError(f"shot: expected at most {UTTERANCES}, got {shot}")
     utterances, speakers = load_utterances()
     spectrograms = torch.zeros(len(utterances), 1, FRAMES, BINS)
     for spectrogram, cepstra in zip(spectrograms, utterances, strict=True):
         spectrogram[0, : len(cepstra)] = log_spectrum(cepstra)
-    part = _part(split, TRAIN_UTTERANCES)
+    part = torch.arange(len(utterances))[_part(split, SPEAKERS * UTTERANCES)]
+    if split == "train" and shot < UTTERANCES:
+        generator = torch.Generator().manual_seed(fold)
+        part = torch.cat([own[torch.randperm(UTTERANCES, generator=generator)[:shot]] for own in part.chunk(SPEAKERS)])
     return TensorSamples(spectrograms[part], speakers[part], SPEAKERS, None)
 
 

@@ -1,216 +1,193 @@
-"""The experiment: does a frozen digit transformer, connected by a pathway, help to tell speakers apart?"""
+"""The experiment: what does a frozen digit transformer, connected by a pathway, change where speakers are told apart?
 
-import copy
-import os
-import time
-from collections.abc import Callable
+The data are those of `m2pt.data.embedded`, and every training is a run of `m2pt.train` in a folder of its own.
+"""
+
+import io
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import timm
 import torch
-from timm.models import VisionTransformer
+from timm.utils import random_seed
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..checkpoints import load_state_dict, save_state_dict
-from ..models import MaskedAutoencoder
-from ..pathway import cross_modal_scales, merge_pathways, quantization_errors
+from ..checks import require
+from ..data.embedded import SPEAKERS, spoken_vowels
+from ..matrix import Gain, compare, trained_metrics
+from ..pathway import cross_modal_scales, quantization_errors
 from ..saved_bytes import published_formulation, saved_for_backward_bytes
-from ..surgery import reparameterize_aux_into_target_model
-from .data import SPEAKERS, Speech, labelled_subset, load_digit_images, load_speech
-from .models import digit_transformer, speech_transformer
-from .settings import Settings, TrainingSettings
-from .training import train
+from ..train import Recipe, load_recipe, pretrain
+from ..train.creation import connect, created, read_auxiliaries
+from ..train.files import CHECKPOINT, load_trained
 
+linear_model = require("sklearn.linear_model", "train")
+
+LABELLED = 4
+FINE_TUNING: dict[str, Any] = {
+    "data.batch_size": 12,
+    "data.settings.shot": LABELLED,
+    "optimizer.base_lr": 6.4e-2,
+    "optimizer.scale_learning_rate": 3.0,
+    "schedule.epochs": 30,
+    "schedule.warmup_epochs": 3,
+    "run.eval_epochs": 30,
+}
+"""What replaces values of the recipe tiny_audio. The learning rate, 3e-3 for the batch of 12, was chosen by the
+baseline's accuracy on training utterances without labels, with seeds that the experiment does not use. The scales have
+a higher one: a step of AdamW is about as long as the learning rate, and a scale has a range of order 1."""
 MERGE_TOLERANCE = 1e-4
 
-
-@dataclass(frozen=True)
-class Run:
-    """One fine-tuned model: its accuracy on the test split, 0 to 1, and its learned scales by layer name."""
-
-    variant: str
-    seed: int
-    accuracy: float
-    scales: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Merge:
-    """The last seed's pathway model, merged, saved and loaded into a plain timm model."""
-
-    accuracy: float
-    max_logit_difference: float
-
-
-@dataclass(frozen=True)
-class SavedBytes:
-    """Bytes that the forward of one fine-tuning batch saves for backward."""
-
-    precision: str
-    plain: int
-    fused: int
-    published: int
-
-
-@dataclass(frozen=True)
-class Environment:
-    """Versions, and the wall-clock time that the experiment took."""
-
-    torch: str
-    timm: str
-    cpus: int | None
-    seconds: float
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Results:
     """Everything that was measured.
 
-    The reconstruction errors are the masked autoencoders', by modality; the quantization error is the largest relative
-    one of an auxiliary weight, None where they are stored as they are.
+    Attributes:
+        merge_difference: the largest between logits of a connected model and of the plain timm model that has its
+            merged checkpoint, over all runs and test utterances.
+        saved_bytes: what the forward of one batch saves for backward, by precision and formulation.
+        quantization_error: the largest relative one of an auxiliary weight; None where they are stored as they are.
+        scales: of every layer, by variant and seed.
+        digits, shuffled: what the digit transformer changes, and what it changes with its entries shuffled.
+        digits_over_shuffled: the gain of the one over the other.
+        random_features: test accuracy in percent of logistic regression on a frozen random transformer, by seed.
     """
 
-    settings: Settings
-    reconstruction_errors: dict[str, float]
+    merge_difference: float
+    saved_bytes: dict[str, dict[str, int]]
+    aux_dtype: str
     quantization_error: float | None
-    runs: list[Run]
-    merge: Merge
-    saved_bytes: list[SavedBytes]
-    environment: Environment
+    scales: dict[str, list[dict[str, float]]]
+    digits: Gain
+    shuffled: Gain
+    digits_over_shuffled: Gain
+    random_features: list[float]
 
 
-def run_experiment(settings: Settings, merged_path: Path) -> Results:
-    """Pretrain both transformers, fine-tune every variant with every seed, merge one pathway model to `merged_path`.
+def run_demo(out: Path, seeds: int, aux_dtype: str = "", replaced: dict[str, Any] | None = None) -> Results:
+    """Pretrain both transformers, fine-tune every variant with every seed, check that they merge, and measure.
+
+    The variants of a seed have the same pretrained start, head and batches. What an earlier call has finished in `out`
+    is not trained again, and an interrupted run goes on.
+
+    Args:
+        out: folder to write to, made if it is missing: a folder for every run, see `m2pt.train.train`.
+        seeds: runs of each variant.
+        aux_dtype: how the auxiliary weights are stored, as `m2pt.quantize_aux` takes it; as they are if empty.
+        replaced: values of all recipes to replace, by dotted key.
 
     Raises:
-        RuntimeError: the merged model does not compute what the connected one did.
+        ValueError: less than two seeds, or `out` holds runs of other recipes.
+        ArithmeticError: a merged model does not compute what the connected one did.
+        OSError: `out` cannot be written to.
     """
-    start = time.perf_counter()
-    speech = load_speech()
-    target, speech_error = _pretrained(
-        lambda: speech_transformer(0),
-        speech.train,
-        settings.mask_ratio,
-        settings.speech_pretraining,
-        seed=0,
-        description="pretraining on speech",
-    )
-    auxiliary, digit_error = _pretrained(
-        digit_transformer,
-        load_digit_images(),
-        settings.mask_ratio,
-        settings.digit_pretraining,
-        seed=1,
-        description="pretraining on digits",
-    )
-    published = reparameterize_aux_into_target_model(_classifier(target, seed=0), auxiliary)
-    runs = []
-    for seed in range(settings.seeds):
-        models: dict[str, nn.Module] = {"baseline": _classifier(target, seed)}
-        for variant, aux_model in (("pathway", auxiliary), ("control", permuted(auxiliary, seed))):
-            models[variant] = reparameterize_aux_into_target_model(
-                _classifier(target, seed), aux_model, aux_dtype=settings.aux_dtype
-            )
-        for variant, model in models.items():
-            description = f"fine-tuning {variant}, seed {seed + 1} of {settings.seeds}"
-            _fine_tune(model, speech, settings, seed, description)
-            accuracy = _accuracy(_logits(model, speech.test), speech.test_speakers)
-            scales = {} if variant == "baseline" else cross_modal_scales(model)
-            runs.append(Run(variant, seed, accuracy, scales))
-    batch = speech.train[: settings.fine_tuning.batch_size]
+    if seeds < 2:
+        raise ValueError(f"seeds: expected at least 2, for a standard deviation, got {seeds}")
+    out.mkdir(parents=True, exist_ok=True)
+    replaced = replaced or {}
+    for name, recipe in (("speech", "pretrain_tiny_audio"), ("digits", "pretrain_tiny_image")):
+        _quietly(f"pretraining on {name}", partial(_pretrain, load_recipe(recipe, replaced), out / name))
+    speech, digits = (str(out / name / "pretrained.safetensors") for name in ("speech", "digits"))
+    utterances = spoken_vowels(None, "test", False).inputs
+    metrics: dict[str, list[dict[str, float]]] = {"baseline": [], "pathway": [], "control": []}
+    scales: dict[str, list[dict[str, float]]] = {"pathway": [], "control": []}
+    differences, random_features = [], []
+    for seed in range(seeds):
+        own: dict[str, Any] = {"model.init": speech, "data.settings.fold": seed, "run.seed": seed}
+        for variant, path in (("baseline", ""), ("pathway", digits), ("control", _shuffled(digits, seed, out))):
+            aux = {"auxiliary.path": path, "auxiliary.modality": "image", "auxiliary.dtype": aux_dtype} if path else {}
+            run = load_recipe("tiny_audio", FINE_TUNING | own | aux | replaced)
+            folder = out / variant / str(seed)
+            what = f"fine-tuning, seed {seed + 1} of {seeds}: {variant}"
+            metrics[variant].append(_quietly(what, partial(trained_metrics, run, folder)))
+            if path:
+                connected = _connected(run)
+                connected.load_state_dict(load_trained(folder / CHECKPOINT).state_dict)
+                differences.append(_merge_difference(connected, run, folder / "merged.safetensors", utterances))
+                scales[variant].append(cross_modal_scales(connected))
+        random_features.append(random_features_accuracy(run))
+    unquantized = _connected(run.replaced({"auxiliary.dtype": ""}))
+    models = {"plain": created(run, SPEAKERS), "fused": _connected(run), "published": unquantized}
     return Results(
-        settings,
-        {"speech": speech_error, "digits": digit_error},
-        max(quantization_errors(published, settings.aux_dtype).aux_weights.values()) if settings.aux_dtype else None,
-        runs,
-        _merge(models["pathway"], speech, merged_path),
-        [_saved_bytes(models["baseline"], models["pathway"], published, batch, autocast) for autocast in (False, True)],
-        Environment(torch.__version__, timm.__version__, os.cpu_count(), time.perf_counter() - start),
+        max(differences),
+        _saved_bytes(models, utterances[: run.data.batch_size].clone()),
+        aux_dtype,
+        max(quantization_errors(unquantized, aux_dtype).aux_weights.values()) if aux_dtype else None,
+        scales,
+        compare("speech", "digits", metrics["baseline"], metrics["pathway"]),
+        compare("speech", "digits, shuffled", metrics["baseline"], metrics["control"]),
+        compare("speech", "digits", metrics["control"], metrics["pathway"]),
+        random_features,
     )
 
 
-def _pretrained(
-    build: Callable[[], VisionTransformer],
-    images: Tensor,
-    mask_ratio: float,
-    settings: TrainingSettings,
-    seed: int,
-    description: str,
-) -> tuple[VisionTransformer, float]:
-    """The transformer that `build` makes, pretrained on images (N, 1, height, width), and its reconstruction error.
-
-    The error is the last epoch's mean squared error of hidden patches, as a fraction of the images' variance.
-    """
-    torch.manual_seed(seed)
-    encoder = build()
-    autoencoder = MaskedAutoencoder(
-        encoder, mask_ratio, decoder_width=64, decoder_depth=1, decoder_heads=2, normalize_targets=False
-    )
-    error = train(autoencoder, lambda batch: autoencoder(images[batch]), len(images), settings, seed, description)
-    return encoder, error / images.var().item()
+def _quietly(what: str, run: Callable[[], Result]) -> Result:
+    """Say what runs, and not what it prints, which its log holds; on a terminal there is a progress bar."""
+    print(what, flush=True)
+    with redirect_stdout(io.StringIO()):
+        return run()
 
 
-def permuted(model: nn.Module, seed: int) -> nn.Module:
-    """A copy with the entries of every parameter shuffled: the same values, nothing of what was learned."""
-    shuffled = copy.deepcopy(model)
+def _pretrain(recipe: Recipe, folder: Path) -> None:
+    pretrain(recipe, folder, resume=(folder / CHECKPOINT).exists())
+
+
+def _shuffled(path: str, seed: int, out: Path) -> str:
+    """A checkpoint with the entries of every tensor shuffled: the same values, nothing of what was learned."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in shuffled.parameters():
-            order = torch.randperm(parameter.numel(), generator=generator)
-            parameter.copy_(parameter.flatten()[order].view_as(parameter))
-    return shuffled
+
+    def shuffle(tensor: Tensor) -> Tensor:
+        return tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view_as(tensor)
+
+    shuffled = out / "shuffled" / f"{seed}.safetensors"
+    shuffled.parent.mkdir(exist_ok=True)
+    save_state_dict({name: shuffle(tensor) for name, tensor in load_state_dict(path).items()}, shuffled)
+    return str(shuffled)
 
 
-def _classifier(pretrained: VisionTransformer, seed: int) -> VisionTransformer:
-    model = copy.deepcopy(pretrained)
-    torch.manual_seed(seed)
-    model.reset_classifier(SPEAKERS)
-    return model
+def _connected(recipe: Recipe) -> nn.Module:
+    """The recipe's model with its pathway, randomly initialised."""
+    return connect(created(recipe, SPEAKERS), read_auxiliaries(recipe), recipe)
 
 
-def _fine_tune(model: nn.Module, speech: Speech, settings: Settings, seed: int, description: str) -> None:
-    labelled = labelled_subset(speech.train_speakers, settings.labelled_per_speaker, seed)
-    utterances, speakers = speech.train[labelled], speech.train_speakers[labelled]
-
-    def loss_of(batch: Tensor) -> Tensor:
-        return F.cross_entropy(model(utterances[batch]), speakers[batch])
-
-    train(model, loss_of, len(labelled), settings.fine_tuning, seed, description)
+def plain_transformer(recipe: Recipe) -> nn.Module:
+    """timm's model of the recipe's sizes, which knows nothing of pathways."""
+    sizes = recipe.model.overrides | {"in_chans": 1, "num_classes": SPEAKERS, "global_pool": "avg"}
+    return timm.create_model("vit_tiny_patch16_224", **sizes)
 
 
 @torch.inference_mode()
-def _logits(model: nn.Module, utterances: Tensor) -> Tensor:
-    return model.eval()(utterances)
-
-
-def _accuracy(logits: Tensor, speakers: Tensor) -> float:
-    return (logits.argmax(1) == speakers).double().mean().item()
-
-
-def _merge(model: nn.Module, speech: Speech, path: Path) -> Merge:
-    connected = _logits(model, speech.test)
-    merged = merge_pathways(copy.deepcopy(model))
-    difference = (_logits(merged, speech.test) - connected).abs().max().item()
+def _merge_difference(connected: nn.Module, recipe: Recipe, merged: Path, utterances: Tensor) -> float:
+    plain = plain_transformer(recipe)
+    plain.load_state_dict(load_state_dict(merged))
+    difference = (plain.eval()(utterances) - connected.eval()(utterances)).abs().max().item()
     if not difference <= MERGE_TOLERANCE:
-        raise RuntimeError(f"merged model: logits differ by {difference:.1e}, expected {MERGE_TOLERANCE:.0e} at most")
-    save_state_dict(merged.state_dict(), path)
-    plain = speech_transformer(SPEAKERS)
-    plain.load_state_dict(load_state_dict(path))
-    expected = _accuracy(connected, speech.test_speakers)
-    accuracy = _accuracy(_logits(plain, speech.test), speech.test_speakers)
-    if accuracy != expected:
-        raise RuntimeError(f"{path}: a plain model's accuracy with it is {accuracy}, expected {expected}")
-    return Merge(accuracy, difference)
+        raise ArithmeticError(f"{merged}: logits differ by {difference:.1e}, expected {MERGE_TOLERANCE:.0e} at most")
+    return difference
 
 
-def _saved_bytes(
-    plain: nn.Module, connected: nn.Module, published: nn.Module, batch: Tensor, autocast: bool
-) -> SavedBytes:
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        plain_bytes = saved_for_backward_bytes(plain, batch)
-        fused_bytes = saved_for_backward_bytes(connected, batch)
-        with published_formulation(published):
-            published_bytes = saved_for_backward_bytes(published, batch)
-    return SavedBytes("bfloat16 autocast" if autocast else "float32", plain_bytes, fused_bytes, published_bytes)
+def _saved_bytes(models: Mapping[str, nn.Module], batch: Tensor) -> dict[str, dict[str, int]]:
+    saved = {}
+    for precision, enabled in (("float32", False), ("bfloat16 autocast", True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), published_formulation(models["published"]):
+            saved[precision] = {name: saved_for_backward_bytes(model, batch) for name, model in models.items()}
+    return saved
+
+
+@torch.inference_mode()
+def random_features_accuracy(recipe: Recipe) -> float:
+    """Test accuracy in percent of logistic regression, from the recipe's training data, on what its model gives its
+    head, randomly initialised and frozen."""
+    train, test = (spoken_vowels(None, split, False, **recipe.data.settings) for split in ("train", "test"))
+    random_seed(recipe.run.seed)
+    model = created(recipe, num_classes=0).eval()
+    classifier = linear_model.LogisticRegression(max_iter=10_000).fit(model(train.inputs).numpy(), train.labels)
+    return 100 * classifier.score(model(test.inputs).numpy(), test.labels)
