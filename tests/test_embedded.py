@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from tiny_runs import no_plots
+from tiny_runs import assert_equal, interrupted, no_plots
 from torch.nn import functional as F
 
 from m2pt.checkpoints import load_state_dict
@@ -146,6 +146,18 @@ def test_what_does_not_fit_is_refused(tmp_path):
 def test_recipes_without_data_say_what_is_missing(tmp_path, capsys):
     assert main(["train", "image_imagenet", "--out", str(tmp_path / "run")]) == 2
     assert "root: layout folder of modality image needs the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("modality", SAMPLES)
+def test_resumed_pretraining_is_the_same_bit_for_bit(modality, tmp_path, monkeypatch):
+    no_plots(monkeypatch)
+    settings = ["data.batch_size=90", "schedule.epochs=2", "schedule.warmup_epochs=0", "run.checkpoint_steps=1"]
+    command = ["pretrain", f"pretrain_tiny_{modality}", *settings, "--out"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    with interrupted(2):
+        assert main([*command, str(tmp_path / "parts")]) == 130
+    assert main([*command, str(tmp_path / "parts"), "--resume"]) == 0
+    assert_equal(*(load_state_dict(tmp_path / name / "pretrained.safetensors") for name in ("whole", "parts")))
 
 
 @pytest.mark.parametrize("modality", SAMPLES)

@@ -215,8 +215,15 @@ def test_activation_checkpointing_changes_nothing(modality):
     assert torch.equal(*gradients) and gradients[0].any()
 
 
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_what_is_not_frozen_gets_a_gradient(modality):
+    model = autoencoder(modality).freeze_unused()
+    model(batch_of(modality)).backward()
+    assert all(parameter.requires_grad == (parameter.grad is not None) for parameter in model.parameters())
+
+
 def test_pretrains_any_timm_transformer_of_one_size():
-    transformer = VisionTransformer(8, 2, 1, 0, "avg", embed_dim=96, depth=2, num_heads=3)
+    transformer = VisionTransformer(8, 2, 1, 0, "avg", embed_dim=96, depth=2, num_heads=3, fc_norm=False)
     model = MaskedAutoencoder(transformer, 0.5, 64, 1, 2, normalize_targets=False)
     model(torch.randn(3, 1, 8, 8)).backward()
     assert model.model is transformer and transformer.norm.weight.grad.any()

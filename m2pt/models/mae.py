@@ -74,6 +74,13 @@ class MaskedAutoencoder(nn.Module):
         """The transformer that is pretrained."""
         return self.domain.model
 
+    def freeze_unused(self) -> "MaskedAutoencoder":
+        """Freeze what gets no gradient here, such as the normalisation before the head; the autoencoder itself."""
+        for name, parameter in self.model.named_parameters():
+            if name.partition(".")[0] in self.domain.unused:
+                parameter.requires_grad_(False)
+        return self
+
     def forward(self, input: Tensor) -> Tensor:
         """The reconstruction error of the hidden tokens, a scalar, for the model's input."""
         prefix, tokens, places, targets = self.domain.tokenize(input)
@@ -110,6 +117,7 @@ class Tokens(NamedTuple):
 class Patches(nn.Module):
     """Images, audio, video: tokens on a grid, with fixed positions in the decoder."""
 
+    unused = ("attn_pool", "fc_norm", "head")
     positions: Tensor
 
     def __init__(self, model: VisionTransformer, decoder_width: int, normalize_targets: bool) -> None:
@@ -156,6 +164,7 @@ def pixels(input: Tensor, patch_size: tuple[int, ...]) -> Tensor:
 class Groups(nn.Module):
     """Point clouds: tokens at the centers of groups, positions by an MLP at every block of the decoder, too."""
 
+    unused = ("cls_token", "cls_pos", "head")
     num_slices = 1
 
     def __init__(self, model: PointTransformer, decoder_width: int) -> None:

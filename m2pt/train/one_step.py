@@ -143,7 +143,7 @@ def built(recipe: Recipe, num_classes: int) -> nn.Module:
     restrict(module, recipe)
     if recipe.machine.checkpoint_activations:
         module.set_grad_checkpointing()
-    return MaskedAutoencoder(module, **vars(recipe.pretraining)) if recipe.pretraining else module
+    return MaskedAutoencoder(module, **vars(recipe.pretraining)).freeze_unused() if recipe.pretraining else module
 
 
 def _optimizer(module: nn.Module, recipe: Recipe, simulated: bool) -> Optimizer:

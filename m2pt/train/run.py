@@ -206,7 +206,8 @@ def preview(recipe: Recipe) -> str:
 
 def _autoencoder(recipe: Recipe) -> MaskedAutoencoder:
     random_seed(recipe.run.seed)
-    return MaskedAutoencoder(initialised(recipe, num_classes=0), **vars(recipe.pretraining))
+    module = MaskedAutoencoder(initialised(recipe, num_classes=0), **vars(recipe.pretraining))
+    return module.freeze_unused()  # an optimizer's state that lacks a trainable parameter is not loaded again
 
 
 def _match_classes(test_set: Any, train_set: Any) -> None:
