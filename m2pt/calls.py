@@ -6,7 +6,7 @@ Then the scales get no gradient, and merging changes what the model computes.
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def check_calls(model: nn.Module, sample: Sample) -> None:
     keywords = sample if isinstance(sample, Mapping) else {}
     arguments = sample if isinstance(sample, tuple) else () if isinstance(sample, Mapping) else (sample,)
     buffers = {
-        module: {name: (own, own if own is None else own.clone()) for name, own in module._buffers.items()}
+        module: {name: (own, None if own is None else own.clone()) for name, own in module._buffers.items()}
         for module in model.modules()
         if not isinstance(module, FusedCrossModalLinear)
     }
@@ -91,7 +91,7 @@ def check_calls(model: nn.Module, sample: Sample) -> None:
             module.training = flag
         for module, own in buffers.items():
             for name, (buffer, before) in own.items():
-                module._buffers[name] = buffer if buffer is None else buffer.copy_(before)
+                module._buffers[name] = None if buffer is None or before is None else buffer.copy_(before)
     if names := [name for name, layer in model.named_modules() if _is_uncalled(layer)]:
         raise ValueError(f"target_model: {_description(model, names)}")
     if names := [name for name, layer in model.named_modules() if layer in read]:
@@ -103,8 +103,8 @@ class _Watched(FusedCrossModalLinear):
     """Gives its weight away as a `_Watch`. Its own forward does not ask for it by name."""
 
     @property
-    def weight(self):
-        watch = self._parameters["weight"].as_subclass(_Watch)
+    def weight(self):  # type: ignore[override]
+        watch = cast(Tensor, self._parameters["weight"]).as_subclass(_Watch)
         watch.layer = self
         return watch
 

@@ -214,8 +214,7 @@ def _reshape(tensors: dict[str, Tensor], report: Report) -> None:
             new, what = {"pos_embed": tensor.unsqueeze(0)}, "leading dimension"
         elif name == "register_tokens":
             token, positions = tensors.get("cls_token"), tensors.get("pos_embed")
-            has_both = token is not None and positions is not None and positions.ndim == 3
-            if not has_both or token.shape != (1, 1, positions.shape[2]):
+            if token is None or positions is None or positions.ndim != 3 or token.shape != (1, 1, positions.shape[2]):
                 raise ValueError(f"{report.sources(name)[0]}: expected a class token with a position beside it")
             tensors["cls_token"], tensors["pos_embed"] = token + positions[:, :1], positions[:, 1:]
             report.changed["cls_token"] = report.changed["pos_embed"] = "the class token has taken its position in"

@@ -1,6 +1,6 @@
 """What an optimizer trains at which rate and with which weight decay."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -47,7 +47,7 @@ def parameter_groups(
         raise ValueError(f"layer_decay: expected 1, as {kind} has no group_matcher() like timm's models")
     decay: dict[str, Any] = {"weight_decay": weight_decay}
     if hasattr(type(model), "no_weight_decay"):
-        decay["no_weight_decay_list"] = model.no_weight_decay()
+        decay["no_weight_decay_list"] = cast(Any, model).no_weight_decay()
     if layer_decay == 1:
         blocks = param_groups_weight_decay(model, **decay)
     else:

@@ -125,7 +125,9 @@ class Part(NamedTuple):
     def is_equal(self, other: "Part") -> bool:
         """Whether both stand for the same auxiliary weight; not known on the meta device."""
         matrices = ((self.data, other.data), (self.aux_weight_scale, other.aux_weight_scale))
-        return not self.data.is_meta and all(a is b or torch.equal(a, b) for a, b in matrices)
+        return not self.data.is_meta and all(
+            a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in matrices
+        )
 
 
 class FusedCrossModalLinear(nn.Linear):
@@ -307,7 +309,7 @@ class FusedCrossModalLinear(nn.Linear):
         super()._apply(fn, recurse)
         for name, buffer in quantized.items():
             moved = self._buffers[name]
-            if moved.dtype != buffer.dtype:
+            if moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
 

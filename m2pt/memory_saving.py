@@ -35,14 +35,15 @@ def low_memory(model: nn.Module, lr: float, weight_decay: float = 0.05) -> Optim
     layers = fused_in(model)
     if not layers:
         raise ValueError(f"model: expected fused layers, got a {type(model).__name__} without")
-    if not callable(getattr(model, "set_grad_checkpointing", None)):
+    set_checkpointing = getattr(model, "set_grad_checkpointing", None)
+    if not callable(set_checkpointing):
         raise ValueError(f"model: expected set_grad_checkpointing, as timm's models have, got {type(model).__name__}")
     groups = parameter_groups(model, lr, weight_decay)
     on_gpu = next(model.parameters()).is_cuda
     create: Any = require("bitsandbytes.optim", "adam8bit").AdamW8bit if on_gpu else AdamW
     if all(layer.aux_weight_scale is None for layer in layers):
         quantize_aux(model, "int8")
-    model.set_grad_checkpointing()
+    set_checkpointing()
     _offload(model)
     optimizer = create(groups, lr=lr)
     step_in_backward(optimizer)

@@ -6,7 +6,7 @@ the candidates.
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -97,7 +97,8 @@ def unwrapped(module: nn.Module, place: str) -> tuple[nn.Module, str]:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it computes what GPT-2's linear layer does."""
-    own = [base for base in type(module).__mro__ if f"{base.__module__}.{base.__qualname__}" == CONV1D]
+    modules = (base for base in type(module).__mro__ if issubclass(base, nn.Module))
+    own = [base for base in modules if f"{base.__module__}.{base.__qualname__}" == CONV1D]
     return bool(own) and type(module).forward is own[0].forward and "forward" not in vars(module)
 
 
@@ -344,9 +345,10 @@ def _shape(block: nn.Module, name: str) -> tuple[int, int]:
     if (weight := in_projection(block, name)) is not None:
         return weight.shape[0], weight.shape[1]
     layer, _ = unwrapped(block.get_submodule(name), name)
-    if is_conv1d(layer):
-        return layer.weight.shape[1], layer.weight.shape[0]
-    return layer.out_features, layer.in_features
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    in_features, out_features = cast(Tensor, layer.weight).shape  # of Conv1D
+    return out_features, in_features
 
 
 def _has_module(block: nn.Module, name: str) -> bool:

@@ -1,12 +1,16 @@
 """Whether what takes the place of a module keeps its pathways: conversions of linear layers would lose them."""
 
 import re
+from typing import TYPE_CHECKING, cast
 from warnings import warn
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .linear import RELEASED, FusedCrossModalLinear
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 BYPASSING = ("hra", "shira", "supertuning", "frod")
 """The methods of peft whose layers multiply with the weight of the layer inside and do not call it."""
@@ -63,7 +67,7 @@ def _keep_pathway(parent: nn.Module, name: str, module: nn.Module | None) -> Non
             raise ValueError(f"{what} would not call the FusedCrossModalLinear inside: merge_pathways(model) first")
         before.is_called = False  # by what is around it now
     elif has_multiplied(before):
-        before.unmerge()
+        cast("BaseTunerLayer", before).unmerge()
         remedy = "keep the adapter" if is_dora(before) else "merge_pathways(model) first"
         had = "had its weight multiplied by the adapter, but not its auxiliary weight, and was unmerged again"
         raise ValueError(f"{what} {had}: {remedy}")

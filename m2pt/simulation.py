@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Timeline(TorchDispatchMode):
                 self.sizes.append(storage.nbytes())
                 self.parts.append(part)
                 self.events.append(number)
-                self.held[place] = weakref.ref(storage, lambda _, place=place: self._release(place)), number
+                self.held[place] = weakref.ref(storage, partial(self._release, place)), number
             elif self.parts[number := self.held[place][1]] == "transient":
                 self.parts[number] = part
 
@@ -74,13 +75,14 @@ class Timeline(TorchDispatchMode):
         """Begin a moment."""
         self.events.append((name, block))
 
-    def _release(self, place: int) -> None:
+    def _release(self, place: int, _: weakref.ref) -> None:
         self.events.append(~self.held.pop(place)[1])
 
     def peaks(self) -> dict[Moment, Bytes]:
         """What there is at a time, when it is the most, in each moment since the first mark."""
-        now, found, moment = dict.fromkeys(PARTS, 0), {}, None
-        most = 0
+        found: dict[Moment, Bytes] = {}
+        moment: Moment | None = None
+        now, most = dict.fromkeys(PARTS, 0), 0
         for event in self.events:
             if isinstance(event, tuple):
                 moment, most = event, sum(found.get(event, {}).values())

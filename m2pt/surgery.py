@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -185,8 +185,7 @@ def _auxiliary_names(model: nn.Module) -> list[str]:
 def _named_models(aux_model: AuxModels, target_model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     """The auxiliary models with names that are not taken, by what error messages call them."""
     taken = _auxiliary_names(target_model)
-    is_mapping = isinstance(aux_model, Mapping)
-    if is_mapping:
+    if isinstance(aux_model, Mapping):
         models = {f"aux_model[{name!r}]": (name, model) for name, model in aux_model.items()}
     elif isinstance(aux_model, nn.Module) or not isinstance(aux_model, Iterable):
         models = {"aux_model": (type(aux_model).__name__, aux_model)}
@@ -199,7 +198,7 @@ def _named_models(aux_model: AuxModels, target_model: nn.Module) -> dict[str, tu
     if not models:
         raise ValueError(f"aux_model: {expected}, got none")
     for argument, (name, model) in models.items():
-        if is_mapping and name in taken:
+        if isinstance(aux_model, Mapping) and name in taken:
             raise ValueError(f"aux_model: target_model is connected to a model {name!r} already")
         own, number = name, 1
         while own in taken:
@@ -249,7 +248,7 @@ def _misfit(group: Group, layers: Sequence[nn.Linear], weights: Sequence[tuple[s
     return "" if got == expected else f"{joined} has weight shape {got}, expected {expected} as in target_model"
 
 
-def _joined_shape(weights: Iterable[Tensor]) -> tuple[int, int] | list[tuple[int, ...]]:
+def _joined_shape(weights: Iterable[Tensor]) -> tuple[int, ...] | list[tuple[int, ...]]:
     """Of their rows one after the other; of each weight where the numbers of columns differ."""
     shapes = [tuple(weight.shape) for weight in weights]
     columns = {shape[1] for shape in shapes}
@@ -279,9 +278,9 @@ def weight_at(model: nn.Module, argument: str, layers: str) -> Tensor:
     """
     parts = []
     for each in layers.split(" + "):
-        place, start, stop = re.fullmatch(r"(.*?)(?:\[(\d+):(\d+)\])?", each, re.DOTALL).groups()
-        weight = _aux_weight(model, argument, place)
-        parts.append(weight if start is None else weight[int(start) : int(stop)])
+        divided = re.fullmatch(r"(.*)\[(\d+):(\d+)\]", each, re.DOTALL)
+        weight = _aux_weight(model, argument, divided[1] if divided else each)
+        parts.append(weight[int(divided[2]) : int(divided[3])] if divided else weight)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -328,8 +327,9 @@ def _aux_weight(model: nn.Module, argument: str, place: str) -> Tensor:
         raise ValueError(_unfit(argument, place, layer))
     if has_forward_hooks(layer):
         raise ValueError(f"{argument}: {place} has forward hooks, which may change what it computes: remove them first")
-    check_readable(f"{argument}: {place}.weight", layer.weight)
-    return layer.weight.t().contiguous() if is_conv1d(layer) else layer.weight
+    weight = cast(Tensor, layer.weight)
+    check_readable(f"{argument}: {place}.weight", weight)
+    return weight.t().contiguous() if is_conv1d(layer) else weight
 
 
 def _layer(model: nn.Module, argument: str, place: str) -> tuple[nn.Module, str]:

@@ -204,7 +204,7 @@ def test_an_error_is_raised(computing_by):
 @pytest.mark.parametrize("kind, product", ALL)
 def test_blocks_are_the_whole(monkeypatch, kind, product):
     case = cases(KINDS[kind], product, Shape(150, 128, 96), "cpu")[-1]
-    got = verification._outputs(in_torch(case.product))
+    got = verification._outputs(case.product, in_torch(case.product))
     compare = verification._compare_gradients if product == "grad_parameters" else verification._compare_combined
     whole = compare(got, got, case.product)
     monkeypatch.setattr(verification, "_BLOCK_ENTRIES", 500)

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from difflib import get_close_matches
 from itertools import product as pairs
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -93,7 +94,7 @@ def layers(model: str, batch: int) -> list[Shape]:
         raise ValueError(f"--model: expected the name of a timm model, got {model!r}{hint}")
     shapes: set[Shape] = set()
     with torch.device("meta"):
-        network = timm.create_model(model)
+        network: Any = timm.create_model(model)  # which has more than modules have
         images = torch.empty(batch, *network.default_cfg["input_size"])
     for layer in network.modules():
         if isinstance(layer, nn.Linear) and layer is not network.get_classifier():
@@ -194,11 +195,12 @@ def table(rows: Sequence[Row]) -> str:
     lines = [("kernel, plan and operands", "error / torch's", "ms", "/ F.linear", "")]
     for variant, found in variants.items():
         ratios = [row.error_ratio for row in found if row.error_ratio is not None]
-        timed = next((row for row in found if row.milliseconds is not None), None)
         error = f"{max(ratios):.2f}" if ratios else "-"
         times = "-", "-"
-        if timed is not None:
-            times = f"{timed.milliseconds:.3f}", f"{timed.milliseconds / timed.plain_milliseconds:.2f}"
+        for row in found:
+            if row.milliseconds is not None and row.plain_milliseconds is not None:
+                times = f"{row.milliseconds:.3f}", f"{row.milliseconds / row.plain_milliseconds:.2f}"
+                break
         mark = "FAULTY" if any(row.fault for row in found) else "not run" if not ratios else ""
         lines.append((variant, error, *times, mark))
     width = max(len(line[0]) for line in lines)

@@ -36,7 +36,7 @@ SPEEDS = {
     "hopper": Speed(wait=150, tile=TILE, overlaps=True),
 }
 """By a plan's kernels."""
-FLOPS = {
+FLOPS: dict[str, float] = {
     "ampere": 2048,
     "ampere_small": 1024,
     "hopper": 4096,

@@ -55,7 +55,7 @@ def launch(
     arguments = *maps, *tensors, *sizes
     if held := HELD.get(key):
         compiled, values = held
-        compiled[(*grid, 1)](*arguments, *values, stream=driver.get_current_stream(device))
+        compiled[grid[0], grid[1], 1](*arguments, *values, stream=driver.get_current_stream(device))
         return
     constants |= tile._asdict()
     if maps:

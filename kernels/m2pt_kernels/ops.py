@@ -23,7 +23,7 @@ from .quantization import DTYPES as QUANTIZED
 if find_spec("triton"):
     from . import devices, gemm
 else:
-    devices = gemm = None
+    devices = gemm = None  # type: ignore[assignment]
 
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS", "xpu": "AutocastXPU"}
 
@@ -169,7 +169,7 @@ def combined_weight(
     if dtype not in GEMM_DTYPES:
         raise TypeError(f"dtype: expected one of {GEMM_DTYPES}, got {dtype!r}")
     with torch.no_grad():
-        return reference.combined_sum(CombinedWeight(*operands.values()), dtype)
+        return reference.combined_sum(CombinedWeight(weight, aux_weight, scale, aux_weight_scale), dtype)
 
 
 _forced = "auto"
@@ -371,7 +371,7 @@ class _CrossModalLinear(torch.autograd.Function):
             grad_weight, grad_aux, grad_scale = gradients(product)
         # Operators return an empty tensor for a gradient that is not wanted.
         grad_weight, grad_aux = grad_weight if need_weight else None, grad_aux if need_aux else None
-        grad_scale = reference.cast(grad_scale, scale_dtype) if need_scale else None
+        grad_scale = reference.cast(grad_scale, scale_dtype) if need_scale and grad_scale is not None else None
         return grad_x, grad_weight, grad_aux, grad_scale, grad_bias, None, None
 
     @staticmethod

@@ -30,7 +30,7 @@ from .versions import HAS_TALLEST_HOPPER_TILE, HAS_TMA_LOOPS, RELEASE, is_truste
 try:
     from . import gemm_hopper, gemm_hopper_gradients
 except (ImportError, AttributeError):  # Gluon is experimental: a release may lack a part, or rename it
-    gemm_hopper = gemm_hopper_gradients = None
+    gemm_hopper = gemm_hopper_gradients = None  # type: ignore[assignment]
 
 KERNELS = (
     gemm_pointers.combined_matmul_kernel,
@@ -165,7 +165,7 @@ _grad_128x64 = partial(GradTile, BLOCK_M=128, BLOCK_N=64, num_warps=8)
 _grad_256x128 = partial(GradTile, BLOCK_M=256, BLOCK_N=128, num_warps=8)
 _grad_64x64 = partial(GradTile, BLOCK_M=64, BLOCK_N=64, num_warps=4)
 _grad_32x32 = partial(GradTile, BLOCK_M=32, BLOCK_N=32, num_warps=4)
-_AMPERE_GRADS = {
+_AMPERE_GRADS: dict[str, Sequence[GradTile]] = {
     "half": (_grad_128x128(BLOCK_K=64, num_stages=3), _grad_128x128(BLOCK_K=32, num_stages=4)),
     "tf32": (_grad_128x128(BLOCK_K=32, num_stages=3), _grad_128x128(BLOCK_K=16, num_stages=4)),
     "ieee": (_grad_128x128(BLOCK_K=16, num_stages=3),),
@@ -204,9 +204,9 @@ POINTER_GRAD_TILES: dict[str, dict[str, Sequence[GradTile]]] = {
         **dict.fromkeys(("tf32", "ieee"), (_grad_32x32(BLOCK_K=16, num_stages=2),)),
     },
 }
-for _tiles in (POINTER_TILES, POINTER_GRAD_TILES):
+for _row in ("blackwell", "thor"):
     # Blackwell keeps the accumulator in tensor memory. On sm_110 only the pointer kernels run.
-    _tiles["blackwell"] = _tiles["thor"] = _tiles["hopper"]
+    POINTER_TILES[_row], POINTER_GRAD_TILES[_row] = POINTER_TILES["hopper"], POINTER_GRAD_TILES["hopper"]
 
 CROWDED_TILES: Sequence[GradTile] = ()
 """Half-precision gradients with a large epilogue use these, if any, whatever the architecture."""
@@ -257,7 +257,9 @@ SEVERAL_TMA_TILES: dict[str, dict[int, tuple[gemm_tma.CombinedTile, ...]]] = {
 if RELEASE >= (3, 9):  # whose assembler spills 384 rows of three models
     SEVERAL_TMA_TILES["hopper"][10] = SEVERAL_TMA_TILES["hopper"][10][1:]
 # The same on sm_90 for quantised W_aux that lie in memory as (depth, columns), with a scale per index of the depth.
-_SEVERAL_PAIRED_TILES = dict.fromkeys((4, 5, 6, 7), (_hopper(MORE_M=0, num_stages=4),))
+_SEVERAL_PAIRED_TILES: dict[int, tuple[gemm_tma.CombinedTile, ...]] = dict.fromkeys(
+    (4, 5, 6, 7), (_hopper(MORE_M=0, num_stages=4),)
+)
 
 _grad = partial(GradTile, BLOCK_K=64)
 TMA_GRAD_TILES: dict[str, Sequence[GradTile]] = {
@@ -299,6 +301,7 @@ def worth_timing(product: Product, within: float = 1.5) -> list[Plan]:
 
 def _clocks(product: Product) -> dict[Plan, float]:
     target = active_target()
+    tiles: dict[str, Sequence[Any]]
     if isinstance(product, GradParameters):
         _check_readable(product.aux_weight, target)
         by_tma = _is_grad_for_tma(product)
@@ -353,9 +356,9 @@ def hopper_tiles(target: GPUTarget | None, combined: CombinedWeight) -> Sequence
         return ()
     if combined.aux_weight_scale is not None and not combined.transposed:  # the scales lie along the depth
         return ()
-    heights = ((256, 128), (256, 64), (256, 32), (128, 32))
+    heights = [(256, 128), (256, 64), (256, 32), (128, 32)]
     if not HAS_TALLEST_HOPPER_TILE:
-        heights = heights[1:]
+        del heights[0]
     stages = 3 if combined.weight.itemsize + combined.aux_weight.itemsize == 8 else 4  # as shared memory holds
     tile = partial(gemm_hopper.CombinedTile, BLOCK_K=32, STAGES=stages)
     return [tile(BLOCK_M=rows, MORE_M=more) for rows, more in heights]
@@ -582,7 +585,8 @@ _recorded: dict[Problem, Product] | None = None
 def recording() -> Iterator[dict[Problem, Product]]:
     """Collect the products, one per problem, that any thread chooses plans for inside."""
     global _recorded
-    _recorded = recorded = {}
+    recorded: dict[Problem, Product] = {}
+    _recorded = recorded
     try:
         yield recorded
     finally:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from threading import Event, Timer, current_thread, main_thread
-from typing import Any
+from typing import IO, Any, cast
 
 from .cases import Row, Shape
 
@@ -54,16 +54,17 @@ class Workers:
             process = subprocess.Popen(
                 WORKER, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, text=True, env=self._environment
             )
+            stdout = cast(IO[str], process.stdout)  # a pipe
             self._running.add(process)
             try:
-                while not self._ended and (line := _line(process)):
+                while not self._ended and (line := _line(process, stdout)):
                     yield _parsed(line)
                 if self._ended:
                     raise LostError("stopped")
                 status = process.wait()
             finally:
                 process.kill()
-                process.stdout.close()
+                stdout.close()
                 self._running.discard(process)
             if status < 0:
                 raise LostError(f"ended by {signal.Signals(-status).name}")
@@ -72,7 +73,7 @@ class Workers:
                 raise LostError(f"status {status}: {_reason(stderr.read())}")
 
 
-def _line(process: subprocess.Popen[str]) -> str:
+def _line(process: subprocess.Popen[str], stdout: IO[str]) -> str:
     """Return the next line, or an empty one when the process has ended.
 
     Raises:
@@ -87,7 +88,7 @@ def _line(process: subprocess.Popen[str]) -> str:
     timer = Timer(PATIENCE, give_up)
     timer.start()
     try:
-        line = process.stdout.readline()
+        line = stdout.readline()
         if not line:
             process.wait()
     finally:

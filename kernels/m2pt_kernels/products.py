@@ -1,6 +1,6 @@
 """The two products that kernels compute, as values to plan, time, verify and launch."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,9 @@ class GradParameters(NamedTuple):
     aux_dtype: torch.dtype | None
     aux_weight_scale: Tensor | None = None
 
-    name = "grad_parameters"
+    @property
+    def name(self) -> str:
+        return "grad_parameters"
 
     @property
     def operands(self) -> tuple[Tensor | torch.dtype | None, ...]:
@@ -87,18 +89,21 @@ class GradParameters(NamedTuple):
 
     def prepared(self) -> "GradParameters":
         """Return the product as kernels read it: entries stored in memory, scales contiguous."""
-        grad_output, x, aux_weight, cross_modal_scale, *dtypes, aux_weight_scale = self
+        grad_output, x, aux_weight, cross_modal_scale, weight_dtype, aux_dtype, aux_weight_scale = self
         matrices = _stored(grad_output), _stored(x), _stored(aux_weight)
-        return GradParameters(*matrices, _contiguous(cross_modal_scale), *dtypes, _contiguous(aux_weight_scale))
+        scales = _contiguous(cross_modal_scale), _contiguous(aux_weight_scale)
+        return GradParameters(*matrices, scales[0], weight_dtype, aux_dtype, scales[1])
 
 
 Product = CombinedMatmul | GradParameters
 
+_Operand = TypeVar("_Operand", Tensor, Tensor | None)
 
-def _stored(tensor: Tensor | None) -> Tensor | None:
+
+def _stored(tensor: _Operand) -> _Operand:
     """Materialise a tensor that is lazily negated, or of zeros that are not stored."""
     return tensor.clone() if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()) else tensor
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
+def _contiguous(tensor: _Operand) -> _Operand:
     return None if tensor is None else _stored(tensor).contiguous()

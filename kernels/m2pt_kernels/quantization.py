@@ -129,8 +129,8 @@ def _check_aux_weight_scale(name: str, aux_weight_scale: Tensor, data: Tensor) -
     if aux_weight_scale.shape != expected:
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(aux_weight_scale.shape)}")
     if aux_weight_scale.device != data.device:
-        expected = f"the device of the quantised matrix, {data.device}"
-        raise ValueError(f"{name}: expected {expected}, got {aux_weight_scale.device}")
+        device = f"the device of the quantised matrix, {data.device}"
+        raise ValueError(f"{name}: expected {device}, got {aux_weight_scale.device}")
 
 
 def supports_float8(device: torch.device) -> bool:

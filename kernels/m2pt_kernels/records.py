@@ -32,13 +32,14 @@ def path_of(content: str, device: str, kernels: Kernels) -> Path:
     Raises:
         RuntimeError: no variable names a folder, and there is no home folder.
     """
-    folder = os.environ.get("M2PT_CACHE_DIR")
-    if not folder:
+    if setting := os.environ.get("M2PT_CACHE_DIR"):
+        folder = Path(setting)
+    else:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m2pt_kernels"
     code = "".join((torch.__version__, *(kernel.cache_key for kernel in kernels)))
     digest = hashlib.sha256(code.encode()).hexdigest()[:12]
     name = re.sub(r"[^A-Za-z0-9]+", "-", device)
-    return Path(folder) / f"{name}-triton-{triton.__version__}-{digest}-{content}.json"
+    return folder / f"{name}-triton-{triton.__version__}-{digest}-{content}.json"
 
 
 def read(path: Path) -> dict[str, Any]:

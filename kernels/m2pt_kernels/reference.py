@@ -69,11 +69,11 @@ def combined_matmul(left: Tensor, combined: CombinedWeight, bias: Tensor | None 
 
 def grad_parameters(product: GradParameters) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of weight, aux weight and cross-modal scale; None for what is not wanted."""
-    grad_output, x, aux_weight, cross_modal_scale, weight_dtype, aux_dtype, aux_weight_scale = product
+    grad_output, x, aux_weight, scale, weight_dtype, aux_dtype, aux_weight_scale = product
     accumulator = grad_weight(grad_output, x)
     return (
         None if weight_dtype is None else cast(accumulator, weight_dtype),
-        None if aux_dtype is None else cast(grad_aux(accumulator, cross_modal_scale), aux_dtype),
+        None if scale is None or aux_dtype is None else cast(grad_aux(accumulator, scale), aux_dtype),
         None if aux_weight is None else grad_scale(accumulator, aux_weight, aux_weight_scale),
     )
 

@@ -3,7 +3,7 @@
 The memory that a kernel writes to is poisoned first, and repeated runs must give the same bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,9 @@ from .products import CombinedMatmul, GradParameters, Product
 from .quantization import dequantize
 
 RUNS = 3
+OUTPUT = "the output"
+GRADIENTS = ("the gradient of weight", "the gradient of aux_weight", "the gradient of scale")
+"""What a product computes, by the names that `_outputs` and error messages use."""
 _BLOCK_ENTRIES = 2**22
 """Entries per block of a float64 result: 32 MiB."""
 
@@ -101,13 +104,15 @@ def verify(plan: Plan, product: Product) -> Finding:
     """
     with torch.no_grad():
         with _deterministic(1):  # so that empty memory is filled with NaN
-            first, *others = (_outputs(gemm.compute(plan, product)) for _ in range(RUNS))
+            first, *others = (_outputs(product, gemm.compute(plan, product)) for _ in range(RUNS))
         if not all(_have_same_bits(first, other) for other in others):
             return Finding("repeated runs give different bits")
         with _deterministic(0):
-            plain = _outputs(gemm.compute(EAGER, product))
-        compare = _compare_combined if isinstance(product, CombinedMatmul) else _compare_gradients
-        bounds = compare(first, plain, product)
+            plain = _outputs(product, gemm.compute(EAGER, product))
+        if isinstance(product, CombinedMatmul):
+            bounds = _compare_combined(first, plain, product)
+        else:
+            bounds = _compare_gradients(first, plain, product)
     faults = [
         f"error of {name} {bound.error:.2e}, of plain torch {bound.plain_error:.2e}, accepted {bound.accepted:.2e}"
         for name, bound in bounds.items()
@@ -121,26 +126,30 @@ def verify(plan: Plan, product: Product) -> Finding:
 @contextmanager
 def _deterministic(mode: int) -> Iterator[None]:
     """Set torch's mode of deterministic algorithms: 0 for off, 1 to warn about others."""
-    before, filled = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic  # a module whose settings are properties of its class
+    before, filled = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
     torch.set_deterministic_debug_mode(mode)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        deterministic.fill_uninitialized_memory = filled
 
 
-def _outputs(result: Any) -> list[Tensor | None]:
-    return [result] if isinstance(result, Tensor) else list(result)
+def _outputs(product: Product, result: Any) -> dict[str, Tensor]:
+    """Return what is wanted of a result by its names."""
+    if isinstance(product, CombinedMatmul):
+        return {OUTPUT: result}
+    return {name: gradient for name, gradient in zip(GRADIENTS, result, strict=True) if gradient is not None}
 
 
-def _have_same_bits(first: list[Tensor | None], second: list[Tensor | None]) -> bool:
-    pairs = zip(first, second, strict=True)
-    return all(one is None or torch.equal(one.view(torch.uint8), other.view(torch.uint8)) for one, other in pairs)
+def _have_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    pairs = zip(first.values(), second.values(), strict=True)
+    return all(torch.equal(one.view(torch.uint8), other.view(torch.uint8)) for one, other in pairs)
 
 
-def _compare_combined(got: list[Tensor], plain: list[Tensor], product: CombinedMatmul) -> dict[str, Bound]:
+def _compare_combined(got: dict[str, Tensor], plain: dict[str, Tensor], product: CombinedMatmul) -> dict[str, Bound]:
     left, combined, bias = product
     weight, cross_modal_scale = combined.weight, combined.cross_modal_scale
     aux_weight = _values(combined.aux_weight, combined.aux_weight_scale)
@@ -157,44 +166,42 @@ def _compare_combined(got: list[Tensor], plain: list[Tensor], product: CombinedM
         for rows in _blocks(len(left), max(absolute.shape)):
             block = left[rows].double()
             bound.add(
-                got[0][rows, columns],
-                plain[0][rows, columns],
+                got[OUTPUT][rows, columns],
+                plain[OUTPUT][rows, columns],
                 block @ total + bias[columns].double(),
                 block.float().abs() @ absolute + bias[columns].float().abs(),
                 _operand_eps(left) * (block.square().float() @ squares).sqrt(),
             )
-    return {"the output": bound}
+    return {OUTPUT: bound}
 
 
-def _compare_gradients(
-    got: list[Tensor | None], plain: list[Tensor | None], product: GradParameters
-) -> dict[str, Bound]:
+def _compare_gradients(got: dict[str, Tensor], plain: dict[str, Tensor], product: GradParameters) -> dict[str, Bound]:
     grad_output, x, aux_weight, cross_modal_scale, *_, aux_weight_scale = product
     tokens, columns = x.shape
     eps = _operand_eps(x) if x.dtype == torch.float32 else 0.0  # other dtypes are multiplied as they are
-    names = ("the gradient of weight", "the gradient of aux_weight", "the gradient of scale")
     bounds = {
         name: Bound(output.dtype, tokens, max(eps, torch.finfo(output.dtype).eps), _sums(tokens))
-        for name, output in zip(names, got, strict=True)
-        if output is not None
+        for name, output in got.items()
     }
+    of_weight, of_aux_weight, of_scale = GRADIENTS
     aux_weight = None if aux_weight is None else _values(aux_weight, aux_weight_scale)
     of_scales = []
     for rows in _blocks(grad_output.shape[1], columns):
         exact, terms, squares = _sums_over_tokens(grad_output[:, rows], x)
-        if got[0] is not None:
-            bounds[names[0]].add(got[0][rows], plain[0][rows], exact, terms, eps * squares.sqrt())
-        if got[1] is not None:
-            factors = cross_modal_scale.double().view(-1, *(1,) * (got[1].dim() - 1))
+        if of_weight in got:
+            bounds[of_weight].add(got[of_weight][rows], plain[of_weight][rows], exact, terms, eps * squares.sqrt())
+        if of_aux_weight in got and cross_modal_scale is not None:
+            block, plain_block = (outputs[of_aux_weight][..., rows, :] for outputs in (got, plain))
+            factors = cross_modal_scale.double().view(-1, *(1,) * (block.dim() - 1))
             sums = factors * exact, factors.abs() * terms, factors.abs() * eps * squares.sqrt()
-            bounds[names[1]].add(got[1][..., rows, :], plain[1][..., rows, :], *sums)
+            bounds[of_aux_weight].add(block, plain_block, *sums)
         if aux_weight is not None:
             aux = aux_weight[..., rows, :].double()
             weighted = exact * aux, terms * aux.abs(), squares * aux.square()
             of_scales.append([sums.sum((-2, -1)).view(-1) for sums in weighted])
     if aux_weight is not None:
         exact, terms, squares = (sum(blocks) for blocks in zip(*of_scales, strict=True))
-        bounds[names[2]].add(got[2], plain[2], exact, terms, eps * squares.sqrt())
+        bounds[of_scale].add(got[of_scale], plain[of_scale], exact, terms, eps * squares.sqrt())
     return bounds
 
 
@@ -209,10 +216,11 @@ def _scaled(aux_weight: Tensor, cross_modal_scale: Tensor) -> Tensor:
 
 def _sums_over_tokens(grad_output: Tensor, x: Tensor) -> list[Tensor]:
     """Return dY^T x in float64: of the entries, of their absolute values and of their squares."""
-    sums = [x.new_zeros(grad_output.shape[1], x.shape[1], dtype=torch.float64) for _ in range(3)]
+    functions: tuple[Callable[[Tensor], Tensor], ...] = torch.clone, torch.abs, torch.square
+    sums = [x.new_zeros(grad_output.shape[1], x.shape[1], dtype=torch.float64) for _ in functions]
     for tokens in _blocks(len(x), max(grad_output.shape[1], x.shape[1])):
         grad, block = grad_output[tokens].t().double(), x[tokens].double()
-        for total, function in zip(sums, (torch.clone, torch.abs, torch.square), strict=True):
+        for total, function in zip(sums, functions, strict=True):
             total.addmm_(function(grad), function(block))
     return sums
 

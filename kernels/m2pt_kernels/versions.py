@@ -4,6 +4,7 @@ import os
 import re
 import warnings
 from functools import cache
+from typing import Any
 
 import triton
 
@@ -17,7 +18,7 @@ HAS_TMA_LOOPS = RELEASE >= (3, 8)
 HAS_TALLEST_HOPPER_TILE = RELEASE == (3, 8)
 """The tallest tile of `gemm_hopper`: 3.7 spills it, and 3.9 makes its products wait for each other."""
 
-OPTIONS = {"enable_fp_fusion": True}
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Fuses multiplications and additions into one instruction in every kernel; Triton 3.10 will do so only if asked."""
 
 TMA_OPTIONS = OPTIONS

@@ -9,9 +9,9 @@ from torch.utils.data import Dataset
 
 from ..checks import check_kind, checked_path, one_of
 from . import audio, embedded, image, point, video
-from .common import Samples
+from .common import Layouts, Samples
 
-LAYOUTS: Mapping[str, Mapping[str, tuple[Callable[..., Dataset], Callable]]] = {
+LAYOUTS: Mapping[str, Layouts] = {
     "image": {**image.LAYOUTS, "embedded": (embedded.digit_images, embedded.digit_images)},
     "audio": {**audio.LAYOUTS, "embedded": (embedded.spoken_vowels, embedded.spoken_vowels)},
     "point": {**point.LAYOUTS, "embedded": (embedded.digit_clouds, embedded.digit_clouds)},

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..checks import check_positive, check_probability, one_of, require
-from .common import Samples, is_hidden, read_json, read_lines, read_text, some
+from .common import Layouts, Samples, is_hidden, read_json, read_lines, read_text, some
 
 SAMPLE_RATE = 16_000
 WINDOW, HOP, FFT = SAMPLE_RATE * 25 // 1000, SAMPLE_RATE * 10 // 1000, 512
@@ -312,7 +312,7 @@ def _json_rows(path: Path) -> list[dict[str, str]]:
     return [{key: row[key] for key in keys} for row in rows]
 
 
-LAYOUTS = {
+LAYOUTS: Layouts = {
     "list": (file_list, AudioDataset),
     "esc50": (esc50, AudioDataset),
     "speech_commands": (speech_commands, AudioDataset),

@@ -4,7 +4,7 @@ import codecs
 import json
 import os
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ from torch.utils.data import Dataset
 
 HIDDEN = ("__MACOSX", "@eaDir")
 """Folders that systems put beside the user's, with copies of pictures; those that begin with a dot are hidden too."""
+
+
+Layouts = Mapping[str, tuple[Callable[..., Dataset], Callable]]
+"""By the names of the layouts: what reads one, and what else takes its settings."""
 
 
 class Samples(Dataset):

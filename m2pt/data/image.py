@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..checks import check_positive, check_probability, one_of, require
-from .common import Samples, check_label, draw_seed, is_hidden, seeded, some
+from .common import Layouts, Samples, check_label, draw_seed, is_hidden, seeded, some
 from .pictures import as_seen
 
 ENDINGS = (*IMG_EXTENSIONS, ".jfif", ".gif", ".jp2", ".avif")
@@ -175,10 +175,10 @@ def huggingface(
     datasets = require("datasets", "image")
     try:
         splits = datasets.get_dataset_split_names(str(root.absolute()))
-        rows = datasets.load_dataset(str(root.absolute()), split=split) if split in splits else None
+        found = {name: datasets.load_dataset(str(root.absolute()), split=name) for name in splits if name == split}
     except Exception as error:  # of whichever reader the files need
         raise ValueError(f"{root}: cannot be read as a table: {error.__cause__ or error}") from error
-    one_of("split", split, splits)
+    rows = found[one_of("split", split, splits)]
     place = f"{root}, split {split!r}"
     image_column = _column("image_column", image_column, "image", rows.features, datasets.Image)
     label_column = _column("label_column", label_column, "label", rows.features, datasets.ClassLabel)
@@ -234,7 +234,8 @@ class ShardDataset(timm.data.IterableImageDataset):
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         reader, webdataset = self.reader, require("webdataset", "image")
-        if reader.ds is None:
+        is_first = reader.ds is None
+        if is_first:
             reader._lazy_init()
             if not reader.split_info.alt_label:  # the name of the label in a json file beside
                 decode = len(reader.ds.pipeline) - 2  # which leaves out a sample whose label is no number
@@ -293,7 +294,7 @@ def webdataset(
         raise ValueError(f"split: {error}") from error
 
 
-LAYOUTS = {
+LAYOUTS: Layouts = {
     "folder": (folder, image_transform),
     "huggingface": (huggingface, image_transform),
     "webdataset": (webdataset, image_transform),

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ..checks import check_positive, one_of, require
 from ..models.grouping import farthest_point_sampling
-from .common import Samples, listed, read_json, read_lines
+from .common import Layouts, Samples, listed, read_json, read_lines
 
 SCANOBJECTNN_CLASSES = (
     *("bag", "bin", "box", "cabinet", "chair", "desk", "display", "door"),
@@ -86,7 +86,9 @@ class ArrayClouds(Dataset):
 
     def __init__(self, files: Sequence[Path]) -> None:
         h5py = require("h5py", "point")
-        clouds, labels, self.names = [], [], []
+        clouds: list[np.ndarray] = []
+        self.labels: list[int] = []
+        self.names: list[str] = []
         for path in files:
             try:
                 with h5py.File(path) as file:
@@ -100,9 +102,9 @@ class ArrayClouds(Dataset):
             if label.dtype.kind not in "bui" and not (label.dtype.kind == "f" and np.all(label % 1 == 0)):
                 raise ValueError(f"{path}: expected integers as labels, got {label.dtype}: {label[:5]}")
             clouds.append(data)
-            labels.extend(map(int, label))
+            self.labels.extend(map(int, label))
             self.names += [f"{path}, cloud {index}" for index in range(len(data))]
-        self.clouds, self.labels = torch.from_numpy(np.concatenate(clouds)), labels
+        self.clouds = torch.from_numpy(np.concatenate(clouds))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -324,7 +326,7 @@ def _modelnet40(root: Path, split: str) -> tuple[list[str], list[Path], list[int
     return classes, files, [classes.index(name) for name in names]
 
 
-LAYOUTS = {
+LAYOUTS: Layouts = {
     "modelnet40": (modelnet40, PointDataset),
     "modelnet40_h5": (modelnet40_h5, PointDataset),
     "modelnet40_few_shot": (modelnet40_few_shot, PointDataset),

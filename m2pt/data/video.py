@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from ..checks import check_positive, one_of
-from .common import Samples, draw_seed, read_text, seeded
+from .common import Layouts, Samples, draw_seed, read_text, seeded
 from .frames import read_frames
 from .image import image_transform
 
@@ -130,4 +130,4 @@ def file_list(root: Path, split: str, training: bool, *, num_classes: int = 400,
     return VideoDataset(files, labels, num_classes, training, **settings)
 
 
-LAYOUTS = {"list": (file_list, VideoDataset)}
+LAYOUTS: Layouts = {"list": (file_list, VideoDataset)}

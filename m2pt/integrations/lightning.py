@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +22,11 @@ from ..pathway_files import bytes_of
 from ..replacement import has_pathway
 from ..surgery import AuxModels, reparameterize_aux_into_target_model, weight_at
 
-lightning = require("lightning.pytorch", "integrations")
+if TYPE_CHECKING:
+    import lightning.pytorch as lightning
+else:
+    lightning = require("lightning.pytorch", "integrations")
+
 AVERAGING = (lightning.callbacks.WeightAveraging, lightning.callbacks.StochasticWeightAveraging)
 
 CONNECTED = "_connected_pathways"

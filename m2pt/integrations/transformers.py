@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,11 @@ from ..pathway_files import OWN, SCALE, digests, frozen_entries, load_pathway, r
 from ..replacement import has_pathway
 from ..surgery import AuxModels, reparameterize_aux_into_target_model
 
-transformers = require("transformers", "integrations")
+if TYPE_CHECKING:
+    import transformers
+    from peft import PeftModel
+else:
+    transformers = require("transformers", "integrations")
 
 PATHWAY = "pathway.safetensors"
 """The file beside the model."""
@@ -70,7 +74,7 @@ def keep_pathway(model: nn.Module) -> nn.Module:
     """
     fused_layers(model)
     _check_savable(model)
-    model.save_pretrained = partial(_save_pretrained, model)
+    cast(Any, model).save_pretrained = partial(_save_pretrained, model)
     if _is_peft(model):
         model.load_adapter = partial(_load_adapter, model)
         keep_pathway(model.get_base_model())
@@ -112,7 +116,8 @@ def from_pretrained(
             model_class = type(model_class.from_config(config, **(code if hasattr(config, "auto_map") else {})))
     expected = {*(model_class._keys_to_ignore_on_load_unexpected or ()), *(rf"\.{entry}$" for entry in OWN)}
     attributes = {"_keys_to_ignore_on_load_unexpected": expected, "__module__": model_class.__module__}
-    model = type(model_class.__name__, (model_class,), attributes).from_pretrained(folder, **options)
+    renamed: Any = type(model_class.__name__, (model_class,), attributes)
+    model = renamed.from_pretrained(folder, **options)
     model.__class__ = model_class
     try:
         return keep_pathway(load_pathway(model, aux_model, path))
@@ -194,7 +199,7 @@ def _require_same(got: dict[str, str], expected: dict[str, str], where: str) -> 
         raise ValueError(f"aux_model: {is_other}: their SHA-256 is {got}, expected {expected}")
 
 
-def _is_peft(model: nn.Module) -> bool:
+def _is_peft(model: nn.Module) -> TypeGuard["PeftModel"]:
     return hasattr(model, "get_base_model")
 
 
@@ -208,12 +213,14 @@ def _check_savable(model: nn.Module) -> None:
         raise TypeError(f"model: expected {expected}, got {type(model).__name__}")
 
 
-def _ignore_frozen(model: nn.Module) -> None:
+def _ignore_frozen(model: "transformers.PreTrainedModel") -> None:
     """Leave frozen auxiliary weights out of files of the model; the Trainer does not miss them there either."""
     model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *frozen_entries(model)}
 
 
-def _save_pretrained(model: nn.Module, save_directory: str | os.PathLike, *args: Any, **options: Any) -> None:
+def _save_pretrained(
+    model: "transformers.PreTrainedModel | PeftModel", save_directory: str | os.PathLike, *args: Any, **options: Any
+) -> None:
     """`save_pretrained`, and the pathway before it; or a pathway removed that was saved there earlier."""
     save = partial(type(model).save_pretrained, model, save_directory)
     options |= zip(inspect.signature(save).parameters, args, strict=False)
@@ -248,7 +255,7 @@ def _check_scales(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             raise ValueError(f"state_dict: {name} is not the model's: load these scales into the model, and save it")
 
 
-def _load_adapter(model: nn.Module, folder: str | os.PathLike, *args: Any, **options: Any) -> Any:
+def _load_adapter(model: "PeftModel", folder: str | os.PathLike, *args: Any, **options: Any) -> Any:
     """`load_adapter` of a PeftModel, and what of its pathway was trained and saved beside the adapter."""
     loaded = type(model).load_adapter(model, folder, *args, **options)
     path, base = Path(folder, PATHWAY), model.get_base_model()

@@ -53,7 +53,7 @@ def initialised(recipe: Recipe, num_classes: int) -> Any:
     return module
 
 
-def read_auxiliaries(recipe: Recipe) -> dict[str, nn.Module]:
+def read_auxiliaries(recipe: Recipe) -> Mapping[str, nn.Module]:
     """The auxiliary models by their paths; which of two kinds of weights were taken is printed."""
     aux_models = {path: load_auxiliary(path) for path in recipe.auxiliary.paths}
     for path, aux_model in aux_models.items():

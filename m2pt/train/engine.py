@@ -303,7 +303,8 @@ class Trainer:
         if self.world.largest(damaged is not None):
             raise FloatingPointError(f"step {self.step}: {damaged or 'a weight'} is not finite")
         model, optimizer = get_state_dict(self.module, self.optimizer, options=WHOLE)
-        state = {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict(), "step": self.step}
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        state |= {"scaler": self.scaler.state_dict(), "step": self.step}
         if self.ema is not None:
             state["ema"] = get_model_state_dict(self.ema.module, options=WHOLE)
         if not self.without:

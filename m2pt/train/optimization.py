@@ -71,12 +71,12 @@ def create_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_p
         ValueError: there is no such scheduler, or it does not fit the number of epochs.
     """
     settings = recipe.schedule
+    epochs: dict[str, Any] = {"num_epochs": settings.epochs - settings.warmup, "warmup_epochs": settings.warmup}
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=settings.name,
-            num_epochs=settings.epochs - settings.warmup,
-            warmup_epochs=settings.warmup,
+            **epochs,  # which timm declares as integers; fractions do as well
             warmup_lr=settings.warmup_lr,
             warmup_prefix=True,
             min_lr=settings.min_lr,
