@@ -65,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:
         _complete(parser)
     arguments, rest = parser.parse_known_args(argv)  # `key=value` may stand anywhere, which argparse has no word for
-    takes_values = hasattr(arguments, "replaced")
+    takes_values = hasattr(arguments, "overrides")
     if stray := [word for word in rest if not takes_values or word.startswith("-") or "=" not in word]:
         expected = ": expected key=value after the recipe" if takes_values else ""
         arguments.parser.error(f"unrecognized arguments: {' '.join(stray)}{expected}")
-    arguments.replaced = rest
+    arguments.overrides = rest
     if getattr(arguments, "dry_run", None) is False and arguments.out is None:
         arguments.parser.error("the following arguments are required: --out, or --dry-run")
     try:
@@ -220,7 +220,7 @@ def _add_training(commands: Any) -> None:
         "recipes",
         help="list the shipped recipes, or print one with all its values",
         description="List the shipped recipes. With a recipe, print it as TOML: every value, those that were left out "
-        "and those that key=value replaces. The output can be saved and used as a recipe.",
+        "and those that key=value overrides. The output can be saved and used as a recipe.",
     )
     _add_recipe_name(recipes, "recipe", nargs="?")
     recipes.set_defaults(run=_recipes)
@@ -258,10 +258,10 @@ def _add_recipe(parser: argparse.ArgumentParser, name: str = "recipe", **setting
 def _add_recipe_name(
     parser: argparse.ArgumentParser, name: str, what: str = "a shipped recipe or a TOML file", **settings: Any
 ) -> None:
-    recipe = parser.add_argument(name, metavar="RECIPE", help=f"{what}; key=value replaces its values", **settings)
+    recipe = parser.add_argument(name, metavar="RECIPE", help=f"{what}; key=value overrides its values", **settings)
     recipe.completer = _complete_recipe  # type: ignore[attr-defined]
-    parser.epilog = "Every further argument key=value replaces a value of the recipe, such as schedule.epochs=10."
-    parser.set_defaults(replaced=[])
+    parser.epilog = "Every further argument key=value overrides a value of the recipe, such as schedule.epochs=10."
+    parser.set_defaults(overrides=[])
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -383,7 +383,7 @@ def _how_it_fits(found: "MemoryEstimate", arguments: argparse.Namespace) -> str:
     options = [f"--aux {path}" for path in arguments.aux or stand_in]
     options += [f"--aux-dtype {arguments.aux_dtype}"] if arguments.aux_dtype else []
     options += [f"--preset {arguments.preset}"] if arguments.preset else []
-    words = [arguments.recipe, *options, *batch, *arguments.replaced, assignments(found.fitting)]
+    words = [arguments.recipe, *options, *batch, *arguments.overrides, assignments(found.fitting)]
     return f"it fits with\n\n  m2pt {'pretrain' if recipe.pretraining else 'train'} {' '.join(words)}"
 
 
@@ -428,7 +428,7 @@ def _recipe(arguments: argparse.Namespace, load: "Callable[..., Recipe] | None" 
     if len(paths := given.get("auxiliary.path", [])) == 1:
         given["auxiliary.path"] = paths[0]
     batch = {"data.batch_size": size} if (size := getattr(arguments, "batch", None)) else {}
-    given |= batch | dict(map(parse_assignment, arguments.replaced))
+    given |= batch | dict(map(parse_assignment, arguments.overrides))
     arguments.fills_gpu = given.get("data.batch_size") == "auto"
     if arguments.fills_gpu:
         given = {key: value for key, value in given.items() if key != "data.batch_size"} | batch
@@ -437,7 +437,7 @@ def _recipe(arguments: argparse.Namespace, load: "Callable[..., Recipe] | None" 
         on_gpu = arguments.run is _memory or _has_gpu()
         typed = {*given, "machine.step_in_backward"} if arguments.fills_gpu else given
         levers = low_memory(recipe, on_gpu, _processes())
-        recipe = recipe.replaced({key: value for key, value in levers.items() if key not in typed})
+        recipe = recipe.with_overrides({key: value for key, value in levers.items() if key not in typed})
     return recipe
 
 
@@ -453,16 +453,16 @@ def _has_gpu() -> bool:
 
 
 def _fitted(recipe: "Recipe", arguments: argparse.Namespace, gpu_bytes: int | None = None) -> "Recipe":
-    """The recipe with passes that the GPU holds, if they are asked for."""
+    """The recipe with micro-batches that the GPU holds, if they are asked for."""
     if not arguments.fills_gpu:
         return recipe
-    from .train.memory import fit_passes, whole_bytes
+    from .train.memory import fit_micro_batches, whole_bytes
 
     gpu_bytes = whole_bytes() if gpu_bytes is None else gpu_bytes
     if gpu_bytes is None:
         raise ValueError("data.batch_size: auto: there is no GPU to fill")
-    fitted = fit_passes(recipe, gpu_bytes, processes=_processes())
-    _say(f"data.batch_size=auto: {fitted.data.batch_size} samples, passes {fitted.machine.accumulation}")
+    fitted = fit_micro_batches(recipe, gpu_bytes, processes=_processes())
+    _say(f"data.batch_size=auto: {fitted.data.batch_size} samples, micro-batches {fitted.machine.accumulation}")
     return fitted
 
 

@@ -11,8 +11,8 @@ A configuration is a TOML file:
     [targets.image]
     recipe = "image_imagenet"           # a shipped one, or a file
     data = "data/imagenet"              # left out for embedded data
-    replaced.model.init = "zoo/image.safetensors"
-    replaced.schedule.epochs = 20
+    overrides.model.init = "zoo/image.safetensors"
+    overrides.schedule.epochs = 20
 
 An auxiliary model of the target's own modality is left out.
 """
@@ -50,7 +50,7 @@ class Gain:
     """What an auxiliary model changed, in percentage points, compared with the same seed's run without one.
 
     Attributes:
-        metric: the figure compared.
+        metric: the one compared.
         alone, connected: its value for each seed.
         mean, standard_deviation, standard_error: of the differences; of a single one there is no deviation.
     """
@@ -97,13 +97,13 @@ def _matrix(table: dict[str, Any]) -> Matrix:
 
 
 def _target(table: Any, place: str) -> Recipe:
-    _require_keys(table, ("recipe",), place, optional=("data", "replaced"))
-    replaced = table.get("replaced", {})
-    if not isinstance(replaced, dict):
-        raise ValueError(f"{place}.replaced: expected a table, got {replaced!r}")
+    _require_keys(table, ("recipe",), place, optional=("data", "overrides"))
+    overrides = table.get("overrides", {})
+    if not isinstance(overrides, dict):
+        raise ValueError(f"{place}.overrides: expected a table, got {overrides!r}")
     root = {"data.root": table["data"]} if "data" in table else {}
     try:
-        return load_recipe(table["recipe"], root | flat(replaced))
+        return load_recipe(table["recipe"], root | flat(overrides))
     except (TypeError, ValueError) as error:
         raise type(error)(f"{place}: {error}") from None
 
@@ -149,7 +149,7 @@ def run_matrix(matrix: Matrix, out: str | os.PathLike) -> str:
 
 def _result(recipe: Recipe, modality: str, path: str, seed: int, folder: Path) -> dict[str, float]:
     given = {"auxiliary.modality": modality, "auxiliary.path": path, "run.seed": seed}
-    return trained_metrics(recipe.replaced(given), folder)
+    return trained_metrics(recipe.with_overrides(given), folder)
 
 
 def trained_metrics(recipe: Recipe, folder: Path) -> dict[str, float]:

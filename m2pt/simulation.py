@@ -145,7 +145,7 @@ def simulate(
     batch: Any,
     loss: Callable[[], Tensor],
     *,
-    passes: int = 1,
+    micro_batches: int = 1,
     on_host: bool = False,
     average: nn.Module | None = None,
     buckets: bool = False,
@@ -156,9 +156,9 @@ def simulate(
     Args:
         model: in training.
         optimizer: its states are there.
-        batch: the tensors of a pass.
+        batch: the tensors of a micro-batch.
         loss: the forward pass.
-        passes: how many gradients are added for a step; from the second on each is like the second.
+        micro_batches: of a step; from the second on each is like the second.
         on_host: what forward saves waits in the host's memory.
         average: of the weights, if there is one.
         buckets: whether the gradients are there a second time, as DDP sends them.
@@ -173,7 +173,7 @@ def simulate(
     sent = [torch.empty_like(p) for p in model.parameters() if p.requires_grad and buckets]
     timeline.hold("gradients", sent)
     with _noted(model, timeline), timeline, SplitSums(splits):
-        for _ in range(min(passes, 2)):
+        for _ in range(min(micro_batches, 2)):
             timeline.mark("start", 0)
             with saved_tensors_hooks(to_host, from_host) if on_host else nullcontext():
                 value = loss()

@@ -79,10 +79,12 @@ def merge(**changed):
     return partial(merge_state_dict, good | {f"a.{name}": value for name, value in changed.items()})
 
 
-def tiny(train=train, out="out", **replaced):
+def tiny(train=train, out="out", **overrides):
     """`train` or `pretrain` of a small recipe, with `optimizer__name` for `optimizer.name`."""
     recipe = load_recipe("tiny_image" if train is not pretrain else "pretrain_tiny_image")
-    return lambda: train(recipe.replaced({key.replace("__", "."): value for key, value in replaced.items()}), out)
+    return lambda: train(
+        recipe.with_overrides({key.replace("__", "."): value for key, value in overrides.items()}), out
+    )
 
 
 def build(modality="image", **overrides):
@@ -736,9 +738,13 @@ TRAINING = {
         f"{part}: a name": (partial(Recipe, **vars(RECIPE()) | {part: "tiny"}), TypeError, f"{part}: .* got 'tiny'")
         for part in vars(RECIPE())
     },
-    "Recipe.replaced": {
-        "replaced: a list": (lambda: RECIPE().replaced(["a=b"]), TypeError, "replaced: expected .* got .'a=b'"),
-        "a wrong value": (lambda: RECIPE().replaced({"run.seed": "a"}), TypeError, "run.seed: expected int, got 'a'"),
+    "Recipe.with_overrides": {
+        "overrides: a list": (lambda: RECIPE().with_overrides(["a=b"]), TypeError, "overrides: expected .* got .'a=b'"),
+        "a wrong value": (
+            lambda: RECIPE().with_overrides({"run.seed": "a"}),
+            TypeError,
+            "run.seed: expected int, got 'a'",
+        ),
     },
     "parse_assignment": {
         "text: a number": (lambda: parse_assignment(5), TypeError, "text: expected key.subkey=value, got 5"),
@@ -750,8 +756,12 @@ TRAINING = {
         "recipe: a number": (lambda: load_recipe(5), TypeError, "recipe: expected .* got 5"),
         "recipe: missing": (lambda: load_recipe(None), TypeError, "recipe: expected .* got None"),
         "recipe: not text": (lambda: load_recipe("plain.safetensors"), ValueError, "recipe: plain.safetensors: "),
-        "replaced: a list": (lambda: load_recipe("tiny_image", ["a=b"]), TypeError, "replaced: expected .* got .'a=b'"),
-        "replaced: numbered": (lambda: load_recipe("tiny_image", {1: 2}), TypeError, "replaced: expected .* got 1"),
+        "overrides: a list": (
+            lambda: load_recipe("tiny_image", ["a=b"]),
+            TypeError,
+            "overrides: expected .* got .'a=b'",
+        ),
+        "overrides: numbered": (lambda: load_recipe("tiny_image", {1: 2}), TypeError, "overrides: expected .* got 1"),
     }
     | {
         f"{key}: {value}": (replace(**{key.replace(".", "__"): value}), ValueError, f"{key}: expected .* got {value}")
@@ -777,7 +787,7 @@ TRAINING = {
     "train": {
         "recipe: a name": (lambda: train("tiny_image", Path("out")), TypeError, "recipe: expected a Recipe, got str"),
         "recipe: of pretraining": (
-            lambda: train(RECIPE().replaced({"pretraining.mask_ratio": 0.5}), "out"),
+            lambda: train(RECIPE().with_overrides({"pretraining.mask_ratio": 0.5}), "out"),
             ValueError,
             "recipe: ",
         ),
@@ -868,13 +878,13 @@ TRAINING = {
             ValueError,
             "own.toml: auxiliaries: exp",
         ),
-        "replaced: a number": (
-            matrix(SEEDS + TARGET + "replaced = 3\n" + AUXILIARY),
+        "overrides: a number": (
+            matrix(SEEDS + TARGET + "overrides = 3\n" + AUXILIARY),
             ValueError,
-            "own.toml: targets.image.replaced: expected .*3",
+            "own.toml: targets.image.overrides: expected .*3",
         ),
         "recipe: a wrong value": (
-            matrix(SEEDS + TARGET + "replaced.run.seed = 'a'\n" + AUXILIARY),
+            matrix(SEEDS + TARGET + "overrides.run.seed = 'a'\n" + AUXILIARY),
             TypeError,
             "own.toml: targets.image: run.seed: expected int, got 'a'",
         ),

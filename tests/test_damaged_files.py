@@ -473,7 +473,7 @@ def results_of_the_demo():
 
 
 def write_matrix(folder):
-    """As if every run had given the same figure."""
+    """As if every run had given the same metric."""
     recipes = {name: load_recipe(f"tiny_{name}") for name in ("image", "point")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("m2pt.matrix.train", lambda *arguments, **settings: {"merged": {"top1": 50.0}})
@@ -582,7 +582,7 @@ def test_the_next_readable_sample_stands_in_for_a_damaged_one(data):
     labels = []
     for on_error, damaged in (("stop", set()), ("skip", {2, 3})):
         samples = Labelled(clouds.labels, damaged)
-        recipe = recipe.replaced({"data.on_error": on_error})
+        recipe = recipe.with_overrides({"data.on_error": on_error})
         labels.append(torch.cat([index for index, _ in training_batches(samples, recipe, ALONE, 0)]))
     assert {2, 3} < set(labels[0].tolist())
     assert torch.equal(labels[1], torch.where((labels[0] == 2) | (labels[0] == 3), 4, labels[0]))
@@ -635,7 +635,9 @@ def test_a_stream_without_a_readable_sample_is_refused(tmp_path, capsys, damaged
     stream = ["data.layout=webdataset", "data.settings.num_classes=2", "schedule.epochs=1"]
     command = ["train", RECIPES["image"], "--data", str(tmp_path), "--out", str(tmp_path / "run")]
     assert main([*command, *assignments("image"), *stream]) == 2
-    assert "m2pt: error: data: the training split ended at step 0, after 0 of 1 passes" in capsys.readouterr().err
+    assert (
+        "m2pt: error: data: the training split ended at step 0, after 0 of 1 micro-batches" in capsys.readouterr().err
+    )
 
 
 def test_a_stream_that_leaves_out_a_test_sample_is_no_whole_split(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The demo from end to end, with an epoch of everything, and what it says of its figures."""
+"""The demo from end to end, with an epoch of everything, and what it says of its metrics."""
 
 import json
 from dataclasses import asdict, replace
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return run_demo(folder, 2, replaced=SHORT)
+    return run_demo(folder, 2, overrides=SHORT)
 
 
 def test_every_variant_runs_with_every_seed_and_the_scales_move(results, folder):
@@ -83,7 +83,7 @@ def test_merged_checkpoint_loads_strictly_into_a_plain_timm_model(results, folde
 def test_a_merged_checkpoint_that_computes_something_else_is_an_error(results, folder, monkeypatch):
     monkeypatch.setattr("m2pt.demo.experiment.MERGE_TOLERANCE", -1.0)
     with pytest.raises(ArithmeticError, match=r"pathway/0/merged\.safetensors: logits differ by"):
-        run_demo(folder, 2, replaced=SHORT)
+        run_demo(folder, 2, overrides=SHORT)
 
 
 def test_saved_bytes(results):
@@ -94,17 +94,17 @@ def test_saved_bytes(results):
     assert autocast["fused"] == autocast["plain"] - 2 * weights
 
 
-def test_an_interrupted_demo_goes_on_to_the_same_figures(results, tmp_path):
+def test_an_interrupted_demo_goes_on_to_the_same_metrics(results, tmp_path):
     with interrupted(10), pytest.raises(KeyboardInterrupt):
-        run_demo(tmp_path, 2, replaced=SHORT)
+        run_demo(tmp_path, 2, overrides=SHORT)
     finished = {path.parent.name for path in tmp_path.rglob("pretrained.safetensors")}
     assert finished == {"speech"} and not list(tmp_path.rglob("*.partial"))
-    assert run_demo(tmp_path, 2, replaced=SHORT) == results
+    assert run_demo(tmp_path, 2, overrides=SHORT) == results
 
 
 def test_what_is_finished_is_not_trained_again(results, folder):
     with interrupted(0):
-        assert run_demo(folder, 2, replaced=SHORT) == results
+        assert run_demo(folder, 2, overrides=SHORT) == results
     with pytest.raises(ValueError, match="holds a run of another recipe"):
         run_demo(folder, 2, "int8", SHORT)
 

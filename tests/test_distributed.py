@@ -105,11 +105,11 @@ def checkpoint(out):
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_two_processes_compute_what_one_computes(folder, name):
     one, two = (read_log(folder / out) for out in ("one", name))
-    figures = ("step", "loss", "gradient_norm", "learning_rate", "top1")
+    metrics = ("step", "loss", "gradient_norm", "learning_rate", "top1")
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
-        assert {key: a[key] for key in figures if key in a} == pytest.approx(
-            {key: b[key] for key in figures if key in b}, rel=1e-5
+        assert {key: a[key] for key in metrics if key in a} == pytest.approx(
+            {key: b[key] for key in metrics if key in b}, rel=1e-5
         )
     start = tiny_model("image", 2).state_dict()
     one, two = checkpoint(folder / "one"), checkpoint(folder / name)

@@ -77,16 +77,16 @@ def state(out):
 
 
 def assert_ended_alike(out, whole):
-    """The same merged model, byte for byte; the same state, figures and files."""
+    """The same merged model, byte for byte; the same state, metrics and files."""
     assert (out / "merged.safetensors").read_bytes() == (whole / "merged.safetensors").read_bytes()
     states = state(out), state(whole)
     for part in ("model", "ema", "optimizer", "scaler", "step"):
         assert_equal(states[0][part], states[1][part])
-    assert figures(out) == figures(whole)
+    assert metrics(out) == metrics(whole)
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def figures(out):
+def metrics(out):
     """The log without what depends on the clock or tells of a stop, at which an evaluation that is due is left out."""
     lines = ({name: value for name, value in line.items() if name != "samples_per_second"} for line in read_log(out))
     return [line for line in lines if "loss" in line or "model" in line]
@@ -315,7 +315,7 @@ def test_a_log_whose_last_line_is_not_whole_is_continued(folder):
     with (out / "log.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
     assert main([*command(folder, out.name), "--resume"]) == 0
-    assert figures(out) == figures(folder / "whole")
+    assert metrics(out) == metrics(folder / "whole")
 
 
 def poison_weight(trainer):
@@ -424,10 +424,10 @@ def test_weights_that_are_not_finite_are_not_saved(folder, monkeypatch, capsys):
     out, update = folder / "not_saved", Trainer.update
 
     def ruinous(trainer, batches):
-        figures = update(trainer, batches)
+        metrics = update(trainer, batches)
         if trainer.step == 6:
             nn.init.constant_(trainer.module.blocks[1].norm1.bias, math.inf)
-        return figures
+        return metrics
 
     monkeypatch.setattr(Trainer, "update", ruinous)
     assert main(command(folder, out.name)) == 2

@@ -310,17 +310,17 @@ def test_training_does_not_wait_for_the_device_between_lines_of_the_log(setting)
     recipe = recipe_of("image", *ONCE[setting])
     if recipe.run.ema_decay and "dtype" not in inspect.signature(ModelEmaV3).parameters:
         pytest.skip("timm before 1.0.31 has no float32 average")
-    trainer, passes = trainer_of(recipe, "cuda"), recipe.machine.accumulation
+    trainer, micro_batches = trainer_of(recipe, "cuda"), recipe.machine.accumulation
     batches = [[part.pin_memory() for part in batch] for batch in batches_of(recipe, 4)]
-    trainer.update(batches[:passes])
+    trainer.update(batches[:micro_batches])
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for first in range(passes, len(batches), passes):
-            trainer.update(batches[first : first + passes])
+        for first in range(micro_batches, len(batches), micro_batches):
+            trainer.update(batches[first : first + micro_batches])
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-    assert math.isfinite(trainer.figures()["loss"]) and trainer.step == 4
+    assert math.isfinite(trainer.metrics()["loss"]) and trainer.step == 4
 
 
 @pytest.fixture

@@ -47,9 +47,9 @@ def test_training_does_not_grow(tmp_path, monkeypatch, repetitions):
     memory, update = Memory(steps), Trainer.update
 
     def measured(trainer, batches):
-        figures = update(trainer, batches)
+        metrics = update(trainer, batches)
         memory.after(trainer.step)
-        return figures
+        return metrics
 
     no_plots(monkeypatch)
     monkeypatch.setattr(Trainer, "update", measured)

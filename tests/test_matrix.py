@@ -24,8 +24,8 @@ def configuration(tmp_path, monkeypatch):
         auxiliaries.append(f'{modality} = "{tmp_path / modality}.safetensors"')
         targets += [f"[targets.{modality}]", f'recipe = "{recipe}"', f'data = "{tmp_path / modality}"']
         settings = [*assignments(modality), "schedule.epochs=1", "optimizer.base_lr=1.0"]
-        replaced = dict(map(parse_assignment, settings))
-        targets += [f"replaced.{key} = {json.dumps(value)}" for key, value in replaced.items()]
+        overrides = dict(map(parse_assignment, settings))
+        targets += [f"overrides.{key} = {json.dumps(value)}" for key, value in overrides.items()]
     file = tmp_path / "matrix.toml"
     file.write_text("\n".join(["seeds = [3, 4]", "[auxiliaries]", *auxiliaries, *targets]))
     return file
@@ -33,7 +33,7 @@ def configuration(tmp_path, monkeypatch):
 
 def test_a_target_says_which_blocks_its_auxiliary_models_reach(configuration):
     text = configuration.read_text()
-    configuration.write_text(f'{text}\nreplaced.auxiliary.blocks = "even"')
+    configuration.write_text(f'{text}\noverrides.auxiliary.blocks = "even"')
     assert load_matrix(configuration).targets["point"].auxiliary.blocks == "even"
 
 
@@ -67,7 +67,7 @@ def test_matrix_trains_compares_and_is_not_repeated(configuration, tmp_path, mon
     assert main(["matrix", str(configuration), "--out", str(out)]) == 0
     assert len(trained) == 8 and (out / "gains.md").read_text() == report
     configuration.write_text(
-        configuration.read_text().replace("replaced.schedule.epochs = 1", "replaced.schedule.epochs = 2")
+        configuration.read_text().replace("overrides.schedule.epochs = 1", "overrides.schedule.epochs = 2")
     )
     assert main(["matrix", str(configuration), "--out", str(out)]) == 2
     assert "holds a run of another recipe" in capsys.readouterr().err
@@ -99,7 +99,7 @@ def test_gain_is_compared_seed_by_seed():
         ("seeds = [1, 1]\n[targets]\n[auxiliaries]", "seeds: expected a list of different numbers"),
         (
             "seeds = [1]\n[targets.a]\ndata = 'y'\n[auxiliaries]",
-            r"targets\.a: expected the keys recipe, data, replaced",
+            r"targets\.a: expected the keys recipe, data, overrides",
         ),
         ("seeds = [1]\n[targets.a]\nrecipe = 'x'\ndata = 'y'\n[auxiliaries]", "recipe: x: no such file"),
     ],

@@ -145,13 +145,15 @@ def test_the_simulated_states_of_8_bit_adam_are_those_of_the_library():
 def test_passes_are_as_few_as_fit_and_keep_the_batch():
     recipe = memory.with_pathway("image_imagenet", {"model.size": "small", "data.batch_size": 256})
     whole = total(memory.simulated_peak(recipe, 1000)) + memory.RESERVED
-    assert memory.fit_passes(recipe, whole) == recipe
-    fitted = memory.fit_passes(recipe, whole - 1)
+    assert memory.fit_micro_batches(recipe, whole) == recipe
+    fitted = memory.fit_micro_batches(recipe, whole - 1)
     assert fitted.data.batch_size == 256 and fitted.machine.accumulation == 2
-    with pytest.raises(ValueError, match=r"data\.batch_size: auto: passes of 2 samples need .* GiB, more than 0.0"):
-        memory.fit_passes(recipe, GIB)
+    with pytest.raises(
+        ValueError, match=r"data\.batch_size: auto: micro-batches of 2 samples need .* GiB, more than 0.0"
+    ):
+        memory.fit_micro_batches(recipe, GIB)
     with pytest.raises(ValueError, match=r"machine\.step_in_backward"):
-        memory.fit_passes(recipe.replaced({"machine.step_in_backward": True}), whole)
+        memory.fit_micro_batches(recipe.with_overrides({"machine.step_in_backward": True}), whole)
 
 
 def small_pair():
@@ -237,9 +239,9 @@ def test_the_preset_leaves_room_for_passes_of_a_batch_of_auto(capsys):
     words = ["data.batch_size=auto", "--preset", "low-memory", "--gpu", "1.5"]
     assert main(["memory", "vit_small_patch16_224", *words]) == 0
     output = capsys.readouterr().out
-    assert "data.batch_size=auto: 64 samples, passes 2" in output and "it fits." in output
+    assert "data.batch_size=auto: 64 samples, micro-batches 2" in output and "it fits." in output
     assert main(["memory", "vit_small_patch16_224", *words, "--batch", "32"]) == 0
-    assert "data.batch_size=auto: 32 samples, passes 1" in capsys.readouterr().out
+    assert "data.batch_size=auto: 32 samples, micro-batches 1" in capsys.readouterr().out
 
 
 def test_a_run_needs_a_folder_unless_it_is_dry(capsys):

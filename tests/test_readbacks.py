@@ -78,9 +78,9 @@ def trainer_of(recipe, device="cpu", pretraining=False):
 
 
 def batches_of(recipe, steps):
-    passes = recipe.machine.accumulation
-    shape = (recipe.data.batch_size // passes, *SHAPES[recipe.model.modality])
-    return [(torch.randn(shape), torch.randint(5, shape[:1])) for _ in range(steps * passes)]
+    micro_batches = recipe.machine.accumulation
+    shape = (recipe.data.batch_size // micro_batches, *SHAPES[recipe.model.modality])
+    return [(torch.randn(shape), torch.randint(5, shape[:1])) for _ in range(steps * micro_batches)]
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def readbacks(tmp_path, monkeypatch):
     def count(modality, *more, pretraining=False):
         recipe = recipe_of(modality, *more)
         trainer, batches = trainer_of(recipe, pretraining=pretraining), batches_of(recipe, STEPS)
-        monkeypatch.setattr(m2pt.train.run, "_passes", lambda *arguments: nullcontext(iter(batches)))
+        monkeypatch.setattr(m2pt.train.run, "_micro_batches", lambda *arguments: nullcontext(iter(batches)))
         end = pytest.raises(ValueError, match=f"ended at step {STEPS}")
         with Log(tmp_path, True, 0, STEPS) as log, counted() as counts, end:
             m2pt.train.run._fit(trainer, None, tmp_path, log, 1000, None)

@@ -1,4 +1,4 @@
-"""Recipes: the published figures, what may be replaced, and what is refused."""
+"""Recipes: the published figures, what may be overridden, and what is refused."""
 
 from pathlib import Path
 
@@ -150,7 +150,7 @@ def test_a_value_is_replaced_by_its_dotted_key():
     )
     assert (recipe.optimizer.base_lr, recipe.model.overrides) == (1.0, {"drop_path_rate": 0.1, "depth": 2})
     assert recipe.pretraining is not None and recipe.pretraining.mask_ratio == 0.5
-    assert recipe.replaced({"run.seed": 3}).run.seed == 3 and recipe.run.seed == 0
+    assert recipe.with_overrides({"run.seed": 3}).run.seed == 3 and recipe.run.seed == 0
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -199,7 +199,7 @@ def test_an_assignment_needs_key_and_value(text):
 
 
 @pytest.mark.parametrize(
-    "replaced, error, message",
+    "overrides, error, message",
     [
         ({"optimiser.base_lr": 1.0}, ValueError, "^optimiser: unknown key; allowed: model, data, optimizer"),
         ({"optimizer.lr": 1.0}, ValueError, "^optimizer.lr: unknown key; allowed: base_lr, name, weight_decay"),
@@ -229,9 +229,9 @@ def test_an_assignment_needs_key_and_value(text):
         ({"auxiliary.path": ["a", "a"]}, ValueError, "^auxiliary.path: expected a path or a list of different ones"),
     ],
 )
-def test_a_wrong_value_is_named(replaced, error, message):
+def test_a_wrong_value_is_named(overrides, error, message):
     with pytest.raises(error, match=message):
-        load_recipe("image_imagenet", replaced)
+        load_recipe("image_imagenet", overrides)
 
 
 def test_a_probe_cannot_train_auxiliary_weights():
@@ -295,7 +295,7 @@ def test_a_value_that_is_none_of_toml_is_refused():
 
 
 @pytest.mark.parametrize(
-    "name, replaced, nearest",
+    "name, overrides, nearest",
     [
         ("tiny_imag", {}, "'tiny_image'"),
         ("image_imagenet.tml", {}, "'image_imagenet' or 'image_imagenet_probe'"),
@@ -304,6 +304,6 @@ def test_a_value_that_is_none_of_toml_is_refused():
         ("tiny_image", {"machine.sharding": "fdsp"}, "'fsdp'"),
     ],
 )
-def test_the_nearest_name_ends_the_error(name, replaced, nearest):
+def test_the_nearest_name_ends_the_error(name, overrides, nearest):
     with pytest.raises((ValueError, FileNotFoundError), match=f"; did you mean {nearest}\\?$"):
-        load_recipe(name, replaced)
+        load_recipe(name, overrides)

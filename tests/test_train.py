@@ -420,13 +420,13 @@ def test_no_update_is_made_from_the_first_loss_on_that_is_not_finite(update, fol
     trainer = trainer_of(model, folder, *UPDATES[update])
     images = torch.randn(4, 3, 32, 32)
     trainer.update([images])
-    assert math.isfinite(trainer.figures()["loss"])
+    assert math.isfinite(trainer.metrics()["loss"])
     trainer.update([images])
     before = copy.deepcopy(model.state_dict())
     trainer.update([images * math.inf])
     for _ in range(3):
         trainer.update([images])
-    for read in (trainer.figures, trainer.state_dict, trainer.figures):
+    for read in (trainer.metrics, trainer.state_dict, trainer.metrics):
         with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
             read()
     assert trainer.step == 2
@@ -442,7 +442,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied_in_backward(folder, update
     weight.register_hook(lambda gradient: gradient * math.nan)
     trainer.update([torch.randn(4, 3, 32, 32)])
     with pytest.raises(FloatingPointError, match="step 0: the norm of the gradient is nan"):
-        trainer.figures()
+        trainer.metrics()
     found = trainer.first_not_finite([])
     assert found == "the first that is not finite is the gradient of blocks.1.mlp.fc1.weight"
     assert torch.equal(weight, before["blocks.1.mlp.fc1.weight"]) and weight.grad is None
@@ -457,7 +457,7 @@ def test_a_gradient_scaler_leaves_a_step_out_and_training_goes_on(folder):
     poison = model.head.weight.register_hook(lambda gradient: gradient * math.inf)
     before, scale = copy.deepcopy(model.state_dict()), trainer.scaler.get_scale()
     trainer.update([images])
-    assert not math.isfinite(trainer.figures()["gradient_norm"]) and trainer.scaler.get_scale() == scale / 2
+    assert not math.isfinite(trainer.metrics()["gradient_norm"]) and trainer.scaler.get_scale() == scale / 2
     assert_equal(model.state_dict(), before)
     poison.remove()
     for _ in range(2):
@@ -590,7 +590,7 @@ def test_offloaded_are_the_inputs_of_blocks(folder, monkeypatch):
     assert not {parameter.data_ptr() for parameter in model.blocks.parameters()} & set(packed)
 
 
-def test_accumulated_passes_are_one_batch(folder, tmp_path):
+def test_micro_batches_are_one_batch(folder, tmp_path):
     settings = ["loss.mixup=0.0", "loss.cutmix=0.0", "model.overrides.drop_path_rate=0.0"]
     settings += ["optimizer.name=momentum", "optimizer.base_lr=1.0"]
     whole = run("image", folder, tmp_path / "whole", *settings)
@@ -674,7 +674,7 @@ def test_recipes_are_for_one_command(folder, tmp_path, capsys):
         (["data.batch_size=10"], "data.batch_size: 10, but split 'train' has 8 samples"),
         (
             ["machine.accumulation=3"],
-            "data.batch_size: expected a multiple of 6 for 1 processes, 3 passes and mixed pairs",
+            "data.batch_size: expected a multiple of 6 for 1 processes, 3 micro-batches and mixed pairs",
         ),
         (["machine.sharding=fsdp"], "machine.sharding: 'fsdp' needs several processes"),
         (

@@ -72,7 +72,7 @@ class Results:
     random_features: list[float]
 
 
-def run_demo(out: Path, seeds: int, aux_dtype: str = "", replaced: dict[str, Any] | None = None) -> Results:
+def run_demo(out: Path, seeds: int, aux_dtype: str = "", overrides: dict[str, Any] | None = None) -> Results:
     """Pretrain both transformers, fine-tune every variant with every seed, check that they merge, and measure.
 
     The variants of a seed have the same pretrained start, head and batches. What an earlier call has finished in `out`
@@ -82,7 +82,7 @@ def run_demo(out: Path, seeds: int, aux_dtype: str = "", replaced: dict[str, Any
         out: folder to write to, made if it is missing: a folder for every run, see `m2pt.train.train`.
         seeds: runs of each variant.
         aux_dtype: how the auxiliary weights are stored, as `m2pt.quantize_aux` takes it; as they are if empty.
-        replaced: values of all recipes to replace, by dotted key.
+        overrides: of values of all recipes, by dotted key.
 
     Raises:
         ValueError: less than two seeds, or `out` holds runs of other recipes.
@@ -92,9 +92,9 @@ def run_demo(out: Path, seeds: int, aux_dtype: str = "", replaced: dict[str, Any
     if seeds < 2:
         raise ValueError(f"seeds: expected at least 2, for a standard deviation, got {seeds}")
     out.mkdir(parents=True, exist_ok=True)
-    replaced = replaced or {}
+    overrides = overrides or {}
     for name, recipe in (("speech", "pretrain_tiny_audio"), ("digits", "pretrain_tiny_image")):
-        _quietly(f"pretraining on {name}", partial(_pretrain, load_recipe(recipe, replaced), out / name))
+        _quietly(f"pretraining on {name}", partial(_pretrain, load_recipe(recipe, overrides), out / name))
     speech, digits = (str(out / name / "pretrained.safetensors") for name in ("speech", "digits"))
     utterances = spoken_vowels(None, "test", False).inputs
     metrics: dict[str, list[dict[str, float]]] = {"baseline": [], "pathway": [], "control": []}
@@ -104,7 +104,7 @@ def run_demo(out: Path, seeds: int, aux_dtype: str = "", replaced: dict[str, Any
         own: dict[str, Any] = {"model.init": speech, "data.settings.fold": seed, "run.seed": seed}
         for variant, path in (("baseline", ""), ("pathway", digits), ("control", _shuffled(digits, seed, out))):
             aux = {"auxiliary.path": path, "auxiliary.modality": "image", "auxiliary.dtype": aux_dtype} if path else {}
-            run = load_recipe("tiny_audio", FINE_TUNING | own | aux | replaced)
+            run = load_recipe("tiny_audio", FINE_TUNING | own | aux | overrides)
             folder = out / variant / str(seed)
             what = f"fine-tuning, seed {seed + 1} of {seeds}: {variant}"
             metrics[variant].append(_quietly(what, partial(trained_metrics, run, folder)))
@@ -114,7 +114,7 @@ def run_demo(out: Path, seeds: int, aux_dtype: str = "", replaced: dict[str, Any
                 differences.append(_merge_difference(connected, run, folder / "merged.safetensors", utterances))
                 scales[variant].append(cross_modal_scales(connected))
         random_features.append(random_features_accuracy(run))
-    unquantized = _connected(run.replaced({"auxiliary.dtype": ""}))
+    unquantized = _connected(run.with_overrides({"auxiliary.dtype": ""}))
     models = {"plain": created(run, SPEAKERS), "fused": _connected(run), "published": unquantized}
     return Results(
         max(differences),

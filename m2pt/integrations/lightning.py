@@ -127,8 +127,8 @@ class PathwayCallback(lightning.Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         model = self._model(pl_module)
         scales = cross_modal_scales(model).values()
-        figures = {"min": min(scales), "mean": sum(scales) / len(scales), "max": max(scales)}
-        logged = {f"cross_modal_scale/{name}": value for name, value in figures.items()}
+        metrics = {"min": min(scales), "mean": sum(scales) / len(scales), "max": max(scales)}
+        logged = {f"cross_modal_scale/{name}": value for name, value in metrics.items()}
         logged |= {f"pathway/{name}": value for name, value in mean_absolute_scales(model).items()}
         pl_module.log_dict(logged, sync_dist=True)
 

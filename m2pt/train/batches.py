@@ -124,10 +124,10 @@ def _described(what: str, error: Exception) -> str:
 
 
 class TrainingOrder(Sampler[list[tuple[int, int]]]):
-    """This process's share of every pass from step `start` on, through all epochs.
+    """This process's share of every micro-batch from step `start` on, through all epochs.
 
-    An epoch is a permutation cut into batches; the rest is left out. A batch is cut into `accumulation` passes, and a
-    pass is dealt out to the processes one by one.
+    An epoch is a permutation cut into batches; the rest is left out. A batch is cut into `accumulation`
+    micro-batches, whose samples are dealt out to the processes one by one.
     """
 
     def __init__(self, samples: int, recipe: Recipe, world: World, start: int) -> None:
@@ -156,8 +156,8 @@ def steps_per_epoch(samples: int, data: Data) -> int:
     return samples // data.batch_size
 
 
-def pass_size(recipe: Recipe, processes: int) -> int:
-    """Samples of one forward pass of one of so many processes.
+def micro_batch_size(recipe: Recipe, processes: int) -> int:
+    """Samples of a micro-batch in each process.
 
     Raises:
         ValueError: the batch cannot be divided evenly, or not into pairs where its samples are mixed.
@@ -168,7 +168,7 @@ def pass_size(recipe: Recipe, processes: int) -> int:
     if size % (parts * pairs):
         raise ValueError(
             f"data.batch_size: expected a multiple of {parts * pairs} for {processes} processes,"
-            f" {recipe.machine.accumulation} passes{' and mixed pairs' if pairs == 2 else ''}, got {size}"
+            f" {recipe.machine.accumulation} micro-batches{' and mixed pairs' if pairs == 2 else ''}, got {size}"
         )
     return size // parts
 
@@ -179,7 +179,7 @@ def samples_of(dataset: Any) -> int:
 
 
 def training_batches(dataset: Any, recipe: Recipe, world: World, start: int) -> Iterator[Any]:
-    """The passes of this process from step `start` on, collated."""
+    """The micro-batches of this process from step `start` on, collated."""
     if isinstance(dataset, IterableDataset):
         return _streamed(dataset, recipe, world, start)
     order = TrainingOrder(samples_of(dataset), recipe, world, start)
@@ -189,14 +189,14 @@ def training_batches(dataset: Any, recipe: Recipe, world: World, start: int) -> 
 
 def _streamed(dataset: Any, recipe: Recipe, world: World, start: int) -> Iterator[Any]:
     """A stream has no order to choose from: what was seen before `start` is read again and left out."""
-    steps, passes = steps_per_epoch(samples_of(dataset), recipe.data), recipe.machine.accumulation
+    steps, micro_batches = steps_per_epoch(samples_of(dataset), recipe.data), recipe.machine.accumulation
     for epoch in range(start // steps, recipe.schedule.epochs):
         dataset.set_epoch(epoch)
         generator = torch.Generator().manual_seed(derived_seed(recipe.run.seed, epoch, world.rank))
-        sampling = {"batch_size": pass_size(recipe, world.size), "drop_last": True, "generator": generator}
-        seen = max(start - epoch * steps, 0) * passes
+        sampling = {"batch_size": micro_batch_size(recipe, world.size), "drop_last": True, "generator": generator}
+        seen = max(start - epoch * steps, 0) * micro_batches
         with running(Batches(StreamedSamples(dataset), recipe.machine, world, **sampling)) as batches:
-            yield from itertools.islice(batches, seen, steps * passes)
+            yield from itertools.islice(batches, seen, steps * micro_batches)
 
 
 def test_batches(dataset: Any, recipe: Recipe, world: World) -> Iterable[Any]:

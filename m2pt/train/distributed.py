@@ -163,7 +163,7 @@ def shard(module: nn.Module, machine: Machine) -> nn.Module:
 
 
 def synchronised(model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-    """Whether backward adds the gradients of all processes together: only in the last pass of a step."""
+    """Whether backward adds the gradients of all processes together: only in the last micro-batch of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
     elif isinstance(model, DistributedDataParallel) and not enabled:

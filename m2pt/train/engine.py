@@ -71,7 +71,7 @@ class Trainer:
 
     Everything random in a step follows from the seed, the step and the process, so that there is no generator to save;
     the learning rate follows from the step. Loss and gradient are checked on the device, and read back only by
-    `figures`: from the first step on that is not finite every update is left out, so that it is as if that step came
+    `metrics`: from the first step on that is not finite every update is left out, so that it is as if that step came
     next. An optimizer that is not fused has to be told by the host, which reads back once per step (or per parameter,
     where the step is inside backward).
 
@@ -85,7 +85,7 @@ class Trainer:
 
     Attributes:
         evaluated: the model to evaluate: `module`, or the moving average of its weights.
-        step: how many steps are done; once `figures` has raised its error, those before the one that it names.
+        step: how many steps are done; once `metrics` has raised its error, those before the one that it names.
     """
 
     def __init__(
@@ -140,13 +140,13 @@ class Trainer:
     def evaluated(self) -> nn.Module:
         return self.module if self.ema is None else self.ema.module
 
-    def update(self, batches: Iterable[Any]) -> None:
-        """One optimizer step over the passes in `batches`, as many as the recipe accumulates.
+    def update(self, micro_batches: Iterable[Any]) -> None:
+        """One optimizer step over micro-batches, as many as the recipe accumulates.
 
-        Nothing is read back, and nothing raised where loss or gradient are not finite: see `figures`.
+        Nothing is read back, and nothing raised where loss or gradient are not finite: see `metrics`.
 
         Raises:
-            ValueError: there are fewer passes.
+            ValueError: there are fewer.
         """
         self._seed()
         self.scheduler.step_update(self.step)
@@ -154,11 +154,12 @@ class Trainer:
         self.norms.clear()
         self.model.train()
         loss = torch.zeros((), device=self.world.device)
-        number, passes = 0, self.recipe.machine.accumulation
-        for number, batch in enumerate(batches, 1):
-            loss += self._backward(batch, is_last=number == passes)
-        if number < passes:  # a stream that leaves out what it cannot read, and with it everything
-            raise ValueError(f"data: the training split ended at step {self.step}, after {number} of {passes} passes")
+        number, expected = 0, self.recipe.machine.accumulation
+        for number, batch in enumerate(micro_batches, 1):
+            loss += self._backward(batch, is_last=number == expected)
+        if number < expected:  # a stream that leaves out what it cannot read, and with it everything
+            ended = f"ended at step {self.step}, after {number} of {expected} micro-batches"
+            raise ValueError(f"data: the training split {ended}")
         loss = self.world.mean(loss)
         norm = self._norm() if self.recipe.machine.step_in_backward else self._step(loss)
         self._note(loss, norm)
@@ -166,12 +167,12 @@ class Trainer:
             self.ema.update(self.module)
         self.step += 1
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What is logged of the last step, read back from the device.
 
         Returns:
-            The loss, averaged over all passes and processes, the norm of its gradient before clipping unless the step
-            is inside backward, and the learning rate of the head.
+            The loss, averaged over all micro-batches and processes, the norm of its gradient before clipping unless the
+            step is inside backward, and the learning rate of the head.
 
         Raises:
             FloatingPointError: loss or gradient were not finite, in this step or an earlier one, which is named. The
@@ -185,8 +186,8 @@ class Trainer:
             self.not_finite = [name for name, each in zip(self.trained, norms, strict=True) if not math.isfinite(each)]
             what = f"the norm of the gradient is {norm}" if self.has_finite_loss else f"the loss is {loss}"
             raise FloatingPointError(f"step {self.step}: {what}")
-        figures = {"loss": loss} if self.recipe.machine.step_in_backward else {"loss": loss, "gradient_norm": norm}
-        return figures | {"learning_rate": max(group["lr"] for group in self.optimizer.param_groups)}
+        metrics = {"loss": loss} if self.recipe.machine.step_in_backward else {"loss": loss, "gradient_norm": norm}
+        return metrics | {"learning_rate": max(group["lr"] for group in self.optimizer.param_groups)}
 
     def _seed(self) -> None:
         random_seed(derived_seed(self.recipe.run.seed, self.step, self.world.rank))
@@ -249,13 +250,13 @@ class Trainer:
         with autocast(self.recipe.machine, self.world.device):
             return self.objective(model, to_device(batch, self.world.device))
 
-    def first_not_finite(self, batches: Iterable[Any]) -> str:
-        """What in this process is the first not to be finite in the step over these passes that `figures` has named.
+    def first_not_finite(self, micro_batches: Iterable[Any]) -> str:
+        """What in this process is the first not to be finite in the step over these that `metrics` has named.
 
-        The passes are computed again, unless weights have changed in backward.
+        They are computed again, unless weights have changed in backward.
         """
         has_changed = self.recipe.machine.step_in_backward and self.has_finite_loss
-        found = [] if has_changed else self._outputs_not_finite(batches)
+        found = [] if has_changed else self._outputs_not_finite(micro_batches)
         if self.has_finite_loss:
             found += [f"the gradient of {name}" for name in reversed(self.not_finite)]  # as backward goes
         return f"the first that is not finite is {found[0]}" if found else "everything is finite in this process"
@@ -296,7 +297,7 @@ class Trainer:
         Raises:
             FloatingPointError: a step was not finite, or a trained weight is not; nothing can be continued from it.
         """
-        self.figures()
+        self.metrics()
         damaged = next(
             (name for name, parameter in self.trained.items() if not _local(parameter).isfinite().all()), None
         )

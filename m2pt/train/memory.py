@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ..checks import check_positive, nearest
 from ..simulation import PARTS, Bytes, auxiliary_tensors
-from .batches import pass_size
+from .batches import micro_batch_size
 from .distributed import World
 from .levers import INT8, cheapest_first, further_levers, settings_of
 from .one_step import aux_bytes, built, run_for_peak, simulated_peak
@@ -60,8 +60,8 @@ class MemoryEstimate:
         """What is simulated, in words."""
         data, auxiliary, machine = self.recipe.data, self.recipe.auxiliary, self.recipe.machine
         pathway = f", {' and '.join(auxiliary.paths)} as W_aux" if auxiliary.path else ""
-        passes = f" in {machine.accumulation} passes" if machine.accumulation > 1 else ""
-        return f"a training step of {data.batch_size} samples{passes} in {machine.precision}{pathway}"
+        divided = f" in {machine.accumulation} micro-batches" if machine.accumulation > 1 else ""
+        return f"a training step of {data.batch_size} samples{divided} in {machine.precision}{pathway}"
 
     def __str__(self) -> str:
         rows = {"as asked": self.peak} | {f"+ {lever}": peak for lever, peak in self.further.items()}
@@ -75,7 +75,7 @@ class MemoryEstimate:
 
 def estimate_memory(
     recipe: str | os.PathLike | Recipe,
-    replaced: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     *,
     gpu_gib: float | None = None,
     num_classes: int = 1000,
@@ -89,7 +89,7 @@ def estimate_memory(
     Args:
         recipe: a `Recipe`, a recipe's name or path, or the name of a timm ViT, which is then trained by AdamW in
             bfloat16 on batches of 64.
-        replaced: dotted key -> value, as of `load_recipe`.
+        overrides: dotted key -> value, as of `load_recipe`.
         gpu_gib: memory of a GPU in GiB, to find the cheapest levers that fit it.
         num_classes: of the data.
 
@@ -99,16 +99,16 @@ def estimate_memory(
             that cannot be simulated.
     """
     check_positive(num_classes=num_classes)
-    asked = with_pathway(recipe, replaced)
+    asked = with_pathway(recipe, overrides)
     return estimate(asked, None if gpu_gib is None else int(gpu_gib * GIB), num_classes=num_classes)
 
 
-def with_pathway(recipe: str | os.PathLike | Recipe, replaced: Mapping[str, Any] | None = None) -> Recipe:
+def with_pathway(recipe: str | os.PathLike | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """As `resolved`, with an auxiliary model in any case, unless the recipe is for pretraining."""
-    replaced = {} if replaced is None else replaced
+    overrides = {} if overrides is None else overrides
     base = resolved(recipe)
     assumed = {} if base.auxiliary.path or base.pretraining else {"auxiliary.path": STAND_IN}
-    return resolved(recipe, assumed | dict(replaced))
+    return resolved(recipe, assumed | dict(overrides))
 
 
 def free_bytes() -> int | None:
@@ -121,17 +121,17 @@ def whole_bytes() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def resolved(recipe: str | os.PathLike | Recipe, replaced: Mapping[str, Any] | None = None) -> Recipe:
+def resolved(recipe: str | os.PathLike | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe, also of a timm model by its name."""
-    replaced = {} if replaced is None else replaced
+    overrides = {} if overrides is None else overrides
     if isinstance(recipe, Recipe):
-        return recipe.replaced(replaced)
+        return recipe.with_overrides(overrides)
     name = os.fspath(recipe)
     if timm.is_model(name):
         plain = Recipe(Model("image", name), Data("image_folder", 64), OptimizerSettings(1e-3), Schedule(1))
-        return plain.replaced(replaced)
+        return plain.with_overrides(overrides)
     try:
-        return load_recipe(name, replaced)
+        return load_recipe(name, overrides)
     except FileNotFoundError:
         known = nearest(name, [*shipped_recipes(), *timm.list_models()])
         raise FileNotFoundError(f"recipe: {name}: no such file, recipe or timm model{known}") from None
@@ -144,11 +144,11 @@ def estimate(
 
     @cache
     def simulated(levers: tuple[str, ...]) -> Bytes:
-        return simulated_peak(recipe.replaced(settings_of(levers)), num_classes, processes, views)
+        return simulated_peak(recipe.with_overrides(settings_of(levers)), num_classes, processes, views)
 
     @cache
     def int8_bytes() -> int:
-        return aux_bytes(recipe.replaced(settings_of([INT8])))
+        return aux_bytes(recipe.with_overrides(settings_of([INT8])))
 
     def peak(levers: Sequence[str]) -> Bytes:
         """W_aux is there all the time, so that its dtype moves all peaks alike."""
@@ -168,28 +168,28 @@ def does_fit(peak: Bytes, gpu_bytes: int) -> bool:
     return sum(peak.values()) + RESERVED <= gpu_bytes
 
 
-def fit_passes(recipe: Recipe, gpu_bytes: int, *, num_classes: int = 1000, processes: int = 1) -> Recipe:
-    """The recipe with the fewest passes a step, machine.accumulation, with which a GPU holds its batch.
+def fit_micro_batches(recipe: Recipe, gpu_bytes: int, *, num_classes: int = 1000, processes: int = 1) -> Recipe:
+    """The recipe with the fewest micro-batches a step, machine.accumulation, with which a GPU holds its batch.
 
     Raises:
-        ValueError: no number of passes will do.
+        ValueError: no number of them will do.
     """
     if recipe.machine.step_in_backward:
-        raise ValueError("data.batch_size: expected a number with machine.step_in_backward, got auto: a step is a pass")
+        reason = "a step is one micro-batch"
+        raise ValueError(f"data.batch_size: expected a number with machine.step_in_backward, got auto: {reason}")
     possible = []
-    for passes in range(1, recipe.data.batch_size + 1):
-        if recipe.data.batch_size % passes:
+    for micro_batches in range(1, recipe.data.batch_size + 1):
+        if recipe.data.batch_size % micro_batches:
             continue
         with suppress(ValueError):  # not among so many processes, or not in pairs
-            pass_size(changed := recipe.replaced({"machine.accumulation": passes}), processes)
+            micro_batch_size(changed := recipe.with_overrides({"machine.accumulation": micro_batches}), processes)
             possible.append(changed)
     peak = partial(simulated_peak, num_classes=num_classes, processes=processes)
     place = bisect_left(possible, True, key=lambda changed: does_fit(peak(changed), gpu_bytes))
     if place == len(possible):
-        raise ValueError(
-            f"data.batch_size: auto: passes of {recipe.data.batch_size // possible[-1].machine.accumulation} samples"
-            f" need {gib(peak(possible[-1]))} GiB, more than {(gpu_bytes - RESERVED) / GIB:.1f}"
-        )
+        samples = recipe.data.batch_size // possible[-1].machine.accumulation
+        need = f"need {gib(peak(possible[-1]))} GiB, more than {(gpu_bytes - RESERVED) / GIB:.1f}"
+        raise ValueError(f"data.batch_size: auto: micro-batches of {samples} samples {need}")
     return possible[place]
 
 

@@ -19,7 +19,7 @@ class Metric:
 
     Attributes:
         rows: logits, input and target of a batch to what is kept of its samples, (B, ...), and their targets (B, ...).
-        summary: rows and targets of the whole split to figures in percent; runs are compared by the first.
+        summary: rows and targets of the whole split to metrics in percent; runs are compared by the first.
     """
 
     rows: Callable[[Tensor, Any, Tensor], tuple[Tensor, Tensor]]

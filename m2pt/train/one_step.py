@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..models import MaskedAutoencoder
 from ..optimizer_in_backward import step_in_backward
 from ..simulation import PARTS, Bytes, Moment, auxiliary_tensors, blocks_of, fake, simulate
-from .batches import pass_size
+from .batches import micro_batch_size
 from .creation import connect, created, restrict
 from .engine import autocast, offloading
 from .optimization import create_loss, create_optimizer
@@ -73,7 +73,7 @@ def _extrapolated(of_depth: Callable[[int], dict[Moment, Bytes]], depth: int) ->
 
 
 def _with_depth(recipe: Recipe, depth: int | None) -> Recipe:
-    return recipe if depth is None else recipe.replaced({"model.overrides.depth": depth})
+    return recipe if depth is None else recipe.with_overrides({"model.overrides.depth": depth})
 
 
 def _created(recipe: Recipe, num_classes: int) -> Any:
@@ -101,7 +101,7 @@ def _moments(
             optimizer,
             batch,
             partial(_loss, module, recipe, batch),
-            passes=recipe.machine.accumulation,
+            micro_batches=recipe.machine.accumulation,
             on_host=recipe.machine.offload_activations,
             average=average,
             buckets=processes > 1,
@@ -191,9 +191,9 @@ class EightBitStates(Optimizer):
 
 
 def _example(module: Any, recipe: Recipe, processes: int, views: int | None, device: str) -> tuple[Any, Tensor]:
-    """Input and target of one pass of one process."""
+    """Input and target of a micro-batch of one process."""
     settings = recipe.data.settings
-    size = pass_size(recipe, processes)
+    size = micro_batch_size(recipe, processes)
     size *= settings.get("repeats", 1) if views is None else views
     labels = torch.zeros(size, dtype=torch.long, device=device)
     model = module.model if recipe.pretraining else module
@@ -208,7 +208,7 @@ def _example(module: Any, recipe: Recipe, processes: int, views: int | None, dev
 
 
 def _loss(module: nn.Module, recipe: Recipe, batch: tuple[Any, Tensor]) -> Tensor:
-    """The loss of a pass, by the recipe's precision."""
+    """The loss of a micro-batch, by the recipe's precision."""
     input, target = batch
     with autocast(recipe.machine, target.device):
         if recipe.pretraining:

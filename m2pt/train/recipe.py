@@ -1,4 +1,4 @@
-"""Recipes: small TOML files of published figures, every one of which the command line can replace."""
+"""Recipes: small TOML files of published figures, every one of which the command line can override."""
 
 import importlib.resources
 import math
@@ -82,7 +82,7 @@ class Data:
     Attributes:
         layout, root, settings: of `m2pt.data.create_dataset`; the layout "embedded" has no root.
         train_split, test_split: names of the layout's splits.
-        batch_size: samples of one optimizer step, over all processes and accumulated passes.
+        batch_size: samples of one optimizer step, over all processes and micro-batches.
         test_batch_size: samples of one forward pass of a process in evaluation.
         on_error: what a damaged training sample does: "stop" the run, or "skip": a line on stderr names it, and the
             next readable one stands in. Of a list that names missing files the first stops before training and names
@@ -138,8 +138,8 @@ class Optimizer:
 class Schedule:
     """timm's scheduler, stepped every update; `epochs` counts the warm-up in.
 
-    A warm-up of `warmup_epochs` that is not shorter than the run, as where only `epochs` was replaced, is shortened to
-    the first tenth of the run: see `warmup`.
+    A warm-up of `warmup_epochs` that is not shorter than the run, as where only `epochs` was overridden, is shortened
+    to the first tenth of the run: see `warmup`.
     """
 
     epochs: int
@@ -219,7 +219,7 @@ class Machine:
     """What depends on the machine and not on the recipe; a run may be resumed with other values.
 
     Attributes:
-        accumulation: forward and backward passes of one optimizer step.
+        accumulation: micro-batches of one optimizer step.
         workers: processes of each process that read data; 0 to read in the training process.
         precision: of autocast; "float32" for none.
         checkpoint_activations: compute the blocks' activations again in backward.
@@ -289,9 +289,9 @@ class Recipe:
     def learning_rate(self) -> float:
         return self.optimizer.base_lr * self.data.batch_size / 256
 
-    def replaced(self, replaced: Mapping[str, Any]) -> "Recipe":
-        """This recipe with the values of some dotted keys replaced, see `load_recipe`."""
-        return _build_replaced(self.as_dict(), replaced)
+    def with_overrides(self, overrides: Mapping[str, Any]) -> "Recipe":
+        """This recipe with other values of some dotted keys, see `load_recipe`."""
+        return _build_overridden(self.as_dict(), overrides)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers, as in the TOML file."""
@@ -325,22 +325,22 @@ def describe_recipe(name: str) -> str:
     return (_FOLDER / f"{name}.toml").read_text("utf-8").partition("\n")[0].removeprefix("# ")
 
 
-def load_recipe(recipe: str, replaced: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe by its shipped name or its path, with some values replaced.
+def load_recipe(recipe: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by its shipped name or its path, with some values overridden.
 
     Args:
         recipe: a name in `shipped_recipes()`, or the path of a `.toml` file.
-        replaced: dotted key -> value, e.g. `{"optimizer.base_lr": 1e-3, "model.overrides.depth": 2}`.
+        overrides: dotted key -> value, e.g. `{"optimizer.base_lr": 1e-3, "model.overrides.depth": 2}`.
 
     Raises:
         FileNotFoundError: no such recipe.
         TypeError, ValueError: an unknown or missing key, or a value of the wrong type or out of range; the message
             names the key and what is allowed.
     """
-    if replaced is None:
-        replaced = {}
+    if overrides is None:
+        overrides = {}
     check_kind(str, "a name or a path", recipe=recipe)
-    return _build_replaced(_read(recipe), replaced)
+    return _build_overridden(_read(recipe), overrides)
 
 
 def with_defaults(table: dict[str, Any]) -> dict[str, Any]:
@@ -369,10 +369,10 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _build_replaced(table: dict[str, Any], replaced: Mapping[str, Any]) -> Recipe:
-    check_kind(Mapping, "values by dotted key", replaced=replaced)
-    for key, value in replaced.items():
-        check_kind(str, "values by dotted key", replaced=key)
+def _build_overridden(table: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
+    check_kind(Mapping, "values by dotted key", overrides=overrides)
+    for key, value in overrides.items():
+        check_kind(str, "values by dotted key", overrides=key)
         *path, last = key.split(".")
         inner = table
         for part in path:

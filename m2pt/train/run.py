@@ -22,7 +22,7 @@ from ..models import MaskedAutoencoder
 from ..pathway import places
 from ..pathway_files import digests, frozen_entries
 from ..simulation import auxiliary_tensors
-from .batches import pass_size, running, samples_of, steps_per_epoch, test_batches, training_batches
+from .batches import micro_batch_size, running, samples_of, steps_per_epoch, test_batches, training_batches
 from .creation import connect, create_trained_model, created, initialised, read_auxiliaries, say_taken
 from .deployment import build_plain, check_auxiliary, deployed, description, model_difference
 from .distributed import World, is_first_process, processes, termination
@@ -198,7 +198,7 @@ def preview(recipe: Recipe) -> str:
             [
                 f"parameters: {trained:,} trained" + f", {aux / 2**20:,.0f} MiB of W_aux frozen" * bool(aux),
                 f"steps: {epochs * steps:,}, in {epochs} epochs of {steps:,}, over {samples:,} samples",
-                f"step: {recipe.data.batch_size} samples; processes {world.size}, passes {machine.accumulation}",
+                f"step: {recipe.data.batch_size} samples; processes {world.size}, micro-batches {machine.accumulation}",
                 f"memory: {memory_in_words(recipe, num_classes, world.size, train_set.views)}",
             ]
         )
@@ -314,13 +314,13 @@ def _fit(
     steps = recipe.schedule.epochs * steps_per_epoch
     start, since = time.perf_counter(), trainer.step
     explaining = explained(recipe, trainer.module, world.size, trainer.optimizer)
-    with explaining, termination() as signals, _passes(trainer, dataset) as passes:
+    with explaining, termination() as signals, _micro_batches(trainer, dataset) as micro_batches:
 
         def asked() -> int:
             return world.largest(max(signals, default=0))
 
         while trainer.step < steps:
-            trainer.update(itertools.islice(passes, recipe.machine.accumulation))
+            trainer.update(itertools.islice(micro_batches, recipe.machine.accumulation))
             step = trainer.step
             stop = asked()
             log.bar.update()
@@ -330,10 +330,10 @@ def _fit(
             is_saved = not is_inside or is_due or stop
             if not (is_logged or is_saved):
                 continue
-            figures = _figures(trainer, dataset)
+            metrics = _metrics(trainer, dataset)
             if is_logged:
                 rate = (step - since) * recipe.data.batch_size / (time.perf_counter() - start)
-                log.write(step, **figures, samples_per_second=rate)
+                log.write(step, **metrics, samples_per_second=rate)
                 start, since = time.perf_counter(), step
             paused = time.perf_counter()
             is_ending = stop or step == steps
@@ -352,22 +352,22 @@ def _fit(
             start += time.perf_counter() - paused
 
 
-def _figures(trainer: Trainer, dataset: Any) -> dict[str, float]:
+def _metrics(trainer: Trainer, dataset: Any) -> dict[str, float]:
     """What is logged of the last step.
 
     Raises:
         FloatingPointError: a step was not finite; the message names it, and the layer.
     """
     try:
-        return trainer.figures()
+        return trainer.metrics()
     except FloatingPointError as error:
-        with _passes(trainer, dataset) as again:
+        with _micro_batches(trainer, dataset) as again:
             found = trainer.first_not_finite(itertools.islice(again, trainer.recipe.machine.accumulation))
         raise FloatingPointError(f"{error}; {found}") from None
 
 
-def _passes(trainer: Trainer, dataset: Any) -> AbstractContextManager[Iterator[Any]]:
-    """The passes from the next step on."""
+def _micro_batches(trainer: Trainer, dataset: Any) -> AbstractContextManager[Iterator[Any]]:
+    """The micro-batches from the next step on."""
     return running(training_batches(dataset, trainer.recipe, trainer.world, trainer.step))
 
 
@@ -400,7 +400,7 @@ def _require_free(out: Path, resume: bool) -> None:
 
 
 def _training_set(recipe: Recipe, world: World) -> Any:
-    size = pass_size(recipe, world.size)
+    size = micro_batch_size(recipe, world.size)
     stream = {"batch_size": size, "seed": recipe.run.seed} if recipe.data.layout == "webdataset" else {}
     dataset = _opened(recipe, recipe.data.train_split, training=True, **stream)
     if recipe.data.on_error == "stop":
