@@ -14,7 +14,7 @@ def step_in_backward(optimizer: Optimizer) -> None:
 
     Call this once, and then neither `optimizer.step` nor `zero_grad`. The updates are those of a step after backward,
     bit for bit on a CPU; learning-rate schedulers and `state_dict` work as ever. Wrong, and not noticed here: several
-    backward passes for one step, clipping by the norm of all gradients, a `GradScaler`, and `DistributedDataParallel`,
+    micro-batches for one step, clipping by the norm of all gradients, a `GradScaler`, and `DistributedDataParallel`,
     which adds the processes' gradients later (FSDP2 does so before). Nor is it noticed when a parameter that was frozen
     or not in the optimizer at this call is trained later: nothing updates it, and its gradients add up. One that is
     frozen after the call may be unfrozen again. A model under `torch.compile` computes all of its gradients before it
