@@ -1,6 +1,6 @@
-"""Whether fused layers are called: where their weight is read instead, the auxiliary weight has no effect.
+"""Checks that models call their fused layers: if they read the weight instead, the auxiliary weight has no effect.
 
-Then the scales get no gradient, and merging changes what the model computes.
+The scales then get no gradient, and merging changes what the model computes.
 """
 
 import warnings
@@ -28,14 +28,14 @@ WEIGHT_READERS = {
     "peft.tuners.hira.layer.Linear": ("base_layer",),
     "peft.tuners.peanut.layer.Linear": ("base_layer",),
 }
-"""Modules that are known to read the weights of some of their layers, TransformerEncoderLayer only in evaluation.
+"""Modules known to read the weights of some of their layers (TransformerEncoderLayer only in evaluation).
 
-Named, so that nothing has to be imported. They are refused at once; `check_calls` finds all others, and
+They are given by name, so that nothing has to be imported, and are refused at once. `check_calls` finds all others,
 `watch_pathways` those that do not call a layer.
 """
 
 PROJECTIONS = ("qkv", "query", "key", "value")
-"""Read by attention whose queries have a bias of their own: timm's BEiT, EVA and Swin v2, transformers 4's VideoMAE."""
+"""Attention with a separate query bias reads these: timm's BEiT, EVA and Swin v2, transformers 4's VideoMAE."""
 
 
 def is_known_to_read(parent: nn.Module, layer_name: str) -> bool:
@@ -49,22 +49,22 @@ def is_known_to_read(parent: nn.Module, layer_name: str) -> bool:
 
 
 def check_sample(sample: Sample | None) -> None:
-    """Raise a TypeError unless these can be the arguments of a forward pass."""
+    """Raise a TypeError unless `sample` can be the input of a forward pass."""
     if not isinstance(sample, (Tensor, tuple, Mapping, type(None))):
         expected = "a tensor, a tuple of arguments or a mapping of keyword arguments"
         raise TypeError(f"sample: expected {expected}, got {type(sample).__name__}")
 
 
 def check_calls(model: nn.Module, sample: Sample) -> None:
-    """Run `model` once, evaluating and without `torch.compile`: it has to call every fused layer, and not to compute
-    with the `weight` of one, which it may ask for its dtype, device and sizes.
+    """Run `model` once in evaluation mode, without `torch.compile`, and check how it uses its fused layers.
 
-    Training flags, buffers and torch's random numbers are left as they were; lazy modules are built.
+    It has to call every one, and must not compute with its `weight`; it may ask that for its dtype, device and sizes.
+    Training flags, buffers and torch's random state are left as they were; lazy modules are built.
 
     Raises:
-        ValueError: it does not, or it raises an error.
+        ValueError: the model fails the check, or raises an error.
     """
-    sample = tree_map_only(Tensor, Tensor.clone, sample)  # a model may write to what it gets
+    sample = tree_map_only(Tensor, Tensor.clone, sample)  # a model may write to its input
     keywords = sample if isinstance(sample, Mapping) else {}
     arguments = sample if isinstance(sample, tuple) else () if isinstance(sample, Mapping) else (sample,)
     buffers = {
@@ -95,12 +95,12 @@ def check_calls(model: nn.Module, sample: Sample) -> None:
     if names := [name for name, layer in model.named_modules() if _is_uncalled(layer)]:
         raise ValueError(f"target_model: {_description(model, names)}")
     if names := [name for name, layer in model.named_modules() if layer in read]:
-        reader = f"{_parents(model, names)}, which calls it too: merging would change what that computes"
+        reader = f"{_parents(model, names)}, which also calls the layer: merging would change that module's output"
         raise ValueError(f"target_model: {', '.join(names)}: weight is read by {reader}")
 
 
 class _Watched(FusedCrossModalLinear):
-    """Gives its weight away as a `_Watch`. Its own forward does not ask for it by name."""
+    """A fused layer whose `weight` is a `_Watch`. Its own forward does not read that attribute."""
 
     @property
     def weight(self):  # type: ignore[override]
@@ -110,7 +110,7 @@ class _Watched(FusedCrossModalLinear):
 
 
 class _Watch(Tensor):
-    """Notes in `_Watch.read` the layer of a weight whose entries are asked for."""
+    """A weight that adds its layer to `_Watch.read` when its entries are read."""
 
     _is_param = True  # what isinstance(weight, nn.Parameter) looks at
     read: set[nn.Module]
@@ -129,7 +129,7 @@ METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_meta", "is_sparse", "is_quantized")),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, torch.is_floating_point),
 }
-"""What may be asked of a weight: the merged one answers the same."""
+"""What a model may ask of a weight: the merged weight gives the same answers."""
 
 
 @contextmanager
@@ -149,10 +149,10 @@ def _reads(model: nn.Module) -> Iterator[set[nn.Module]]:
 
 
 def watch_pathways(model: nn.Module) -> None:
-    """Warn once, when the first forward pass of `model` in training mode ends, of pathways that have no effect.
+    """Warn once, at the end of the model's first forward pass in training mode, of pathways that have no effect.
 
-    Those are layers not called so far, layers that were replaced since by other than plain ones, and scales that are
-    zero and frozen. Nothing of that is left afterwards. What `torch.compile` compiles is not watched.
+    These are layers not called so far, layers replaced since by anything but plain ones, and scales that are zero and
+    frozen. The hook is then removed. Code compiled by `torch.compile` is not watched.
     """
     stop_watching(model)
     model.register_forward_hook(_Watcher([name for name, layer in model.named_modules() if _is_fused(layer)]))
@@ -166,7 +166,7 @@ def stop_watching(model: nn.Module) -> None:
 
 
 class _Watcher:
-    """The forward hook of a model that was connected in these places."""
+    """The forward hook of a model whose layers `names` were connected."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
@@ -187,7 +187,7 @@ class _Watcher:
                 stacklevel=2,
             )
         if frozen := [name for name, layer in layers.items() if _is_frozen_at_zero(layer)]:
-            remedy = "set requires_grad of every cross_modal_scale, and only then make the optimizer"
+            remedy = "set requires_grad on every cross_modal_scale before making the optimizer"
             warnings.warn(f"{', '.join(frozen)}: cross_modal_scale is zero and frozen: {remedy}", stacklevel=2)
 
 
@@ -196,18 +196,18 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def _is_kept(name: str) -> bool:
-    """Whether it stands aside for the copies that peft's `modules_to_save` trains."""
+    """Whether it is the unused original of a copy that peft's `modules_to_save` trains."""
     return "original_module" in name.split(".")
 
 
 def _is_without_pathway(module: nn.Module) -> bool:
-    """Whether it has none, and is not what merging leaves."""
+    """Whether it has no pathway and is not the plain layer that merging leaves."""
     inner, _ = unwrapped(module, "")
     return not has_pathway(inner) and not is_plain_linear(inner)
 
 
 def _is_frozen_at_zero(layer: nn.Module) -> bool:
-    """Whether its auxiliary weight has no effect and will have none; not known of what FSDP1 has flattened."""
+    """Whether its auxiliary weight has no effect and never will; not known for layers that FSDP1 has flattened."""
     scale = layer._parameters.get("cross_modal_scale")
     if scale is None or scale.requires_grad or scale.is_meta:
         return False
@@ -215,7 +215,7 @@ def _is_frozen_at_zero(layer: nn.Module) -> bool:
 
 
 def _is_uncalled(module: nn.Module) -> bool:
-    """Whether it is a fused layer that has not noted a call, as its own forward would have done."""
+    """Whether it is a fused layer whose own forward has not recorded a call."""
     return _is_fused(module) and not module.is_called and "forward" not in vars(module)
 
 

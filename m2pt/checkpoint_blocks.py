@@ -1,4 +1,4 @@
-"""The blocks of a transformer in a state dict, whatever stands before their numbers, and their linear layers."""
+"""Finds the blocks of a transformer in a state dict, whatever prefix their numbers have, and their linear layers."""
 
 import itertools
 import re
@@ -13,15 +13,15 @@ from m2pt_kernels.checks import GEMM_DTYPES
 from .families import LAYER_NAMES, layers_of_block
 
 NUMBER = re.compile(r"(?<![^._])\d{1,4}(?=\.)")
-"""A block's number is a part of a name, or the end of one: `blocks.3.`, torchvision's `encoder_layer_3.`."""
+"""A block's number is a part of a name or the end of a part: `blocks.3.`, torchvision's `encoder_layer_3.`."""
 MOST_NUMBERS = 8
-"""How many numbers of a name are looked at: any of them may be a block's."""
+"""How many numbers in a name are tried; any of them may be the block's."""
 ENCODER = re.compile(r"(?<![^._])encoder[._](.*\.)?\d+\.")
 """An entry of an encoder's blocks."""
 CHUNK = re.compile(r"(?<![^.])\d+\.$")
 
 Layers = Mapping[str, tuple[str, ...]]
-"""The names in a block for each of `LAYER_NAMES`, several where rows are joined."""
+"""A block's names for each of `LAYER_NAMES`; several where their rows are joined."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Body:
     """The blocks of one transformer.
 
     Attributes:
-        prefix: what stands before the number of a block; before that of a chunk, where blocks are in chunks.
-        layers: what its linear layers are called.
+        prefix: what comes before the block's number in a name, or before the chunk's number if blocks are in chunks.
+        layers: the names of its linear layers.
         places: name in the file -> number of its block, and name in the block.
     """
 
@@ -43,19 +43,19 @@ class Body:
 
 
 def find_body(names: Iterable[str]) -> Body:
-    """The one transformer among the names of a state dict.
+    """Find the one transformer among the names of a state dict.
 
-    It is one whose blocks have linear layers as a family of `m2pt.families` names them. Decoders count only where there
-    is nothing else, and text towers (`text_model`) only where there is no vision tower (`vision_model`, of CLIP and
+    The linear layers of its blocks have the names of a family in `m2pt.families`. Decoders count only if there is
+    nothing else, and text towers (`text_model`) only if there is no vision tower (`vision_model`, as in CLIP and
     SigLIP).
 
     Raises:
-        ValueError: none, several, a decoder beside an encoder of no known family, two blocks of one number, or the
-            model is connected to an auxiliary one.
+        ValueError: there is no transformer or several, a decoder beside an encoder of an unknown family, two blocks
+            with the same number, or a model that is connected to an auxiliary one.
     """
     names = list(names)
     if any(name.rpartition(".")[2] == "cross_modal_scale" for name in names):
-        raise ValueError("the model in it is connected to an auxiliary one: fold it first, with `m2pt merge`")
+        raise ValueError("the model in it is connected to an auxiliary one: merge it first with `m2pt merge`")
     bodies = _bodies(names)
     if encoders := [body for body in bodies if "decoder" not in body.prefix]:
         bodies = encoders
@@ -67,7 +67,7 @@ def find_body(names: Iterable[str]) -> Body:
         got = ", ".join(f"{_cut(body.prefix)}*" for body in bodies)
         raise ValueError(f"expected one transformer, got several: {got}")
     if not bodies:
-        got = f"the names begin with {', '.join(map(_cut, names[:3]))}" if names else "there is nothing in it"
+        got = f"the names begin with {', '.join(map(_cut, names[:3]))}" if names else "it is empty"
         expected = "expected transformer blocks whose linear layers are named as in a family of m2pt.families"
         raise ValueError(f"{expected}; {got}")
     return bodies[0]
@@ -92,7 +92,7 @@ def _bodies(names: Iterable[str]) -> list[Body]:
         if whole in bodies:
             earlier = bodies[whole].places
             if twice := {number for number, _ in earlier.values()} & blocks.keys():
-                raise ValueError(f"{whole}*: expected blocks of different numbers, got {min(twice)} twice")
+                raise ValueError(f"{whole}*: expected blocks with different numbers, got {min(twice)} twice")
             places |= earlier
             layers = _most((layers, bodies[whole].layers))
         bodies[whole] = Body(whole, layers, places)
@@ -100,7 +100,7 @@ def _bodies(names: Iterable[str]) -> list[Body]:
 
 
 def _most(found: Iterable[Layers]) -> Layers:
-    """The layers with the most names: a block that lacks one of them may look like another family's."""
+    """The layers with the most names: a block that lacks one may look like another family's."""
     return max(found, key=lambda layers: sum(map(len, layers.values())))
 
 
@@ -109,23 +109,23 @@ def _layers(block: Mapping[str, str]) -> Layers:
 
 
 def _entry(block: Mapping[str, str], name: str) -> str:
-    """What the weight of a layer is called in the file, or nothing.
+    """The name of a layer's weight in the file, or an empty string.
 
-    `in_proj_weight` of torchvision is a parameter of the attention itself.
+    torchvision's `in_proj_weight` is a parameter of the attention itself.
     """
     return block.get(f"{name}.weight", block.get(f"{name}_weight", ""))
 
 
 BlockWeights = dict[str, dict[str, Tensor]]
-"""Of a block: for each of `LAYER_NAMES` the entries of the file, several where rows are joined."""
+"""A block's entries in the file for each of `LAYER_NAMES`; several where their rows are joined."""
 
 
 def weights_of_blocks(state_dict: Mapping[str, Tensor], body: Body) -> list[BlockWeights]:
-    """The weights of every block, as `nn.Linear` has them, (out, in), by the names in the file; nothing is copied.
+    """The weights of every block by their names in the file, (out, in) as in `nn.Linear`; nothing is copied.
 
     Raises:
-        ValueError: a weight is missing, no floating matrix of 16 bits or more, of another dtype than what it is joined
-            with, or of a shape that does not fit the others'. The message names the entry.
+        ValueError: a weight is missing, is not a floating matrix of 16 bits or more, has another dtype than those it is
+            joined with, or has a shape that does not fit the others. The message names the entry.
     """
     blocks: list[dict[str, str]] = [{} for _ in range(body.depth())]
     for name, (number, inside) in body.places.items():
@@ -150,7 +150,7 @@ def linear_weights(state_dict: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """The weights of `LAYER_NAMES` in every block, contiguous and with their rows joined.
 
     Raises:
-        ValueError: as by `find_body` and `weights_of_blocks`.
+        ValueError: as in `find_body` and `weights_of_blocks`.
     """
     blocks = weights_of_blocks(state_dict, find_body(state_dict))
     return [{layer: _joined(list(parts.values())) for layer, parts in weights.items()} for weights in blocks]
@@ -161,7 +161,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _as_linear(weights: BlockWeights) -> BlockWeights:
-    """GPT-2's weights; those of `transformers` are stored as (in, out), which is where `c_attn` is wide."""
+    """GPT-2's weights as (out, in). `transformers` stores them as (in, out): then `c_attn` is wide."""
     rows, columns = next(iter(weights["attn.qkv"].values())).shape
     if rows > columns:
         return weights
@@ -178,7 +178,7 @@ def _require_matrices(weights: BlockWeights) -> None:
 
 
 def require_one_dtype(parts: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError, which names the entry, unless all that is to be joined has one dtype."""
+    """Raise a ValueError that names the entry unless all parts to be joined have the same dtype."""
     first, expected = next((name, part.dtype) for name, part in parts.items())
     for name, part in parts.items():
         if part.dtype != expected:
@@ -186,10 +186,10 @@ def require_one_dtype(parts: Mapping[str, Tensor]) -> None:
 
 
 def _require_shapes(weights: BlockWeights) -> None:
-    """The weights of a block fit together.
+    """Check that the weights of a block fit together.
 
-    Several heads may share a key and a value, and the MLP may be gated, with twice the rows. What most weights agree on
-    is expected, so that the one that is spoilt is named.
+    Several heads may share a key and a value, and the MLP may be gated, with twice the rows. The sizes that most
+    weights agree on are expected, so that the error names the faulty one.
     """
     qkv, (proj,), fc1, (fc2,) = (list(weights[layer].values()) for layer in LAYER_NAMES)
     width = _agreed(proj.shape[0], fc2.shape[0], *(part.shape[1] for part in (*qkv, *fc1)))
@@ -211,5 +211,5 @@ def _require_shapes(weights: BlockWeights) -> None:
 
 
 def _agreed(*sizes: int) -> int:
-    """The first size that is there twice, or the first of all."""
+    """The first size that occurs twice, or else the first of all."""
     return next((size for i, size in enumerate(sizes) if size in sizes[i + 1 :]), sizes[0])

@@ -1,7 +1,7 @@
-"""Checkpoints of other projects: recognised by their names, renamed as timm names them, every entry accounted for.
+"""Reads checkpoints of other projects: recognises their names, renames them to timm's, accounts for every entry.
 
-An entry that no format knows is an error rather than a warning: it is either a part of the model that would silently be
-lost, or a sign that the file is not what it seems.
+An entry that the format does not know is an error rather than a warning: it is either a part of the model that would
+silently be lost, or a sign that the file is not what it seems.
 """
 
 import math
@@ -35,23 +35,23 @@ CATEGORIES = "head.category.0.weight"
 CLASS_TOKEN = ("cls_token", "cls_pos")
 AFTER_BLOCKS = re.compile(r"(norm|fc_norm|attn_pool|head|head_dist)\.")
 SPECTROGRAM = "positions of a spectrogram laid out frequency by time"
-WIDE_HEAD = "head for the class token beside the mean of the patches, where timm's is for one of them"
+WIDE_HEAD = "head for the class token and the mean of the patches together, where timm's takes only one"
 ANY_WRAPPING = re.compile(r"(?:(?:module|_orig_mod|model|backbone)\.)*")
-"""What torch's and Lightning's wrappers put before every name."""
+"""The prefixes that torch's and Lightning's wrappers give every name."""
 
 
 @dataclass
 class Report:
-    """What became of every entry of a file.
+    """What happened to every entry of a file.
 
     Attributes:
         format: the format that was recognised.
         used: name in the file -> the timm name that it went to, the first of several.
         dropped: name in the file -> why it was left out.
         changed: timm name -> what was done to it beyond renaming.
-        initialised: names of the model that the file has nothing for; they are as they were.
-        weights: "ema" if the file holds weights and their moving average and these are the average, "raw" if these are
-            the weights, None if the file holds one of them only.
+        initialised: the model's names that the file has no entry for; they keep their values.
+        weights: "ema" or "raw", whichever was read from a file that holds the weights and their moving average; None if
+            it holds only one of them.
     """
 
     format: Format
@@ -62,7 +62,7 @@ class Report:
     weights: Weights | None = None
 
     def drop(self, name: str, reason: str) -> None:
-        """Take back every entry of the file that went to the timm name `name`."""
+        """Mark every entry of the file that went to the timm name `name` as dropped."""
         for source in self.sources(name):
             del self.used[source]
             self.dropped[source] = reason
@@ -91,22 +91,22 @@ def _grouped(title: str, reasons: Mapping[str, str]) -> list[str]:
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Report]:
-    """The entries of a timm VisionTransformer, from a state dict of any format in `FORMATS`.
+    """Convert a state dict of any format in `FORMATS` to the entries of a timm VisionTransformer.
 
-    Dtypes are kept. Query, key and value are joined into timm's `qkv`, with zeros for the bias of the keys where only
-    the others have one; gate and up of a gated MLP into `fc1`. Blocks in chunks are put in order. Of a DINOv2 with
-    registers the class token takes its position in, as in timm. Decoder, mask token and what else has no place in a
-    timm model are left out. A file does not tell how its model computes: Wav2Vec2's blocks may normalise after the
-    layers, and CLIP's have another activation.
+    Dtypes are kept. Query, key and value are joined into timm's `qkv`, with zeros for the key bias if only the others
+    have one; gate and up of a gated MLP are joined into `fc1`. Blocks in chunks are put in order. In a DINOv2 with
+    registers, the class token's position is added to the token, as in timm. The decoder, the mask token and anything
+    else that has no place in a timm model are left out. A file does not say how its model computes: Wav2Vec2's blocks
+    may normalise after the layers, and CLIP's use another activation.
 
     Returns:
-        The converted entries, and what became of every entry of `state_dict`.
+        The converted entries, and what happened to every entry of `state_dict`.
 
     Raises:
-        TypeError: `state_dict` holds something else than named tensors.
-        ValueError: no known format, an unknown entry, a weight that is missing or of the wrong shape, two entries for
-            one place, parts of different dtypes, or a floating entry of one byte, which another one scales. The message
-            names the entry.
+        TypeError: `state_dict` holds anything but named tensors.
+        ValueError: the format or an entry is unknown, a weight is missing or has the wrong shape, two entries have the
+            same place, parts differ in dtype, or a floating entry has one byte, to be scaled by another entry. The
+            message names the entry.
     """
     check_state_dict(state_dict)
     try:
@@ -138,7 +138,7 @@ def _converted(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Rep
     _join_parts(tensors, report)
     _reshape(tensors, report)
     if adapters := [source for source, name in report.used.items() if ADAPTER.match(name)]:
-        raise ValueError(f"{adapters[0]}: the blocks have adapters, which timm's have none of")
+        raise ValueError(f"{adapters[0]}: the blocks have adapters, which timm's do not have")
     if unknown := [source for source, name in report.used.items() if not TIMM_NAME.fullmatch(name)]:
         raise ValueError(f"unknown entries for the format {source_format.name}: {', '.join(unknown)}")
     _require_biases(tensors, body.depth(), report)
@@ -149,7 +149,7 @@ def _converted(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Rep
 
 
 def _recognise(body: Body) -> tuple[Format, str]:
-    """The format of the blocks, and what stands before every name of the transformer."""
+    """The format of the blocks, and the prefix of every name in the transformer."""
     place = f"{body.prefix}{body.layers['attn.qkv'][-1]} {body.layers['mlp.fc1'][0]}"
     for candidate in FORMATS:
         if match := re.fullmatch(rf"((?:.+\.)?){candidate.blocks}", place):
@@ -160,7 +160,7 @@ def _recognise(body: Body) -> tuple[Format, str]:
 
 
 def _normalised(source: str, body: Body, root: str) -> str:
-    """A name without what stands before the format's own; in the blocks `blocks.i.` and the linear layers as timm's."""
+    """A name without the transformer's prefix; in the blocks, with `blocks.i.` and timm's names of linear layers."""
     if source in body.places:
         number, inside = body.places[source]
         return f"blocks.{number}.{inside_block(inside, body.layers)}"
@@ -204,7 +204,7 @@ def _join_parts(tensors: dict[str, Tensor], report: Report) -> None:
 
 
 def _reshape(tensors: dict[str, Tensor], report: Report) -> None:
-    """What a timm model has in another shape."""
+    """Reshape the entries that have another shape in a timm model."""
     for name, tensor in list(tensors.items()):
         if name == CATEGORIES and tensor.ndim == 3:
             new, what = {name: tensor.squeeze(2).T}, "convolution of one-hot categories as an embedding"
@@ -217,13 +217,13 @@ def _reshape(tensors: dict[str, Tensor], report: Report) -> None:
             if token is None or positions is None or positions.ndim != 3 or token.shape != (1, 1, positions.shape[2]):
                 raise ValueError(f"{report.sources(name)[0]}: expected a class token with a position beside it")
             tensors["cls_token"], tensors["pos_embed"] = token + positions[:, :1], positions[:, 1:]
-            report.changed["cls_token"] = report.changed["pos_embed"] = "the class token has taken its position in"
+            report.changed["cls_token"] = report.changed["pos_embed"] = "class token's position added to it"
             new, what = {"reg_token": tensor}, ""
         elif name.startswith("attn_pool.qkv.") and tensor.ndim:
             query, key_value = tensor.tensor_split([len(tensor) // 3])
             kind = name.rpartition(".")[2]
             new = {f"attn_pool.q.{kind}": query, f"attn_pool.kv.{kind}": key_value}
-            what = "query apart from key and value"
+            what = "query split from key and value"
         else:
             continue
         if existing := [other for other in new if other != name and other in tensors]:
@@ -244,15 +244,15 @@ def _require_biases(tensors: Mapping[str, Tensor], depth: int, report: Report) -
 
 
 def read_checkpoint(path: str | os.PathLike, weights: Weights | None = None) -> tuple[dict[str, Tensor], Report]:
-    """`convert_state_dict` of a file, or of a folder of Hugging Face's `save_pretrained`.
+    """Read a file, or a folder that Hugging Face's `save_pretrained` wrote, and convert it by `convert_state_dict`.
 
     Args:
-        path, weights: as of `m2pt.checkpoints.load_state_dict`: of weights and their moving average, "raw" or "ema".
+        path, weights: as in `m2pt.checkpoints.load_state_dict`: "raw" for the weights, "ema" for their moving average.
 
     Raises:
-        TypeError: `path` is no path.
+        TypeError: `path` is not a path.
         FileNotFoundError: no such file.
-        ValueError: not a readable checkpoint, not one of a known format, or without such `weights`.
+        ValueError: not a readable checkpoint, not of a known format, or without such `weights`.
     """
     state_dict, taken = read_weights(path, weights)
     try:
@@ -264,11 +264,11 @@ def read_checkpoint(path: str | os.PathLike, weights: Weights | None = None) -> 
 
 
 class LinearLayers(nn.Module):
-    """What surgery reads of a transformer; it cannot be called.
+    """The linear layers of a transformer, which are all that surgery reads. It cannot be called.
 
     Attributes:
-        blocks: as timm's, with the linear layers alone.
-        weights: "ema", "raw" or None, as of `Report`.
+        blocks: as in timm, but with linear layers only.
+        weights: "ema", "raw" or None, as in `Report`.
     """
 
     blocks: nn.ModuleList
@@ -276,24 +276,24 @@ class LinearLayers(nn.Module):
 
 
 def load_auxiliary(path: str | os.PathLike, weights: Weights | None = None) -> LinearLayers:
-    """The linear layers of the transformer in a checkpoint, for `reparameterize_aux_into_target_model`.
+    """Load the linear layers of the transformer in a checkpoint, for `reparameterize_aux_into_target_model`.
 
-    Only what surgery reads is built: `blocks.i.attn.qkv`, `attn.proj`, `mlp.fc1` and `mlp.fc2`, without biases, of the
-    file's own depth, widths and dtype, on the CPU. It cannot be called. Everything else in the file is ignored, and
-    what stands before the blocks; they are named as in any family of `m2pt.families`. The rows of query, key and value
-    are joined, and those of a gated MLP: the gate's, then those of what passes it.
+    Only what surgery reads is built: `blocks.i.attn.qkv`, `attn.proj`, `mlp.fc1` and `mlp.fc2`, without biases, with
+    the file's depth, widths and dtype, on the CPU. It cannot be called. Everything else in the file is ignored, and so
+    is any prefix of the blocks, which are named as in any family of `m2pt.families`. The rows of query, key and value
+    are joined, and so are those of a gated MLP: first the gate's, then the others.
 
     Args:
-        path, weights: as of `read_checkpoint`.
+        path, weights: as in `read_checkpoint`.
 
     Returns:
-        The linear layers; their attribute `weights` says which were taken of a file with weights and their average.
+        The linear layers; their attribute `weights` says which were read from a file with weights and their average.
 
     Raises:
-        TypeError: `path` is no path.
+        TypeError: `path` is not a path.
         FileNotFoundError: no such file.
-        ValueError: not a readable checkpoint, without such `weights`, without transformer or with several, or a weight
-            is missing, of one byte, or does not fit the others.
+        ValueError: not a readable checkpoint; no such `weights`; no transformer or several; or a weight that is
+            missing, has one byte per entry, or does not fit the others.
     """
     state_dict, taken = read_weights(path, weights)
     try:
@@ -316,34 +316,34 @@ def load_auxiliary(path: str | os.PathLike, weights: Weights | None = None) -> L
 def load_pretrained(model: nn.Module, path: str | os.PathLike, weights: Weights | None = None) -> Report:
     """Load a checkpoint of any known format into a model of `m2pt.models` or a timm VisionTransformer, in place.
 
-    Everything has to fit, but for these:
+    Everything has to fit, with these exceptions:
 
-    - Positions of another grid are resampled, or left out if the model computes its own. They may be missing where the
+    - Positions of another grid are resampled, or left out if the model computes its own. They may be missing if the
       file has relative ones.
-    - A head of other shapes is left out, and so are layers after the blocks that the model has none of.
-    - Head and other layers after the blocks may be missing in the file.
-    - A class token with a position of its own, a point cloud's, may be missing on either side.
-    - A distillation token that the model has none of is left out, with its position. In the audio model the patches of
-      AST, frequency by time, are then turned, and its positions left out.
-    - Of a file with nothing before the blocks, as those of speech, the blocks are loaded and what follows them, and the
-      model keeps its own embedding.
+    - A head of another shape is left out, and so are layers after the blocks that the model does not have.
+    - The head and other layers after the blocks may be missing in the file.
+    - A class token with a position of its own, as for point clouds, may be missing on either side.
+    - A distillation token that the model does not have is left out, with its position. In the audio model, AST's
+      patches (frequency by time) are then transposed, and its positions left out.
+    - From a file with nothing before the blocks, such as a speech model's, the blocks and what follows them are loaded;
+      the model keeps its own embedding.
 
     Args:
         model: what to load into.
-        path, weights: as of `read_checkpoint`.
+        path, weights: as in `read_checkpoint`.
 
     Returns:
-        What became of every entry of the file, and what the model keeps of its own.
+        What happened to every entry of the file, and what the model keeps of its own.
 
     Raises:
-        TypeError: `model` is no module, or `path` no path.
+        TypeError: `model` is not a module, or `path` not a path.
         FileNotFoundError: no such file.
-        ValueError: a model without data or divided among processes, not a readable checkpoint of a known format, or one
-            that does not fit: the message names the entry, and the model is as it was.
+        ValueError: the model has no data or is divided among processes, or the file is not a readable checkpoint of a
+            known format, or does not fit: the message names the entry, and the model is as it was.
     """
     check_module("model", model)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ValueError("model: expected one with data, this one is on the meta device")
+        raise ValueError("model: expected one with data, got one on the meta device")
     check_undivided(model, "load the file before dividing the model")
     tensors, report = read_checkpoint(path, weights)
     own = model.state_dict()
@@ -370,7 +370,7 @@ def _to_leave_out(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> d
             for entries in (tensors, own)
         )
         if ours and theirs != ours:
-            reasons |= dict.fromkeys(theirs, "head of other shapes than the model's")
+            reasons |= dict.fromkeys(theirs, "the model's head has other shapes")
     if "cls_pos" in tensors and "cls_pos" not in own:
         reasons |= {name: "the model has no class token" for name in CLASS_TOKEN if name in tensors}
     if "pos_embed" in tensors and "pos_embed" not in own:
@@ -399,11 +399,11 @@ def _leave_distillation_out(model: nn.Module, tensors: dict[str, Tensor], report
 
 
 def _positions_for(model: nn.Module, positions: Tensor) -> tuple[Tensor, str]:
-    """Positions for the model's grid, and what was done.
+    """Positions for the model's grid, and what was done to them.
 
-    A file says how many positions it has but not how they lie. They are taken for a square; but a spectrogram's (one
-    channel, a model that is not square) for as many columns, its frequencies, as the model has. Its rows are time steps
-    of one length, so that a shorter one has the first of them (as in AudioMAE); all else is resampled.
+    A file says how many positions it has but not how they are arranged. They are assumed to form a square, or, for a
+    spectrogram (one channel, a grid that is not square), to have as many columns (frequencies) as the model. Its rows
+    are time steps of one length, so a shorter one gets the first of them (as in AudioMAE); all else is resampled.
     """
     prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
     if positions.ndim != 3 or len(positions) != 1 or positions.shape[1] <= prefix:

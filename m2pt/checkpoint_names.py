@@ -6,23 +6,22 @@ from dataclasses import dataclass
 
 QUERY_KEY_VALUE, GATE_UP = ("query", "key", "value"), ("gate", "up")
 PARTS = {"attn.qkv": QUERY_KEY_VALUE, "mlp.fc1": GATE_UP}
-"""What the rows of a layer are joined from, by names of our own: `attn.query`, `mlp.gate`."""
+"""The parts whose rows are joined in a layer, by names of our own: `attn.query`, `mlp.gate`."""
 
 
 @dataclass(frozen=True)
 class Format:
     """How a project names the parts of its transformer, as regular expressions.
 
-    Names of blocks begin with `blocks.i.`, and their linear layers are named as by timm or `PARTS`, before they come
-    here; all others are without what stands before the whole transformer, such as `vit.`.
+    Before they are matched, names in blocks are made to begin with `blocks.i.`, with linear layers named as in timm or
+    `PARTS`; all others lose the prefix of the whole transformer, such as `vit.`.
 
     Attributes:
         name: what the report calls it.
-        blocks: what stands before the number of a block, with the name of its values or qkv; a space; and fc1's.
+        blocks: the prefix of a block's number and the name of its value or qkv layer; a space; and the name of fc1.
         renames: the beginning of a name and its replacement; the first that matches is used.
         drops: the beginning of a name and the reason why such an entry is left out, tried before `renames`.
-        outside: the same of names that do not begin with what stands before the whole transformer, tried before
-            `drops`.
+        outside: the same for names without the prefix of the whole transformer, tried before `drops`.
     """
 
     name: str
@@ -34,7 +33,7 @@ class Format:
 
 BLOCK = r"(blocks\.\d+)\."
 ADAPTER = re.compile(BLOCK + r"adapter_layer\.")
-RELATIVE = "relative positions, which timm's VisionTransformer has none of"
+RELATIVE = "relative positions, which timm's VisionTransformer does not have"
 DECODER = (r"(MAE_)?decoder[._]|encoder_to_decoder\.|increase_dim\.", "decoder")
 MASK_TOKEN = (r"(embeddings\.)?(mask_token|masked_spec_embed)", "mask token")
 SPEECH = (
@@ -100,7 +99,7 @@ FORMATS = (
         ),
         drops=(
             (r".*\brelative_position_bias", RELATIVE),
-            (r"pooler\.dense\.", "pooler, which timm has none of"),
+            (r"pooler\.dense\.", "pooler, which timm does not have"),
             DECODER,
             MASK_TOKEN,
         ),
@@ -152,11 +151,11 @@ FORMATS = (
 
 
 def inside_block(name: str, layers: Mapping[str, tuple[str, ...]]) -> str:
-    """A name in a block, of a linear layer as timm or `PARTS` names it.
+    """A name in a block, with linear layers named as in timm or `PARTS`.
 
     Args:
         name: such as `attention.attention.query.weight`.
-        layers: the names for each layer of timm.
+        layers: the names for each of timm's layers.
     """
     layer, _, kind = name.rpartition(".")
     for target, names in layers.items():

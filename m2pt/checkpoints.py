@@ -1,4 +1,4 @@
-"""Checkpoints on disk: read safely, merged without building a model, written whole or not at all."""
+"""Reads checkpoints safely, merges them without building a model, and writes them whole or not at all."""
 
 import argparse
 import json
@@ -24,14 +24,14 @@ from .tensor_checks import check_state_dict
 WRAPPERS = ("module", "state_dict", "model", "base_model", "model_state_dict")
 AVERAGES = ("state_dict_ema", "model_ema", "ema")
 """Where timm, DeiT and M2PT keep the moving average of the weights, beside them."""
-NO_AVERAGE = f"there is no moving average of the weights in it, under one of {AVERAGES}"
+NO_AVERAGE = f"there is no moving average of the weights in it under any of {AVERAGES}"
 SAVED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""What `save_pretrained` of Hugging Face writes to a folder: one of these."""
+"""Hugging Face's `save_pretrained` writes one of these to a folder."""
 TORCH_WRAPPING = re.compile(r"(?:(?:module|_orig_mod)\.)*")
-"""What torch's wrappers of whole models put before every name."""
+"""The prefixes that torch's wrappers of whole models give every name."""
 
 Weights = Literal["ema", "raw"]
-"""Of weights and their moving average in one file: the average or the weights."""
+"""What to read from a file with weights and their moving average: the average or the weights."""
 TAKEN: dict[Weights, str] = {
     "ema": "the moving average was taken, not the raw weights",
     "raw": "the raw weights were taken, not their moving average",
@@ -46,25 +46,25 @@ HARMLESS: list[Any] = [
     np.dtype,
     *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
 ]
-"""What training scripts save beside the model: the arguments of M2PT's and MAE's, the accuracies of Point-MAE's."""
+"""Classes that training scripts save beside the model: M2PT's and MAE's for arguments, Point-MAE's for accuracies."""
 
 
 def load_state_dict(path: str | os.PathLike, weights: Weights | None = None) -> dict[str, Tensor]:
-    """The state dict in a `.safetensors` file, in a torch file, bare or under one of `WRAPPERS`, or in a folder that
-    Hugging Face's `save_pretrained` wrote, also in several files.
+    """Load the state dict of a `.safetensors` file, a torch file, or a folder that Hugging Face's `save_pretrained`
+    wrote, which may have several files.
 
-    Tensors are put on the CPU. A torch file is read as by `load_torch`.
+    Tensors are put on the CPU. A torch file, whose state dict may be under one of `WRAPPERS`, is read by `load_torch`.
 
     Args:
         path: a file, the index of several, or a folder with one of `SAVED`.
         weights: "ema" for the moving average under one of `AVERAGES`, "raw" for the weights beside it. Default: the
-            average where there is one, as timm.
+            average if there is one, as in timm.
 
     Raises:
-        TypeError: `path` is no path.
-        FileNotFoundError: no such file, nothing in the folder, or a file of several is missing.
-        ValueError: the file is damaged, of another format, or holds something else than named dense tensors with data;
-            an index that does not fit its files; or there are no such `weights`, or only in some of several files.
+        TypeError: `path` is not a path.
+        FileNotFoundError: no such file, none of `SAVED` in the folder, or one of several files is missing.
+        ValueError: the file is damaged, has another format, or holds anything but named dense tensors with data; the
+            index does not fit its files; or there are no such `weights`, or only in some of several files.
     """
     return read_weights(path, weights)[0]
 
@@ -80,7 +80,7 @@ def read_weights(path: str | os.PathLike, weights: Weights | None = None) -> tup
 
 
 def check_weights(weights: Weights | None) -> None:
-    """Raise a ValueError for what is none of `Weights`."""
+    """Raise a ValueError for anything but None or one of `Weights`."""
     if weights is not None:
         one_of("weights", weights, ("ema", "raw"))
 
@@ -112,7 +112,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_shards(index: Path, weights: Weights | None) -> tuple[dict[str, Tensor], Weights | None]:
-    """The state dict in the files beside an index, each of which has the entries that the index says."""
+    """The state dict in the files beside an index, each of which has the entries that the index lists for it."""
     with _reading(index):
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -138,15 +138,15 @@ def _read_shards(index: Path, weights: Weights | None) -> tuple[dict[str, Tensor
 
 
 def load_torch(path: Path) -> Any:
-    """What is in a torch file, with its tensors on the CPU.
+    """The content of a torch file, with its tensors on the CPU.
 
-    It is read with `weights_only=True`: nothing in it is executed. An `argparse.Namespace` and NumPy's numbers, which
-    training scripts save beside the model, are let through. Checksums, where the format has them, are compared, which
-    torch leaves out.
+    It is read with `weights_only=True`: nothing in it is executed. `argparse.Namespace` and NumPy's numbers, which
+    training scripts save beside the model, are allowed. Checksums are verified if the format has them, which torch does
+    not do.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged or of another format, or holds something else; the message names its class.
+        ValueError: the file is damaged or of another format, or holds anything else; the message names its class.
     """
     with torch.serialization.safe_globals(HARMLESS), _reading(path):
         if zipfile.is_zipfile(path):
@@ -157,11 +157,12 @@ def load_torch(path: Path) -> Any:
 
 
 def state_dict_in(content: Any, path: Path, weights: Weights | None = None) -> tuple[dict[str, Tensor], Weights | None]:
-    """The state dict in what `load_torch` found in `path`, bare or under one of `WRAPPERS` or `AVERAGES`, also one in
-    another; and which weights these are if there are both.
+    """The state dict in what `load_torch` read from `path`, and which weights these are if there are both.
+
+    It may be bare or under one of `WRAPPERS` or `AVERAGES`, also nested.
 
     Raises:
-        ValueError: there is none, or not the `weights` that are wanted, or a tensor lacks some of its elements.
+        ValueError: there is no state dict, there are no such `weights`, or a tensor lacks some of its elements.
     """
     taken: Weights | None = None
     has_average = False
@@ -173,7 +174,7 @@ def state_dict_in(content: Any, path: Path, weights: Weights | None = None) -> t
         if average and not has_average:
             has_average = True
             if raw is None and weights == "raw":
-                raise ValueError(f"{path}: there are no weights in it beside their moving average, {average}")
+                raise ValueError(f"{path}: there are no raw weights in it beside their moving average, {average}")
             kind: Weights = weights or "ema"
             taken = None if raw is None else kind
             content = content[average if kind == "ema" else raw]
@@ -187,7 +188,7 @@ def state_dict_in(content: Any, path: Path, weights: Weights | None = None) -> t
         raise ValueError(f"{path}: expected a state dict, bare or under one of {WRAPPERS + AVERAGES}")
     for name, tensor in content.items():
         if not _is_whole(tensor):
-            raise ValueError(f"{path}: {name}: expected a dense tensor and all of its elements")
+            raise ValueError(f"{path}: {name}: expected a dense tensor with all of its elements")
     return content, taken
 
 
@@ -203,7 +204,7 @@ def _leads_to_tensors(content: Any) -> bool:
 
 
 def without_wrapping(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a whole model that torch had wrapped: without the `TORCH_WRAPPING` of every name."""
+    """The state dict of a model that torch had wrapped, without the `TORCH_WRAPPING` of every name."""
     prefixes = {re.findall(TORCH_WRAPPING, name)[0] for name in state_dict}
     shared = min(prefixes, key=len, default="")
     if not all(prefix.startswith(shared) for prefix in prefixes):
@@ -212,7 +213,7 @@ def without_wrapping(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether every element is there: a few bytes can claim terabytes, by a step of zero from one to the next."""
+    """Whether every element is stored: with strides of zero, a few bytes can claim to be terabytes."""
     is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
     is_plain = is_plain and not (tensor.is_meta or tensor.is_nested or tensor.is_quantized)
     return is_plain and tensor.nbytes <= tensor.untyped_storage().nbytes()
@@ -222,7 +223,7 @@ def _is_whole(tensor: Tensor) -> bool:
 def _reading(path: Path) -> Iterator[None]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    path.open("rb").close()  # a file that may not be read is not damaged
+    path.open("rb").close()  # a lack of permission is not damage
     try:
         yield
     except Exception as error:  # torch's reader has no error of its own: damage surfaces as KeyError, OSError, ...
@@ -231,7 +232,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _foreign_classes(path: Path, error: Exception) -> str:
-    """What torch refused to make, and what to do about it; of a file in its older format torch says the first only."""
+    """Which classes torch refused, and what to do about it; in its older format torch names only the first."""
     if (found := re.search(r"but got <class '([\w.]+)'>", str(error))) and "unpickl" in type(error).__name__.lower():
         return f": it also holds a {found[1]}, which torch does not read safely: save the state dict alone"
     refused = re.findall(r"GLOBAL ([a-zA-Z_](?:[\w.]*\w)?) was not an allowed global", str(error))
@@ -241,17 +242,17 @@ def _foreign_classes(path: Path, error: Exception) -> str:
         refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     names = ", ".join(refused)
     return (
-        f": it also holds {names}, which might execute code: save the state dict alone, or, if you know that to be"
-        f" harmless, allow it before: torch.serialization.add_safe_globals([{names}])"
+        f": it also holds {names}, which might execute code: save the state dict alone, or, if you know it to be"
+        f" harmless, allow it first: torch.serialization.add_safe_globals([{names}])"
     )
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Another name to write to, in a temporary folder beside `path`; on leaving the block the file becomes `path`.
+    """Yield a file to write to, in a temporary folder beside `path`; at the end of the block it becomes `path`.
 
-    So `path` is never half-written: if anything fails, it is as it was. A process that is killed leaves its temporary
-    folder, `*.partial`.
+    So `path` is never half-written: if anything fails, it stays as it was. A process that is killed leaves its
+    temporary folder, `*.partial`, behind.
 
     Raises:
         OSError: the folder is missing or cannot be written, or the disk is full.
@@ -265,11 +266,11 @@ def written_whole(path: Path) -> Iterator[Path]:
             mode = temporary.stat().st_mode
             yield temporary
             with temporary.open("rb") as file:
-                os.fsync(file.fileno())  # some file systems tell only now that they are full
+                os.fsync(file.fileno())  # some file systems report a full disk only now
             temporary.chmod(mode)  # safetensors 0.8 makes it readable by its owner only, whatever the umask
             temporary.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # on which torch's writer fails in turn
+        if isinstance(error.__context__, KeyboardInterrupt):  # torch's writer then fails in turn
             raise error.__context__ from None
         reason = error.__context__ if isinstance(error.__context__, OSError) else error  # torch's own is in C++ terms
         raise OSError(f"{path}: cannot be written: {reason}") from error
@@ -279,7 +280,7 @@ def checked_target(path: str | os.PathLike) -> Path:
     """A path that `save_state_dict` may write to.
 
     Raises:
-        TypeError: it is no path.
+        TypeError: it is not a path.
         ValueError: another ending than `.safetensors`.
         IsADirectoryError: there is a folder of that name.
     """
@@ -296,10 +297,10 @@ def save_state_dict(
 ) -> None:
     """Write a `.safetensors` file, whole or not at all.
 
-    Tensors that share memory, such as tied weights, are written once each. `metadata` is written beside them.
+    Tensors that share memory, such as tied weights, are each written in full. `metadata` is written beside them.
 
     Raises:
-        TypeError: `state_dict` holds something else than named tensors, or `path` is no path.
+        TypeError: `state_dict` holds anything but named tensors, or `path` is not a path.
         ValueError: another ending than `.safetensors`, or a tensor that such a file cannot hold: sparse, nested,
             without data, or of a dtype that safetensors does not know.
         OSError: there is a folder of that name, the folder is missing or cannot be written, or the disk is full.
@@ -315,7 +316,7 @@ def save_state_dict(
 
 
 def _without_sharing(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, a copy of those whose memory an earlier one uses: safetensors refuses both otherwise."""
+    """Contiguous tensors, copied if an earlier one uses the same memory: safetensors requires both."""
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in state_dict.items():
@@ -330,8 +331,8 @@ def merge_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of the merged model: `W + s * W_aux` for each fused layer, everything else as it was.
 
     Raises:
-        TypeError: `state_dict` holds something else than named tensors.
-        ValueError: no fused layer, one that is not complete, or a merged weight that is not finite.
+        TypeError: `state_dict` holds anything but named tensors.
+        ValueError: no fused layer, an incomplete one, or a merged weight that is not finite.
     """
     check_state_dict(state_dict)
     merged = dict(state_dict)

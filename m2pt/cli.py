@@ -2,8 +2,8 @@
 """The command line: `m2pt train`, `pretrain`, `eval`, `memory`, `recipes`, `matrix`, `merge`, `convert`, `check` and
 `demo`.
 
-What asks for no tensors imports no torch: help, recipes and completion by the shell, which is argcomplete's, if that
-package is installed.
+Whatever needs no tensors does not import torch: help, recipes, and the shell's completion (by argcomplete, if that is
+installed).
 """
 
 import argparse
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from .train import Recipe
     from .train.memory import MemoryEstimate
 
-RESUMING = "the same command with --resume goes on from the last checkpoint"
+RESUMING = "to continue from the last checkpoint, run the same command with --resume"
 AUX_DTYPES = ("bfloat16", "int8", "int4", "float8_e4m3fn")
 
 
 class _Parser(argparse.ArgumentParser):
-    """One whose errors are its own command's, and name the nearest option or choice."""
+    """A parser that reports errors as its own command's and suggests the nearest option or choice."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         for word in words:
             option = word.partition("=")[0]
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
-                break  # what follows is no option, or the command's
+                break  # what follows is not an option, or belongs to the command
             if option.startswith("--") and not any(known.startswith(option) for known in self._option_string_actions):
                 self.error(f"unknown option {option}{nearest(option, self._option_string_actions)}")
         return super().parse_known_args(words, namespace)
@@ -53,13 +53,13 @@ class _Version(argparse.Action):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status.
 
-    0: done; 1: `check` found a faulty kernel; 2: refused, or stopped by a loss that is not finite, the loss of a data
-    worker or a GPU out of memory, and a line on stderr says why; 130: interrupted by Ctrl-C, of which the first lets
-    training finish its step and save its state.
+    0: done. 1: `check` found a faulty kernel. 2: refused, or stopped by a loss that is not finite, a lost data worker
+    or a GPU out of memory; a line on stderr says why. 130: interrupted by Ctrl-C; the first one lets training finish
+    its step and save its state.
 
     Raises:
-        SystemExit: help or the version was printed (0), the arguments are not understood (2), or SIGTERM came during
-            training: the step was finished and the state saved, to be resumed (143).
+        SystemExit: help or the version was printed (0), the arguments are invalid (2), or SIGTERM came during training,
+            which finished its step and saved its state, to be resumed (143).
     """
     parser = _parser()
     if "_ARGCOMPLETE" in os.environ:
@@ -94,9 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train and compare a small pathway model on real data, without a download",
-        description="Connect a transformer of handwritten digits to one of speech, fine-tune it with few labels beside "
-        "a plain and a shuffled one, merge it, and write a report. Takes about two minutes on two CPU cores. What is "
-        "finished is not trained again.",
+        description="Connect a transformer of handwritten digits to one of speech, fine-tune it with few labels along "
+        "with a plain and a shuffled one, merge it, and write a report. Takes about two minutes on two CPU cores. "
+        "Finished runs are not trained again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for report, figure and runs")
@@ -107,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser(
         "merge",
         help="fold a trained pathway into plain linear layers",
-        description="Replace weight, aux_weight and cross_modal_scale of every fused layer by one merged weight. "
-        "Where every name begins with torch's `module.` or `_orig_mod.`, that is taken off; names are kept otherwise.",
+        description="Replace weight, aux_weight and cross_modal_scale of every fused layer with one merged weight. "
+        "If every name begins with torch's `module.` or `_orig_mod.`, that is removed; names are kept otherwise.",
     )
     _add_input(merge, "trained checkpoint")
     merge.add_argument("merged", metavar="OUT", help="merged checkpoint to write: .safetensors")
@@ -117,23 +117,23 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         "convert",
-        help="rename another project's checkpoint as timm names it",
+        help="convert another project's checkpoint to timm's names",
         description="Read a checkpoint of timm, MAE, AudioMAE, Point-MAE, VideoMAE, DINOv2, or of Hugging Face: ViT, "
         "DeiT, AST, BEiT, VideoMAE, DINOv2, CLIP, SigLIP, Wav2Vec2, HuBERT or Whisper, write what a timm model has a "
         "place for, and report every entry that was left out.",
     )
-    _add_input(convert, "checkpoint of any of these")
+    _add_input(convert, "checkpoint from any of these")
     convert.add_argument("converted", metavar="OUT", help="converted checkpoint to write: .safetensors")
     convert.set_defaults(run=_convert)
 
     check = commands.add_parser(
         "check",
         help="compare every kernel with float64 on this GPU, and time it",
-        description="Compute every product by every kernel on this GPU, compare with float64 and time it; what is "
-        "faulty is not used any more on such a GPU. Without a GPU Triton's interpreter runs the kernels.",
+        description="Compute every product with every kernel on this GPU, compare it with float64 and time it. What is "
+        "faulty is no longer used on such a GPU. Without a GPU, Triton's interpreter runs the kernels.",
     )
     check.add_argument("--model", metavar="NAME", help="check the linear layers of this timm model instead")
-    check.add_argument("--batch", type=int, default=64, help="inputs of that model at a time (default: 64)")
+    check.add_argument("--batch", type=int, default=64, help="batch size for that model (default: 64)")
     check.add_argument("--json", type=Path, metavar="FILE", help="write every row to this file")
     check.set_defaults(run=_check)
 
@@ -163,7 +163,7 @@ def _complete_recipe(prefix: str, **_: Any) -> list[str]:
 def _add_training(commands: Any) -> None:
     train = commands.add_parser(
         "train",
-        help="fine-tune or probe a model, with the pathway of another modality or without",
+        help="fine-tune or probe a model, with or without a pathway from another modality",
         description="Train as a recipe says, evaluate, merge the pathway, and evaluate the merged model. Under "
         "torchrun the same command uses every process.",
     )
@@ -171,7 +171,7 @@ def _add_training(commands: Any) -> None:
     _add_output(train)
     train.add_argument("--init", metavar="PATH", help="checkpoint to start from")
     train.add_argument(
-        "--aux", metavar="PATH", action="append", help="checkpoint of the auxiliary model; once for each of several"
+        "--aux", metavar="PATH", action="append", help="checkpoint of the auxiliary model; repeat for several"
     )
     train.add_argument("--aux-modality", metavar="NAME", help="what the auxiliary model was trained on, for the log")
     dtypes = ("float32", "float16", *AUX_DTYPES)
@@ -183,7 +183,7 @@ def _add_training(commands: Any) -> None:
     pretrain = commands.add_parser(
         "pretrain",
         help="pretrain a masked autoencoder of a modality",
-        description="Pretrain as a recipe says; the file that it writes serves for --init and for --aux.",
+        description="Pretrain as a recipe says. The file that it writes can be passed to --init and to --aux.",
     )
     _add_recipe(pretrain)
     _add_output(pretrain)
@@ -193,14 +193,14 @@ def _add_training(commands: Any) -> None:
 
     memory = commands.add_parser(
         "memory",
-        help="what a training step holds in memory, and what makes it fit a GPU",
-        description="Simulate the peak memory of a training step by part, with the pathway of one auxiliary model of "
+        help="estimate a training step's peak memory, and what makes it fit a GPU",
+        description="Simulate the peak memory of a training step, by part, with a pathway from one auxiliary model of "
         "the same size unless --aux names others, and with every further way to lower it. Nothing is computed.",
     )
     _add_recipe_name(memory, "recipe", what="a shipped recipe, a TOML file, or the name of a timm ViT")
-    memory.add_argument("--batch", type=int, metavar="N", help="samples of a step, instead of the recipe's")
+    memory.add_argument("--batch", type=int, metavar="N", help="samples per step, instead of the recipe's")
     memory.add_argument("--gpu", type=float, metavar="GIB", help="memory of the GPU; default: what is free on this one")
-    memory.add_argument("--aux", metavar="PATH", action="append", help="an auxiliary model, of which nothing is read")
+    memory.add_argument("--aux", metavar="PATH", action="append", help="an auxiliary model; its file is not read")
     memory.add_argument("--aux-dtype", choices=dtypes, help="how the auxiliary weights are stored")
     _add_preset(memory)
     memory.add_argument("--measure", action="store_true", help="also run a step on this machine's GPU")
@@ -219,8 +219,8 @@ def _add_training(commands: Any) -> None:
     recipes = commands.add_parser(
         "recipes",
         help="list the shipped recipes, or print one with all its values",
-        description="List the shipped recipes. With a recipe, print it as TOML: every value, those that were left out "
-        "and those that key=value overrides. The output can be saved and used as a recipe.",
+        description="List the shipped recipes. With a recipe, print it as TOML with every value, including defaults "
+        "and values set by key=value. The output can be saved and used as a recipe.",
     )
     _add_recipe_name(recipes, "recipe", nargs="?")
     recipes.set_defaults(run=_recipes)
@@ -229,7 +229,7 @@ def _add_training(commands: Any) -> None:
         "matrix",
         help="train targets with every auxiliary over several seeds, and report the gains",
         description="Train every target of a configuration alone and with every auxiliary model, once for each seed, "
-        "and write a table of the gains with their spread. What is finished is not trained again.",
+        "and write a table of the gains with their spread. Finished runs are not trained again.",
     )
     matrix.add_argument("configuration", metavar="TOML", type=Path, help="see m2pt.matrix")
     matrix.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -246,13 +246,13 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         choices=("raw", "ema"),
-        help="of weights and their moving average in one file; default: the average where there is one",
+        help="which to read from a file with weights and their moving average; default: the average if there is one",
     )
 
 
 def _add_recipe(parser: argparse.ArgumentParser, name: str = "recipe", **settings: Any) -> None:
     _add_recipe_name(parser, name, **settings)
-    parser.add_argument("--data", metavar="ROOT", help="folder of the data set, unless the recipe's is embedded")
+    parser.add_argument("--data", metavar="ROOT", help="folder of the data set; none if the recipe's is embedded")
 
 
 def _add_recipe_name(
@@ -267,7 +267,7 @@ def _add_recipe_name(
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder to write to")
     parser.add_argument(
-        "--dry-run", action="store_true", help="only open the data, build the model, say what would run"
+        "--dry-run", action="store_true", help="only open the data, build the model and say what would run"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in that folder")
 
@@ -276,7 +276,7 @@ def _add_preset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         choices=("low-memory",),
-        help="low-memory: everything that lowers the peak and fits the recipe; key=value goes before it",
+        help="low-memory: everything that lowers peak memory and fits the recipe; key=value takes precedence",
     )
 
 
@@ -297,7 +297,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     target = checked_target(arguments.merged)
     if os.path.lexists(target) and not arguments.force:
-        raise FileExistsError(f"{target}: it exists: choose another name, or overwrite it with --force")
+        raise FileExistsError(f"{target}: already exists: choose another name, or overwrite it with --force")
     state_dict, taken = read_weights(arguments.checkpoint, arguments.weights)
     said = f"; {TAKEN[taken]}" if taken else ""
     try:
@@ -305,7 +305,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         reason = str(error).removeprefix("state_dict: ")
         if reason.endswith(".aux_weight is missing"):
-            reason += ", as with auxiliary.in_checkpoints=false: merged.safetensors of the run has it merged"
+            reason += ", as with auxiliary.in_checkpoints=false: use the run's merged.safetensors instead"
         raise ValueError(f"{arguments.checkpoint}: {reason}{said}") from None
     save_state_dict(without_wrapping(merged), target)
     layers = sum(name.endswith("cross_modal_scale") for name in state_dict)
@@ -368,7 +368,7 @@ def _memory(arguments: argparse.Namespace) -> None:
 
 
 def _how_it_fits(found: "MemoryEstimate", arguments: argparse.Namespace) -> str:
-    """What to run, or to call of a timm model."""
+    """The command to run, or for a timm model what to call."""
     from .models import SIZES
     from .train.levers import IN_PYTHON
     from .train.memory import STAND_IN, advice, assignments
@@ -412,7 +412,7 @@ def _matrix(arguments: argparse.Namespace) -> None:
 
 
 def _recipe(arguments: argparse.Namespace, load: "Callable[..., Recipe] | None" = None) -> "Recipe":
-    """What the arguments say, but for `data.batch_size=auto`, which `_fitted` sees to."""
+    """The recipe as the arguments say, except for `data.batch_size=auto`, which `_fitted` handles."""
     from .train.levers import low_memory
     from .train.recipe import load_recipe, parse_assignment
 
@@ -442,7 +442,7 @@ def _recipe(arguments: argparse.Namespace, load: "Callable[..., Recipe] | None" 
 
 
 def _processes() -> int:
-    """As torchrun says."""
+    """The number of processes that torchrun started."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -471,7 +471,7 @@ def _metrics(metrics: dict[str, float]) -> str:
 
 
 def _say(*lines: str) -> None:
-    """Print, in the first of several processes."""
+    """Print in the first process only."""
     from .train.distributed import is_first_process
 
     if is_first_process():

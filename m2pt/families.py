@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 LAYER_NAMES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-"""The layers of a block as timm names them: what every other name is brought to."""
+"""timm's names for the layers of a block; all other names are mapped to these."""
 
 
 def _attention(projections: str, output: str, *parts: str) -> dict[str, tuple[str, ...]]:
@@ -35,7 +35,7 @@ MLP = (
     {"mlp.fc1": ("mlp.c_fc",), "mlp.fc2": ("mlp.c_proj",)},  # GPT-2
     {"mlp.fc1": ("mlp.0",), "mlp.fc2": ("mlp.3",)},  # torchvision's ViT, and in its files
     {"mlp.fc1": ("mlp.linear_1",), "mlp.fc2": ("mlp.linear_2",)},
-    # gated: the rows of the gate, then those of what passes it
+    # gated: the rows of the gate, then the others
     {"mlp.fc1": ("mlp.gate_proj", "mlp.up_proj"), "mlp.fc2": ("mlp.down_proj",)},  # Llama, DINOv2 and DINOv3
     {"mlp.fc1": ("mlp.fc1_g", "mlp.fc1_x"), "mlp.fc2": ("mlp.fc2",)},  # timm's EVA
     {"mlp.fc1": ("mlp.w12",), "mlp.fc2": ("mlp.w3",)},  # DINOv2
@@ -45,15 +45,15 @@ MLP = (
 
 
 def layers_of_block(has: Callable[[str], bool]) -> dict[str, tuple[str, ...]]:
-    """The names that stand for each of `LAYER_NAMES` in a block: several where rows are joined, in that order.
+    """A block's names for each of `LAYER_NAMES`: several where rows are joined, in that order.
 
-    torchvision's `self_attention.in_proj` is no layer but a parameter, `in_proj_weight`.
+    torchvision's `self_attention.in_proj` is not a layer but a parameter, `in_proj_weight`.
 
     Args:
-        has: whether the block has a layer of such a name.
+        has: whether the block has a layer of that name.
 
     Returns:
-        Nothing unless both the attention and the MLP are known.
+        An empty dict unless both the attention and the MLP are known.
     """
     found: dict[str, tuple[str, ...]] = {}
     for known in (ATTENTION, MLP):

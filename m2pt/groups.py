@@ -1,4 +1,4 @@
-"""What an optimizer trains at which rate and with which weight decay."""
+"""Parameter groups for an optimizer, each with its learning rate and weight decay."""
 
 from typing import Any, cast
 
@@ -13,25 +13,25 @@ from .tensor_checks import check_module
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float, scale_lr: float | None = None, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of a model as an optimizer takes them: `AdamW(parameter_groups(model, 1e-3, 0.05))`.
+    """Group a model's trainable parameters for an optimizer: `AdamW(parameter_groups(model, 1e-3, 0.05))`.
 
-    Vectors, such as biases and the cross-modal scales, have no weight decay, and neither has what the model's own
-    `no_weight_decay()` names, as timm's models do.
+    Vectors, such as biases and the cross-modal scales, get no weight decay. Neither do the parameters that the model's
+    own `no_weight_decay()` names; timm's models have that method.
 
     Args:
-        model: with a pathway or without. Its own methods are asked, so give a part of a larger module by itself.
+        model: with or without a pathway. Its own methods are called, so pass a part of a larger module by itself.
         lr: the learning rate.
-        weight_decay: of matrices and what has more dimensions.
+        weight_decay: for tensors of two or more dimensions.
         scale_lr: the learning rate of the cross-modal scales; None for `lr`.
-        layer_decay: factor of a block's learning rates over those of the next (BEiT, ICLR 2022).
+        layer_decay: a block's learning rates divided by those of the next block (BEiT, ICLR 2022).
 
     Returns:
         A group for each learning rate and weight decay. Frozen parameters are in none.
 
     Raises:
-        TypeError: `model` is no module, or a rate no number.
-        ValueError: a rate below zero, or not finite; `layer_decay` not in (0, 1], or below 1 for a model that does not
-            tell its layers.
+        TypeError: `model` is not a module, or a rate is not a number.
+        ValueError: a rate is negative or not finite; `layer_decay` is not in (0, 1], or is below 1 for a model without
+            `group_matcher()`.
     """
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay  # takes longer than all of m2pt
 
@@ -65,7 +65,7 @@ def parameter_groups(
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The model inside what torch wraps around it, whose names its own methods know."""
+    """The model inside torch's wrappers: its own methods use names without the wrappers."""
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         return _inner(model.module)
     compiled = model._modules.get("_orig_mod")

@@ -1,4 +1,4 @@
-"""Hooks that would be lost with a layer or a parameter that is replaced."""
+"""Checks for hooks that would be lost when a layer or a parameter is replaced."""
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ KINDS = FORWARD | {
     "_load_state_dict_pre_hooks": "load-state-dict pre-hooks",
     "_load_state_dict_post_hooks": "load-state-dict post-hooks",
 }
-"""What an `nn.Module` keeps hooks in, and what they are called."""
+"""The attributes in which an `nn.Module` keeps hooks, and what messages call these."""
 
 TENSOR_KINDS = {"_backward_hooks": "gradient hooks", "_post_accumulate_grad_hooks": "post-accumulate-gradient hooks"}
 
@@ -31,7 +31,7 @@ def check_no_hooks(name: str, layer: nn.Module) -> None:
 
 
 def check_no_tensor_hooks(name: str, parameter: Tensor) -> None:
-    """Raise a ValueError for a parameter with hooks, those of `step_in_backward` apart."""
+    """Raise a ValueError for a parameter with hooks other than those of `step_in_backward`."""
     hooks = {what: (getattr(parameter, kind) or {}).values() for kind, what in TENSOR_KINDS.items()}
     _check_none(name, [what for what, own in hooks.items() if not all(isinstance(h, StepInBackward) for h in own)])
 

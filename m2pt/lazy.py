@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first asked for, so that the command line answers at once."""
+"""Lazy imports: a package's names are imported on first use, so that the command line starts at once."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ def attach(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], An
 
     Args:
         package: its `__name__`.
-        modules: of each name, the submodule that defines it.
+        modules: name -> the submodule that defines it.
     """
     namespace = vars(sys.modules[package])
 

@@ -1,4 +1,4 @@
-"""The layer: an `nn.Linear` that multiplies with `weight + cross_modal_scale * aux_weight`."""
+"""The fused layer: an `nn.Linear` that multiplies by `weight + cross_modal_scale * aux_weight`."""
 
 from collections.abc import Collection, Sequence
 from operator import itemgetter
@@ -29,12 +29,12 @@ _OPERANDS = itemgetter("weight", "aux_weight", "cross_modal_scale", "bias", "aux
 
 
 RELEASED: WeakSet[nn.Module] = WeakSet()
-"""Layers that may take the place of a fused one without its pathway: those made of it, and after a failed surgery those
-that were there before."""
+"""Layers that may take the place of a fused one without its pathway: those made from it and, after a failed surgery,
+those that were there before."""
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is an `nn.Linear` in what it computes, hooks apart: no own forward, nothing added."""
+    """Whether a module computes what an `nn.Linear` does, apart from hooks: no forward of its own, nothing added."""
     return (
         isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
@@ -45,12 +45,12 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def fused_in(model: nn.Module) -> list["FusedCrossModalLinear"]:
-    """The fused layers of a model, once each, or the model if it is one."""
+    """The fused layers of a model, once each; the model itself if it is one."""
     return [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]
 
 
 def kept(is_trained: bool) -> str:
-    """Whether training changes something, in a word."""
+    """The word for whether training changes something."""
     return "trained" if is_trained else "frozen"
 
 
@@ -61,24 +61,24 @@ def is_left_out(aux_weight: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _is_in_onnx_export() -> bool:
-    """As torch's own, also in a strict export, where that is taken to be false."""
+    """Like torch's own, but right in a strict export too, which takes that one to be false."""
     return torch.onnx.is_in_onnx_export()
 
 
 def _check_traceable(input: Any) -> None:
-    """Raise a TypeError for what records plain operators only: the ONNX exporter and `torch.fx`."""
+    """Raise a TypeError in tracers that record plain operators only: the ONNX exporter and `torch.fx`."""
     recorder = "torch.fx" if isinstance(input, Proxy) else "ONNX" * _is_in_onnx_export()
     if recorder:
-        raise TypeError(f"{recorder} knows no FusedCrossModalLinear: merge_pathways(model) first")
+        raise TypeError(f"{recorder} does not support FusedCrossModalLinear: merge_pathways(model) first")
 
 
 def merged_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_scale: Tensor | None = None) -> Tensor:
-    """`weight + scale * aux_weight`, of all auxiliary models, summed in float32 and rounded once to weight's dtype.
+    """`weight + scale * aux_weight` over all auxiliary models, summed in float32 and rounded once to weight's dtype.
 
     `aux_weight_scale` holds the scales of a quantised `aux_weight`.
 
     Raises:
-        TypeError, ValueError: as `combined_weight`; or there is no data, or the sum is not finite.
+        TypeError, ValueError: as in `combined_weight`; or there is no data, or the sum is not finite.
     """
     merged = combined_weight(weight, aux_weight, scale, weight.dtype, aux_weight_scale)
     if merged.is_meta:
@@ -89,7 +89,7 @@ def merged_weight(weight: Tensor, aux_weight: Tensor, scale: Tensor, aux_weight_
 
 
 def _aux_weights(aux_weight: Tensor | Sequence[Tensor] | None, shape: tuple[int, int]) -> list[Tensor]:
-    """Of each auxiliary model the weight, once it is known to fit."""
+    """The weight of each auxiliary model, checked to fit."""
     weights: list[Any] = list(aux_weight) if isinstance(aux_weight, Sequence) and aux_weight else [aux_weight]
     for weight in weights:
         if not isinstance(weight, Tensor) or weight.dtype not in GEMM_DTYPES:
@@ -103,11 +103,11 @@ def _aux_weights(aux_weight: Tensor | Sequence[Tensor] | None, shape: tuple[int,
 
 
 class Auxiliary(NamedTuple):
-    """What an auxiliary weight was read from.
+    """Where an auxiliary weight was read from.
 
     Attributes:
         model: the name of the auxiliary model.
-        layers: the dotted names of its layers, joined by " + ", with `[rows]` behind one that was divided.
+        layers: the dotted names of its layers, joined by " + ", with `[rows]` after one that was split.
     """
 
     model: str
@@ -115,7 +115,7 @@ class Auxiliary(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a layer has of one auxiliary model."""
+    """What a layer holds of one auxiliary model."""
 
     data: Tensor
     aux_weight_scale: Tensor | None
@@ -123,7 +123,7 @@ class Part(NamedTuple):
     auxiliary: Auxiliary
 
     def is_equal(self, other: "Part") -> bool:
-        """Whether both stand for the same auxiliary weight; not known on the meta device."""
+        """Whether both hold the same auxiliary weight; not known, and false, on the meta device."""
         matrices = ((self.data, other.data), (self.aux_weight_scale, other.aux_weight_scale))
         return not self.data.is_meta and all(
             a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in matrices
@@ -145,17 +145,18 @@ class FusedCrossModalLinear(nn.Linear):
             Its storage is shared where it already lies on the layer's device, so loading a checkpoint into this layer
             writes to both. A sequence of such weights, of n > 1 auxiliary models, is copied into one tensor
             (n, out_features, in_features).
-        is_aux_trainable: whether `aux_weight` gets a gradient. If not, it stays frozen whatever asks for one later,
-            such as `model.requires_grad_(True)`. The auxiliary model's own flag is left alone.
+        is_aux_trainable: whether `aux_weight` gets a gradient. If not, it stays frozen whatever asks for a gradient
+            later, such as `model.requires_grad_(True)`. The auxiliary model's own flag is left alone.
 
     `cross_modal_scale` has shape (1,) or (n,), starts at zero and is trainable. State-dict names: `weight`,
     `bias`, `aux_weight`, `cross_modal_scale`; and `aux_weight_scale` once `quantize_aux` has made `aux_weight` small.
 
     Raises:
-        TypeError: `aux_weight` missing or not such a tensor, `origin_layer` not a plain `nn.Linear`, a size that is no
-            integer, `is_aux_trainable` that is no bool, or a weight of another package's class, such as torchao's.
-        ValueError: `aux_weight` or `origin_layer` of another shape or divided among processes, `aux_weight` sparse,
-            nested or without data, hooks on `origin_layer`, which would be lost, or a size below zero.
+        TypeError: `aux_weight` is missing or not such a tensor, `origin_layer` is not a plain `nn.Linear`, a size is
+            not an integer, `is_aux_trainable` is not a bool, or a weight is of another package's class, such as
+            torchao's.
+        ValueError: `aux_weight` or `origin_layer` has another shape or is divided among processes, `aux_weight` is
+            sparse, nested or without data, `origin_layer` has hooks, which would be lost, or a size is negative.
     """
 
     is_called = False
@@ -168,7 +169,7 @@ class FusedCrossModalLinear(nn.Linear):
     """Whether `aux_weight` may get a gradient."""
 
     auxiliaries: tuple[Auxiliary, ...]
-    """What each auxiliary weight was read from, as surgery notes it; a state dict does not hold that."""
+    """Where each auxiliary weight was read from, as recorded by surgery; a state dict does not hold this."""
 
     aux_weight: Tensor
     aux_weight_scale: Tensor | None
@@ -217,7 +218,7 @@ class FusedCrossModalLinear(nn.Linear):
             self.__dict__["is_called"] = True
             try:
                 operands = _OPERANDS({**self._buffers, **self._parameters})
-            except KeyError:  # of a weight that is computed, as by a parametrization
+            except KeyError:  # for a weight that is computed, as by a parametrization
                 operands = self._operands()
         weight, aux_weight, scale, bias, aux_weight_scale = operands
         if not self.is_enabled:
@@ -239,7 +240,7 @@ class FusedCrossModalLinear(nn.Linear):
         return self.is_aux_trainable and self.aux_weight.requires_grad
 
     def extra_repr(self) -> str:
-        """Sizes, what the auxiliary weights were read from and how they are stored, and what is trained."""
+        """Sizes, the auxiliary models, how their weights are stored, and what is trained."""
         models = ", ".join(dict.fromkeys(auxiliary.model for auxiliary in self.auxiliaries))
         aux_weight = f"[{models}] {self.storage} {kept(self.is_aux_trained)}"
         scale = kept(self.cross_modal_scale.requires_grad)
@@ -285,7 +286,7 @@ class FusedCrossModalLinear(nn.Linear):
         check_whole("aux_weight", self.aux_weight)
         self.require_stored("aux_weight")
         if self.is_aux_trained:
-            raise ValueError("aux_weight: expected a frozen one to quantise, this one is trainable")
+            raise ValueError("aux_weight: expected a frozen one to quantise, got a trainable one")
         if self.aux_weight_scale is not None:
             raise ValueError(f"aux_weight: it is stored as {self.storage} already")
         if dtype == "bfloat16":
@@ -299,7 +300,7 @@ class FusedCrossModalLinear(nn.Linear):
         return quantize(self.aux_weight, dtype)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of every module; a TypeError for a parameter of a class that the kernels cannot read."""
+        """As for any module, but a TypeError for a parameter of a class that the kernels cannot read."""
         if param is not None:
             check_readable(f"{name} of a FusedCrossModalLinear", param)
         super().register_parameter(name, param)
@@ -326,7 +327,7 @@ class FusedCrossModalLinear(nn.Linear):
         if loaded is not None and DTYPES.get(loaded.dtype) != DTYPES.get(self.aux_weight.dtype):
             error_msgs.append(
                 f"{prefix}aux_weight: it is stored as {self.aux_weight.dtype} here and as {loaded.dtype} in the"
-                " checkpoint; quantize_aux the model as the one that was saved"
+                " checkpoint; quantize_aux the model like the one that was saved"
             )
             return
         super()._load_from_state_dict(
@@ -342,15 +343,15 @@ class FusedCrossModalLinear(nn.Linear):
 
     @torch.no_grad()
     def joined(self, other: "FusedCrossModalLinear") -> "FusedCrossModalLinear":
-        """This layer with copies of the auxiliary weights and scales of both; the scales are trainable.
+        """This layer with copies of the auxiliary weights and scales of both layers; the scales are trainable.
 
         Raises:
-            ValueError: `other` has an auxiliary weight that is here already, trains its weights where this one does
-                not, or stores them in another way.
+            ValueError: `other` has an auxiliary weight that is here already, or trains or stores its weights
+                differently.
         """
         is_trainable, own, others = self.is_aux_trainable, self.parts(), other.parts()
         if other.is_aux_trainable != is_trainable:
-            raise ValueError(f"is_aux_trainable: expected {is_trainable}, as of the auxiliary weights that are there")
+            raise ValueError(f"is_aux_trainable: expected {is_trainable}, as for the auxiliary weights that are there")
         dtypes = self.aux_weight.dtype, other.aux_weight.dtype
         is_wider = not DTYPES.keys() & {*dtypes} and torch.promote_types(*dtypes) == dtypes[0]
         if self.storage != other.storage and not is_wider:
@@ -369,7 +370,7 @@ class FusedCrossModalLinear(nn.Linear):
         return self._with(others) if others else self.plain()
 
     def parts(self) -> list[Part]:
-        """What it has of each auxiliary model."""
+        """What it holds of each auxiliary model."""
 
         def each(tensor: Tensor | None) -> list[Any]:
             return [tensor] * n if n == 1 or tensor is None else list(tensor)
@@ -401,6 +402,6 @@ class FusedCrossModalLinear(nn.Linear):
         weight = merged_weight(self.weight, self.aux_weight, self.cross_modal_scale, self.aux_weight_scale)
         check_no_hooks("the layer", self)
         check_no_tensor_hooks("weight", self.weight)
-        with torch.enable_grad():  # of a weight that is computed, as by a parametrization
+        with torch.enable_grad():  # for a weight that is computed, as by a parametrization
             is_trained = self.weight.requires_grad
         return self.plain(nn.Parameter(weight, is_trained))

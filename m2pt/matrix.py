@@ -1,4 +1,4 @@
-"""Every target with every auxiliary model over several seeds: what a pathway gains, and how sure that is.
+"""Trains every target with every auxiliary model over several seeds, and reports the gains and their spread.
 
 A configuration is a TOML file:
 
@@ -50,9 +50,9 @@ class Gain:
     """What an auxiliary model changed, in percentage points, compared with the same seed's run without one.
 
     Attributes:
-        metric: the one compared.
+        metric: the name of the metric compared.
         alone, connected: its value for each seed.
-        mean, standard_deviation, standard_error: of the differences; of a single one there is no deviation.
+        mean, standard_deviation, standard_error: of the differences; a single one has no deviation and no error.
     """
 
     target: str
@@ -66,11 +66,11 @@ class Gain:
 
 
 def load_matrix(path: str | os.PathLike) -> Matrix:
-    """A configuration, all of whose recipes have been read.
+    """Read a configuration and all of its recipes.
 
     Raises:
         FileNotFoundError: no such file or recipe.
-        TypeError, ValueError: a key is missing, unknown, or holds what it should not.
+        TypeError, ValueError: a key is missing, unknown, or has an invalid value.
     """
     path = checked_path("path", path)
     if not path.is_file():
@@ -117,7 +117,7 @@ def _require_keys(table: Any, required: Sequence[str], place: str, optional: Seq
 
 
 def run_matrix(matrix: Matrix, out: str | os.PathLike) -> str:
-    """Train what is not trained yet, and report.
+    """Train the runs that are not finished yet, and report the gains.
 
     Written to `out`: a folder `target/auxiliary/seed` for every run, and `gains.md`, `gains.json`, `gains.png`.
 
@@ -125,8 +125,8 @@ def run_matrix(matrix: Matrix, out: str | os.PathLike) -> str:
         The report in Markdown.
 
     Raises:
-        TypeError: `matrix` is no Matrix, or `out` no path.
-        ValueError: a folder holds a run of another recipe. For others see `m2pt.train.train`.
+        TypeError: `matrix` is not a Matrix, or `out` not a path.
+        ValueError: a folder holds a run of another recipe. For other errors see `m2pt.train.train`.
     """
     check_kind(Matrix, "a Matrix", matrix=matrix)
     out = checked_path("out", out)
@@ -156,7 +156,7 @@ def trained_metrics(recipe: Recipe, folder: Path) -> dict[str, float]:
     """The merged model's metrics of one run: read if it is finished, otherwise trained, from where it stopped.
 
     Raises:
-        ValueError: the folder holds a run of another recipe. For others see `m2pt.train.train`.
+        ValueError: the folder holds a run of another recipe. For other errors see `m2pt.train.train`.
     """
     if (folder / "result.json").exists():
         if json.loads((folder / "recipe.json").read_text("utf-8")) != recipe.as_dict():

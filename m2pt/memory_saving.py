@@ -15,26 +15,27 @@ from .tensor_checks import check_module
 
 
 def low_memory(model: nn.Module, lr: float, weight_decay: float = 0.05) -> Optimizer:
-    """Prepare a connected model for training in as little memory as there is a way to, and return its optimizer.
+    """Prepare a connected model for training in as little memory as possible, and return its optimizer.
 
-    The auxiliary weights become int8, unless some are quantised already; the blocks' activations are computed again in
-    backward, and their inputs wait for it in the host's memory; every parameter is updated inside backward: after
-    `loss.backward()` call neither `optimizer.step` nor `zero_grad`, see `m2pt.step_in_backward`. On a GPU the optimizer
-    is bitsandbytes' 8-bit AdamW, elsewhere torch's AdamW. `m2pt.estimate_memory` says what each of these saves.
+    The auxiliary weights become int8, unless some are quantised already. The blocks' activations are recomputed in
+    backward, and their inputs are kept in the host's memory until then. Every parameter is updated inside backward:
+    after `loss.backward()` call neither `optimizer.step` nor `zero_grad`, see `m2pt.step_in_backward`. The optimizer is
+    bitsandbytes' 8-bit AdamW on a GPU, and torch's AdamW elsewhere. `m2pt.estimate_memory` says what each of these
+    saves.
 
     Args:
         model: with fused layers and `set_grad_checkpointing`, as timm's have, on the device that it is trained on.
-        lr, weight_decay: of `m2pt.parameter_groups`.
+        lr, weight_decay: as in `m2pt.parameter_groups`.
 
     Raises:
         ImportError: the model is on a GPU and bitsandbytes is not installed.
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: it has no fused layers, its auxiliary weights are trained, or it has no `set_grad_checkpointing`.
     """
     check_module("model", model)
     layers = fused_in(model)
     if not layers:
-        raise ValueError(f"model: expected fused layers, got a {type(model).__name__} without")
+        raise ValueError(f"model: expected fused layers, got a {type(model).__name__} without any")
     set_checkpointing = getattr(model, "set_grad_checkpointing", None)
     if not callable(set_checkpointing):
         raise ValueError(f"model: expected set_grad_checkpointing, as timm's models have, got {type(model).__name__}")
@@ -51,7 +52,7 @@ def low_memory(model: nn.Module, lr: float, weight_decay: float = 0.05) -> Optim
 
 
 def _offload(model: nn.Module) -> None:
-    """Let what a forward pass of the model saves wait for backward in the host's memory."""
+    """Keep what a forward pass of the model saves in the host's memory until backward."""
     running: list[save_on_cpu] = []
 
     def begin(*_: Any) -> None:

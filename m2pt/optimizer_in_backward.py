@@ -1,4 +1,4 @@
-"""The optimizer's step inside backward, so that the gradients need not all be in memory at once."""
+"""Runs the optimizer's step inside backward, so that the gradients need not all be in memory at once."""
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -10,18 +10,19 @@ JOINT = {"Adahessian", "Adan", "FusedAdam", "FusedLAMB", "FusedNovoGrad", "Kron"
 
 
 def step_in_backward(optimizer: Optimizer) -> None:
-    """Let backward update every trainable parameter as soon as its gradient is there, and free the gradient.
+    """Let backward update every trainable parameter as soon as its gradient is computed, and free the gradient.
 
     Call this once, and then neither `optimizer.step` nor `zero_grad`. The updates are those of a step after backward,
-    bit for bit on a CPU; learning-rate schedulers and `state_dict` work as ever. Wrong, and not noticed here: several
-    micro-batches for one step, clipping by the norm of all gradients, a `GradScaler`, and `DistributedDataParallel`,
-    which adds the processes' gradients later (FSDP2 does so before). Nor is it noticed when a parameter that was frozen
-    or not in the optimizer at this call is trained later: nothing updates it, and its gradients add up. One that is
-    frozen after the call may be unfrozen again. A model under `torch.compile` computes all of its gradients before it
-    hands out the first, so there is nothing to save.
+    bit for bit on a CPU; learning-rate schedulers and `state_dict` work as before.
+
+    Wrong, but not detected: gradient accumulation, clipping by the norm of all gradients, a `GradScaler`, and
+    `DistributedDataParallel`, which adds the processes' gradients later (FSDP2 does so before). Nor is it detected if a
+    parameter that was frozen or not in the optimizer at this call is trained later: nothing updates it, and its
+    gradients add up. One that is frozen after the call may be unfrozen again. A model under `torch.compile` computes
+    all of its gradients before it hands out the first, so no memory is saved.
 
     Raises:
-        TypeError: `optimizer` is no `torch.optim.Optimizer`.
+        TypeError: `optimizer` is not a `torch.optim.Optimizer`.
         ValueError: it does not update every parameter by itself.
     """
     check_kind(Optimizer, "a torch.optim.Optimizer", optimizer=optimizer)
@@ -34,7 +35,7 @@ def step_in_backward(optimizer: Optimizer) -> None:
 
 
 class StepInBackward:
-    """The hook: updates a parameter whose gradient is there, and frees the gradient."""
+    """The hook that updates a parameter once its gradient is computed, and frees the gradient."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer

@@ -1,7 +1,7 @@
-"""Which linear layers of a target and of an auxiliary model belong together: bodies, blocks, layers of a block.
+"""Pairs the linear layers of a target with those of an auxiliary model: bodies, blocks, layers of a block.
 
-Names decide where both models are of a known family, shapes where one is not. What is not clear is an error that lists
-the candidates.
+Names decide if both models are of a known family, shapes if one is not. Anything unclear is an error that lists the
+candidates.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -25,7 +25,7 @@ SPACINGS = ("first", "last", "even")
 
 
 class Group(NamedTuple):
-    """Layers of a block that belong together: the target's rows, one layer after the other, are the auxiliary's.
+    """Layers of a block that belong together: their rows, one layer after the other, match in both models.
 
     Attributes:
         target_names, aux_names: dotted names inside the block.
@@ -55,7 +55,7 @@ def pair_blocks(
     main_body_name: str | tuple[str, str] | None,
     blocks: Blocks | None,
 ) -> list[Pair]:
-    """The blocks and layers that belong together, by the arguments of `reparameterize_aux_into_target_model`.
+    """Pair blocks and layers by the arguments of `reparameterize_aux_into_target_model`.
 
     Args:
         argument: what error messages call `aux`.
@@ -103,7 +103,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def in_projection(model: nn.Module, place: str) -> Tensor | None:
-    """The parameter of torch's MultiheadAttention that stands for a layer `in_proj`, if that is what `place` names."""
+    """The parameter of torch's MultiheadAttention that serves as a layer `in_proj`, if `place` names that."""
     parent, _, name = place.rpartition(".")
     try:
         attention = model.get_submodule(parent)
@@ -129,7 +129,7 @@ def _check_names(layer_names: LayerNames | None) -> None:
 
 
 def _names(names: Any) -> tuple[Any, ...]:
-    """One name, or several in an order."""
+    """A tuple of one name, or of several in their order."""
     return tuple(names) if isinstance(names, (tuple, list)) else (names,)
 
 
@@ -228,7 +228,7 @@ def _named_groups(
     argument: str,
     layer_names: LayerNames | None,
 ) -> list[Group]:
-    """The layers of two blocks that belong together by their names; nothing if no names are given or known."""
+    """Pair the layers of two blocks by name; empty if no names are given or known."""
     if isinstance(layer_names, Mapping):
         return [Group(_names(names), _names(aux_names), _names(names)) for names, aux_names in layer_names.items()]
     known = _known_groups(target, aux)
@@ -241,15 +241,15 @@ def _named_groups(
     known_names = [name for group in known for name in group.target_names]
     if unknown := [name for name in layer_names if name not in known_names]:
         raise ValueError(
-            f"{argument}: which layers of {aux_place} belong to {', '.join(unknown)} is not known, say it with a"
-            f" mapping as layer_names; known is that of {', '.join(known_names)}"
+            f"{argument}: it is not known which layers of {aux_place} belong to {', '.join(unknown)}: give a mapping"
+            f" as layer_names; known are those of {', '.join(known_names)}"
         )
     chosen = [group._replace(chosen=tuple(n for n in group.target_names if n in layer_names)) for group in known]
     return [group for group in chosen if group.chosen]
 
 
 def _known_groups(target: nn.Module, aux: nn.Module) -> list[Group]:
-    """Of two known families. The layers of torch's MultiheadAttention are left out, which reads their weights."""
+    """Groups of two known families, without the layers of torch's MultiheadAttention, which reads their weights."""
     layers, aux_layers = _layers(target), _layers(aux)
     groups = []
     for layer in layers if aux_layers else ():
@@ -266,13 +266,13 @@ def _known_groups(target: nn.Module, aux: nn.Module) -> list[Group]:
 
 
 def _misfit(target: nn.Module, aux: nn.Module, group: Group) -> str:
-    """Why layers do not belong together, whatever their shapes; nothing if they may."""
+    """Why layers do not belong together, whatever their shapes; empty if they may."""
     sides = (target, group.target_names), (aux, group.aux_names)
     if len(group.target_names) != len(group.aux_names):
         block, names = max(sides, key=lambda side: len(side[1]))
         rows = [_shape(block, name)[0] for name in names if _has_layer(block, name)]
         if len(set(rows)) > 1:
-            return f"expected as many rows in each, got {', '.join(map(str, rows))}"
+            return f"expected the same number of rows in each, got {', '.join(map(str, rows))}"
     gated = [_is_gated(*side) for side in sides]
     if None not in gated and gated[0] != gated[1]:
         return "a gated MLP and one without a gate"
@@ -282,7 +282,7 @@ def _misfit(target: nn.Module, aux: nn.Module, group: Group) -> str:
 
 
 def _is_gated(block: nn.Module, names: Names) -> bool | None:
-    """Whether the first layers of a known MLP hold a gate too; None of other layers."""
+    """Whether the first layers of a known MLP include a gate; None for other layers."""
     layers = _layers(block)
     if not layers or set(names) != set(layers["mlp.fc1"]):
         return None
@@ -294,7 +294,7 @@ def _layers(block: nn.Module) -> Layers:
 
 
 def _gate_is_last(block: nn.Module, names: Names) -> bool:
-    """Whether the first layer of an MLP holds the rows of its gate behind the others, as timm's GluMlp may."""
+    """Whether the first layer of an MLP has the rows of its gate after the others, as timm's GluMlp may."""
     is_first = names == ("mlp.fc1",) and _has_module(block, "mlp")
     return is_first and bool(getattr(block.get_submodule("mlp"), "gate_last", False))
 
@@ -306,7 +306,7 @@ def _parent(block: nn.Module, name: str) -> nn.Module:
 def _groups_by_shape(
     target: nn.Module, aux: nn.Module, target_place: str, aux_place: str, argument: str
 ) -> list[Group]:
-    """Layers of the same names; or, where names differ, of shapes that only one layer of either block has."""
+    """Pair layers by name; or, if the names differ, by shapes that only one layer of each block has."""
     shapes, aux_shapes = _linear_shapes(target), _linear_shapes(aux)
     for where, found in ((f"target_model: {target_place}", shapes), (f"{argument}: {aux_place}", aux_shapes)):
         if not found:
@@ -329,7 +329,7 @@ def _groups_by_shape(
             if names[0] not in clear
         )
         raise ValueError(
-            f"{argument}: {aux_place}: which of its layers belong to the target's is not clear, say it with"
+            f"{argument}: {aux_place}: it is not clear which of its layers belong to the target's: give"
             f" layer_names; clear are {clear}, the others by shape: {unclear}"
         )
     return [Group((name,), (aux_name,), (name,)) for name, aux_name in clear.items()]

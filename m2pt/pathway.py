@@ -1,4 +1,4 @@
-"""What is done with a connected model: look at it, store it small, train what should be trained, fold it away."""
+"""Works on connected models: inspects them, quantises them, freezes them for a probe, and merges their pathways."""
 
 import re
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def quantize_aux(model: nn.Module, dtype: str = "int8") -> nn.Module:
         `model`.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: no fused layer below `model`, one that is divided among processes, or an auxiliary weight that is
             trainable, quantised already, not finite, or does not fit `dtype` (the message names its layer; the model is
             as it was).
@@ -52,7 +52,7 @@ def quantize_aux(model: nn.Module, dtype: str = "int8") -> nn.Module:
 
 
 class QuantizationErrors(NamedTuple):
-    """Frobenius norms of the change over those of what is changed."""
+    """Relative errors: the Frobenius norm of the change divided by that of what is changed."""
 
     aux_weights: dict[str, float]
     """Of `cross_modal_scale * aux_weight`, by the layer's dotted name."""
@@ -62,9 +62,9 @@ class QuantizationErrors(NamedTuple):
 
 @torch.no_grad()
 def quantization_errors(model: nn.Module, dtype: str, *inputs: Tensor) -> QuantizationErrors:
-    """What `quantize_aux(model, dtype)` would change; the model itself is not.
+    """How much `quantize_aux(model, dtype)` would change; the model is left alone.
 
-    The output is compared at the scales the model has: as long as they are zero, nothing changes. Takes the memory of a
+    The output is compared at the model's own scales: as long as they are zero, nothing changes. Takes the memory of a
     float32 copy of the auxiliary weights. Call `model.eval()` first if the model drops anything at random.
 
     Args:
@@ -73,7 +73,7 @@ def quantization_errors(model: nn.Module, dtype: str, *inputs: Tensor) -> Quanti
         inputs: the arguments of a forward pass that returns one tensor, such as a batch of validation images.
 
     Raises:
-        TypeError, ValueError: as `quantize_aux`; or the model has no data.
+        TypeError, ValueError: as in `quantize_aux`; or the model has no data.
     """
     require_whole(model, "ask before dividing the model")
     stored, errors = {}, {}
@@ -104,18 +104,18 @@ def merge_pathways(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: no fused layer below `model`, one that is divided among processes, a merged weight that is not
-            finite, a layer whose weight is read beside calls, as by peft's DoRA, or has been multiplied by an adapter,
-            or hooks on a layer or its weight, which would be lost (the message names the layer; the model is as it
-            was).
+            finite, a layer whose weight is read other than by calling it, as by peft's DoRA, or has been multiplied by
+            an adapter, or hooks on a layer or its weight, which would be lost (the message names the layer; the model
+            is as it was).
     """
     require_whole(model, f"{GATHER}, and merge that with m2pt.checkpoints.merge_state_dict")
     layers = places(model)
     for layer, (name, *_) in layers.items():
         parent, _, own_name = name.rpartition(".")
         if is_known_to_read(around := model.get_submodule(parent), own_name):
-            change = "reads its weight: merging would change what that computes, merge before wrapping"
+            change = "reads its weight, so merging would change that module's output: merge before wrapping"
             raise ValueError(f"{name}: {qualified_name(around)} {change}")
         if has_multiplied(around):
             change = "has multiplied its weight, but not its auxiliary weight: unmerge_adapter() first"
@@ -140,7 +140,7 @@ def disabled_pathways(model: nn.Module) -> Iterator[None]:
     Copies that are made inside the block stay disabled.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: no fused layer below `model`.
     """
     were_enabled = {layer: layer.is_enabled for _, layer in fused_layers(model)}
@@ -157,7 +157,7 @@ def fused_layers(model: nn.Module) -> list[tuple[str, FusedCrossModalLinear]]:
     """Every place of a fused layer below `model`; a layer that is used twice has two.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: it has no fused layer.
     """
     check_module("model", model)
@@ -176,7 +176,7 @@ def require_whole(model: nn.Module, remedy: str) -> None:
 
 def require_data(layer: nn.Linear) -> None:
     if layer.weight.is_meta:
-        raise ValueError("model: expected one with data, this one is on the meta device")
+        raise ValueError("model: expected one with data, got one on the meta device")
 
 
 def places(model: nn.Module) -> dict[FusedCrossModalLinear, list[str]]:
@@ -190,11 +190,11 @@ def places(model: nn.Module) -> dict[FusedCrossModalLinear, list[str]]:
 def cross_modal_scales(model: nn.Module) -> dict[str, float]:
     """The learned scale of every fused layer, by the layer's dotted name.
 
-    With several auxiliary models a layer has one for each, by its name and the model's number in brackets. Scales that
-    are divided among processes are gathered: then every process has to call this.
+    With several auxiliary models a layer has one for each, named by the layer and the model's number in brackets.
+    Scales that are divided among processes are gathered: then every process has to call this.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: no fused layer below `model`, no data in it, or one that `FullyShardedDataParallel` divides.
     """
     scales: dict[str, float] = {}
@@ -209,10 +209,10 @@ def cross_modal_scales(model: nn.Module) -> dict[str, float]:
 
 
 def mean_absolute_scales(model: nn.Module) -> dict[str, float]:
-    """The mean absolute scale of every auxiliary model, by its name; as `cross_modal_scales`, which it calls.
+    """The mean absolute scale of every auxiliary model, by its name.
 
     Raises:
-        TypeError, ValueError: as `cross_modal_scales`.
+        TypeError, ValueError: as in `cross_modal_scales`, which it calls.
     """
     scales = iter(cross_modal_scales(model).values())
     found: dict[str, list[float]] = {}
@@ -223,15 +223,15 @@ def mean_absolute_scales(model: nn.Module) -> dict[str, float]:
 
 
 def describe_pathways(model: nn.Module) -> str:
-    """What is connected to what, as a Markdown table with a row for every auxiliary weight of every fused layer.
+    """Describe the connections in a Markdown table, with a row for every auxiliary weight of every fused layer.
 
-    It tells the layer; the auxiliary model and its layers whose weights were read, with `[rows]` behind one that was
-    divided; how the weight is stored and whether it is trained; the scale and whether it is trained; and whether the
-    layer has been called since it was connected, other than in compiled code. As by `cross_modal_scales`, every process
-    has to call this.
+    The columns show the layer; the auxiliary model; its layers that were read, with `[rows]` after one that was split;
+    how the weight is stored and whether it is trained; the scale and whether it is trained; and whether the layer has
+    been called since it was connected, other than in compiled code. As with `cross_modal_scales`, every process has to
+    call this.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: no fused layer below `model`, or no data in it.
     """
     scales = iter(cross_modal_scales(model).values())
@@ -248,11 +248,11 @@ def describe_pathways(model: nn.Module) -> str:
 def scale_table(model: nn.Module) -> str:
     """The learned scales as a Markdown table, a row per block and a column per layer of a block.
 
-    A block's name ends with the first number in a layer's name, as in `blocks.0` and `encoder_layer_0`. As by
+    A block's name ends with the first number in a layer's name, as in `blocks.0` and `encoder_layer_0`. As with
     `cross_modal_scales`, every process has to call this.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: no fused layer below `model`, or no data in it.
     """
     rows: dict[str, dict[str, float]] = {}
@@ -279,7 +279,7 @@ def freeze_for_linear_probe(model: nn.Module, head_name: str = "head") -> nn.Mod
         `model`.
 
     Raises:
-        TypeError: `model` is no module, or `head_name` no string.
+        TypeError: `model` is not a module, or `head_name` not a string.
         ValueError: the model has no such head with parameters, or no fused layer.
     """
     layers = fused_layers(model)
@@ -289,9 +289,9 @@ def freeze_for_linear_probe(model: nn.Module, head_name: str = "head") -> nn.Mod
     except AttributeError:
         raise ValueError(f"head_name: {type(model).__name__} has no module {head_name!r}") from None
     if head is model or next(head.parameters(), None) is None:
-        raise ValueError(f"head_name: expected a module with parameters, {head_name!r} is a {type(head).__name__}")
+        raise ValueError(f"head_name: expected a module with parameters, but {head_name!r} is a {type(head).__name__}")
     for module in fsdp_modules(model.modules()):
-        module.reshard()  # what is set on parameters that are whole for a while would be lost
+        module.reshard()  # flags set on parameters that are whole for a while would be lost
     model.requires_grad_(False)
     head.requires_grad_(True)
     for _, layer in layers:

@@ -1,4 +1,4 @@
-"""A pathway in a small file: scales, and what the auxiliary weights were read from, but not these themselves."""
+"""Saves a pathway to a small file and loads it: scales and where the auxiliary weights came from, but not these."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from .surgery import AuxModels, replaced, require_used_once, target_layer, weigh
 from .tensor_checks import check_module
 
 ENTRY, VERSION = "m2pt_pathway", 1
-"""The entry of the file's metadata that tells of the pathway, in JSON, and its version."""
+"""The entry of the file's metadata that describes the pathway in JSON, and its version."""
 SCALE, AUX_WEIGHT = "cross_modal_scale", "aux_weight"
 OWN = (SCALE, AUX_WEIGHT, "aux_weight_scale")
 """The entries of a state dict that a pathway adds to those of a layer."""
@@ -35,21 +35,21 @@ def save_pathway(model: nn.Module, path: str | os.PathLike, include_base: bool =
     """Write the pathways of a connected model to a `.safetensors` file, whole or not at all, without frozen W_aux.
 
     The file holds the scales and, if they may be trained, the auxiliary weights, by their names in the state dict. Its
-    metadata tell from which layers of which auxiliary models the weights were read, how they are stored, and the
-    SHA-256 of each model's, as stored. `load_pathway` needs the auxiliary models to put it together again.
+    metadata say which layers of which auxiliary models the weights were read from, how they are stored, and the SHA-256
+    of each model's weights as stored. `load_pathway` needs the auxiliary models to restore the pathway.
 
     Args:
-        model: a connected model. What torch wraps around it, and peft around its layers, is left out of the names.
-            Other entries of a model that peft has wrapped go back into one that is wrapped alike only.
+        model: a connected model. Names in the file leave out the wrappers of torch around it, and of peft around its
+            layers. Other entries of a model wrapped by peft can be loaded only into one that is wrapped alike.
         path: ends in `.safetensors`.
         include_base: also write all other entries of the model's state dict. Without them it is up to the caller to
             keep the target's own weights.
 
     Raises:
-        TypeError: `model` is no module, or `path` no path.
+        TypeError: `model` is not a module, or `path` not a path.
         ValueError: no fused layer below `model`; two of one name; scales that are not finite; a layer that is divided
             among processes, has no data, has an auxiliary weight that is pruned or was trained and then quantised, or
-            was not connected by surgery, so that nothing tells what a frozen one was read from; or another ending.
+            was not connected by surgery, so that the origin of a frozen one is unknown; or another ending.
         OSError: there is a folder of that name, the folder is missing or cannot be written, or the disk is full.
     """
     path = checked_target(path)
@@ -67,7 +67,7 @@ def save_pathway(model: nn.Module, path: str | os.PathLike, include_base: bool =
                 raise ValueError(f"{name}: aux_weight was trained and then quantised: save the whole state dict")
             tensors[f"{name}.{AUX_WEIGHT}"] = layer.aux_weight
         elif not all(auxiliary.layers for auxiliary in layer.auxiliaries):
-            raise ValueError(f"{name}: it is not known what its auxiliary weight was read from: connect by surgery")
+            raise ValueError(f"{name}: it is not known where its auxiliary weight came from: connect it by surgery")
     described = {
         name: {"storage": layer.storage, "auxiliaries": [list(auxiliary) for auxiliary in layer.auxiliaries]}
         for name, layer in layers.items()
@@ -77,7 +77,7 @@ def save_pathway(model: nn.Module, path: str | os.PathLike, include_base: bool =
 
 
 def _bare(name: str) -> str:
-    """A name without what torch and peft put around the model and around modules in it."""
+    """A name without the wrappers of torch and peft, around the model and around modules in it."""
     name = re.sub(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+", "", name)
     return re.sub(r"\.(?:_orig_mod|_checkpoint_wrapped_module)(?=\.|$)", "", name)
 
@@ -87,7 +87,7 @@ def _layer_name(name: str) -> str:
 
 
 def _base(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the model's state dict but those of its pathways."""
+    """The tensors of the model's state dict except those of its pathways."""
     pathways = {id(getattr(layer, kind)) for layer in fused_in(model) for kind in OWN}
     entries = model.state_dict(keep_vars=True).items()
     return _by_name(
@@ -96,24 +96,24 @@ def _base(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _by_name(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """What is named, by its name; or a ValueError for two of one name, which wrappers have made different."""
+    """A dict by name, or a ValueError for two of one name that only wrappers made different."""
     found: dict[str, Any] = {}
     for name, value in named:
         if name in found:
-            raise ValueError(f"model: {name} is there twice, with wrappers around it and without: save the parts apart")
+            raise ValueError(f"model: {name} is there twice, with and without wrappers around it: save the parts apart")
         found[name] = value
     return found
 
 
 def frozen_entries(model: nn.Module) -> set[str]:
-    """The names in the model's state dict of auxiliary weights that are not trained; none without a pathway."""
+    """The names of frozen auxiliary weights in the model's state dict; none without a pathway."""
     layers = [layer for layer in fused_in(model) if not layer.is_aux_trainable]
     frozen = {id(tensor) for layer in layers for tensor in (layer.aux_weight, layer.aux_weight_scale)}
     return {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in frozen}
 
 
 def digests(layers: Iterable[FusedCrossModalLinear]) -> dict[str, str]:
-    """By auxiliary model the SHA-256 of its frozen weights as the layers store them, one layer after the other."""
+    """The SHA-256 of each auxiliary model's frozen weights as the layers store them, one layer after the other."""
     hashes: dict[str, Any] = {}
     for layer in layers:
         for part in layer.parts() if not layer.is_aux_trainable else ():
@@ -125,12 +125,12 @@ def digests(layers: Iterable[FusedCrossModalLinear]) -> dict[str, str]:
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """The bytes of its entries in their order, wherever they lie, as `hashlib` takes them."""
+    """The bytes of a tensor's entries in order, wherever they are in memory, as `hashlib` takes them."""
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
 
 
 def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.PathLike) -> nn.Module:
-    """Connect a model as the one that `save_pathway` wrote, in place, with its scales, which are trainable.
+    """Connect a model in place like the one that `save_pathway` wrote, with its scales, which are trainable.
 
     Args:
         model: the target with weights of its own, which the file replaces if it has them. It is not connected yet, and
@@ -167,8 +167,8 @@ def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.P
     for aux_name, digest in digests(layers.values()).items():
         if digest != (expected := content["sha256"][aux_name]):
             raise ValueError(
-                f"aux_model: the weights of {aux_name!r} are others than those in {path}, or were not cast as those"
-                f" were before they were quantised: their SHA-256 is {digest}, expected {expected}"
+                f"aux_model: the weights of {aux_name!r} differ from those in {path}, or were cast differently before"
+                f" they were quantised: their SHA-256 is {digest}, expected {expected}"
             )
     own = {f"{name}.{kind}" for name in content["layers"] for kind in OWN}
     base = {name: tensor for name, tensor in tensors.items() if name not in own}
@@ -181,11 +181,11 @@ def load_pathway(model: nn.Module, aux_model: AuxModels | None, path: str | os.P
 
 
 def read_pathway(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and what it tells of the pathways, once that is known to be complete.
+    """The tensors of a file and its description of the pathways, checked to be complete.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is damaged, or none that `save_pathway` wrote.
+        ValueError: it is damaged, or was not written by `save_pathway`.
     """
     tensors, metadata = read_safetensors(path)
     try:
@@ -278,13 +278,13 @@ def _restored(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(RuntimeError):  # of those that cannot be overwritten
+        with suppress(RuntimeError):  # for entries that cannot be overwritten
             model.load_state_dict(before, strict=False)
         raise
 
 
 def _named_as_in(model: nn.Module, base: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The entries of a file under the names that the model has for them, once they are known to fit."""
+    """The entries of a file by the model's names for them, checked to fit."""
     entries = model.state_dict().items()
     there = _by_name((_bare(name), (name, value)) for name, value in entries if isinstance(value, Tensor))
     if differing := sorted(there.keys() ^ base.keys()):

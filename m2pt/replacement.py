@@ -1,4 +1,4 @@
-"""Whether what takes the place of a module keeps its pathways: conversions of linear layers would lose them."""
+"""Guards pathways when a module is replaced: conversions of linear layers would lose them."""
 
 import re
 from typing import TYPE_CHECKING, cast
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 BYPASSING = ("hra", "shira", "supertuning", "frod")
-"""The methods of peft whose layers multiply with the weight of the layer inside and do not call it."""
+"""The methods of peft whose layers multiply by the inner layer's weight and do not call that layer."""
 MULTIPLYING = ("oft", "boft", "ia3", "road", "deft")
-"""Those that merge by multiplying the weight, as DoRA does too."""
+"""The methods of peft that merge by multiplying the weight, as DoRA does too."""
 
 
 def has_pathway(module: nn.Module) -> bool:
-    """Whether it is or has a fused layer, or is code made from one, which keeps the names of parameters."""
+    """Whether it is or has a fused layer, or is code generated from one, which keeps the names of parameters."""
     return any(isinstance(each, FusedCrossModalLinear) for each in module.modules()) or any(
         name.rpartition(".")[2] == "cross_modal_scale" for name, _ in module.named_parameters()
     )
@@ -35,12 +35,12 @@ def is_dora(wrapper: nn.Module) -> bool:
 
 
 def has_multiplied(wrapper: nn.Module) -> bool:
-    """Whether its adapter is merged by multiplying the weight of the layer inside, which leaves auxiliary weights."""
+    """Whether its adapter is merged and has multiplied the inner layer's weight, but not its auxiliary weight."""
     return getattr(wrapper, "merged", False) and (_method(wrapper) in MULTIPLYING or is_dora(wrapper))
 
 
 def _method(wrapper: nn.Module) -> str:
-    """The name of peft's method, if it is a layer of one; otherwise nothing."""
+    """The name of the peft method whose layer it is, or an empty string."""
     found = re.fullmatch(r"peft\.tuners\.(\w+)\.layer", type(wrapper).__module__)
     return found[1] if found else ""
 

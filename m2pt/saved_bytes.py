@@ -1,4 +1,4 @@
-"""What autograd keeps for a backward pass, in bytes, and the published formulation to compare it with."""
+"""Counts the bytes that autograd saves for backward, and offers the published formulation for comparison."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +17,12 @@ from .tensor_checks import check_module
 
 
 def saved_for_backward_bytes(model: nn.Module, *inputs: Tensor) -> int:
-    """Bytes that `model(*inputs)` saves for backward, every storage once, the model's parameters and buffers left out.
+    """Bytes that `model(*inputs)` saves for backward: every storage once, without the model's parameters and buffers.
 
-    Precision, device and which gradients are needed are the caller's: call it inside `torch.autocast` to measure that.
+    Precision, device and required gradients are the caller's: call it inside `torch.autocast` to measure that.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: it is divided among processes.
     """
     check_module("model", model)
@@ -45,9 +45,9 @@ def published_formulation(model: nn.Module) -> Iterator[None]:
     """Inside the block, every fused layer of `model` computes as the published code does, storing the combined weight.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: no fused layer in `model`, or one with a quantised W_aux or several, which the published code does
-            not know.
+            not have.
     """
     check_module("model", model)
     layers = [module for module in model.modules() if isinstance(module, FusedCrossModalLinear)]

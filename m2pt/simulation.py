@@ -1,4 +1,4 @@
-"""What a training step holds in memory, part by part: fake tensors are allocated and freed, and nothing is computed."""
+"""Simulates a training step's memory, part by part: fake tensors are allocated and freed, and nothing is computed."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,27 +19,27 @@ from m2pt_kernels.estimates import MOST_SPLIT_BYTES, MOST_SPLITS
 from .linear import FusedCrossModalLinear
 
 PARTS = ("weights", "W_aux", "gradients", "optimizer", "activations", "transient")
-"""`weights` with buffers and a moving average; `activations` wait from forward to backward, with the batch itself;
-`transient` is what comes and goes within either."""
+"""`weights` include buffers and a moving average; `activations` are kept from forward to backward and include the
+batch; `transient` is what is allocated and freed within either."""
 
 Bytes = dict[str, int]
 """By part."""
 
 Moment = tuple[str, int]
-"""What a step is at between two marks, and of which block: 0 for the first, others counted from the end, as -2."""
+"""The phase of a step between two marks, and its block: 0 for the first, others counted from the end, as -2."""
 
 Splits = Callable[[int, int, int], int]
-"""Among how many blocks of a GPU gradients of rows, columns and tokens are split."""
+"""Given rows, columns and tokens of a gradient, among how many blocks of a GPU it is split."""
 
 
 class Timeline(TorchDispatchMode):
-    """Keeps what is allocated and freed inside the block, to which part it belongs, and marks of moments between."""
+    """Records what is allocated and freed inside the block, which part it belongs to, and the marks of moments."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: list[int] = []
         self.parts: list[str] = []
-        self.events: list[int | Moment] = []  # a storage comes, n, or goes, ~n; or a mark
+        self.events: list[int | Moment] = []  # n: a storage is allocated; ~n: it is freed; or a mark
         self.held: dict[int, tuple[weakref.ref, int]] = {}
 
     def __torch_dispatch__(
@@ -50,7 +50,7 @@ class Timeline(TorchDispatchMode):
         return result
 
     def hold(self, part: str, values: Iterable[Any]) -> None:
-        """Note the tensors that are new, and to which part they belong unless that is known."""
+        """Record the tensors that are new, and the part they belong to unless it is known."""
         for value in values:
             if not isinstance(value, Tensor):
                 continue
@@ -66,7 +66,7 @@ class Timeline(TorchDispatchMode):
                 self.parts[number] = part
 
     def hold_rest(self, part: str) -> None:
-        """Let all that is there and belongs to no other part belong to this one."""
+        """Assign everything that belongs to no other part yet to this one."""
         for _, number in self.held.values():
             if self.parts[number] == "transient":
                 self.parts[number] = part
@@ -79,7 +79,7 @@ class Timeline(TorchDispatchMode):
         self.events.append(~self.held.pop(place)[1])
 
     def peaks(self) -> dict[Moment, Bytes]:
-        """What there is at a time, when it is the most, in each moment since the first mark."""
+        """What is held at the peak of each moment since the first mark."""
         found: dict[Moment, Bytes] = {}
         moment: Moment | None = None
         now, most = dict.fromkeys(PARTS, 0), 0
@@ -95,7 +95,7 @@ class Timeline(TorchDispatchMode):
 
 
 class SplitSums(TorchDispatchMode):
-    """Holds what the kernels of a GPU do of the splits of a layer's gradients, while these are computed."""
+    """While a layer's gradients are computed, holds what a GPU's kernels allocate for their splits."""
 
     def __init__(self, splits: Splits) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class SplitSums(TorchDispatchMode):
 
 
 def most_splits(rows: int, columns: int, tokens: int) -> int:
-    """The most that any GPU may be asked for."""
+    """The most splits that any GPU may be asked for."""
     return min(MOST_SPLITS, MOST_SPLIT_BYTES // (4 * rows * columns))
 
 
@@ -124,18 +124,18 @@ Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
 def to_host(tensor: Tensor) -> Layout:
-    """As `torch.autograd.graph.save_on_cpu` has it: a saved tensor leaves the device."""
+    """As in `torch.autograd.graph.save_on_cpu`: a saved tensor leaves the device."""
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def from_host(layout: Layout) -> Tensor:
-    """And comes back as another tensor."""
+    """A saved tensor comes back as another one."""
     shape, stride, dtype = layout
     return torch.empty_strided(shape, stride, dtype=dtype)
 
 
 def fake() -> FakeTensorMode:
-    """Inside the block tensors have no memory; a model on "meta" is brought in by `to_empty(device="cpu")`."""
+    """Inside the block tensors take no memory; bring in a model on "meta" with `to_empty(device="cpu")`."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -154,15 +154,15 @@ def simulate(
     """The peaks of a training step, inside `fake`.
 
     Args:
-        model: in training.
-        optimizer: its states are there.
+        model: in training mode.
+        optimizer: with its states created.
         batch: the tensors of a micro-batch.
         loss: the forward pass.
-        micro_batches: of a step; from the second on each is like the second.
-        on_host: what forward saves waits in the host's memory.
-        average: of the weights, if there is one.
+        micro_batches: how many gradients are added for a step; from the second on each is like the second.
+        on_host: whether what forward saves is kept in the host's memory.
+        average: the moving average of the weights, if there is one.
         buckets: whether the gradients are there a second time, as DDP sends them.
-        splits: of gradients, as the GPU's kernels divide them.
+        splits: how the GPU's kernels split gradients.
     """
     timeline = Timeline()
     timeline.hold("W_aux", auxiliary_tensors(model))
@@ -189,7 +189,7 @@ def simulate(
 
 @contextmanager
 def _noted(model: nn.Module, timeline: Timeline) -> Iterator[None]:
-    """Inside the block, the timeline notes the gradients of the model and when its blocks begin and end."""
+    """Inside the block, the timeline records the model's gradients and when its blocks begin and end."""
 
     def hold(parameter: Tensor) -> None:
         timeline.hold("gradients", [parameter.grad])
@@ -205,7 +205,7 @@ def _noted(model: nn.Module, timeline: Timeline) -> Iterator[None]:
     def begin(index: int, tensor: Tensor) -> None:
         """Block `index` begins forward; the one before it, which made the tensor, begins backward when that has a
         gradient."""
-        if torch._C._current_graph_task_id() != -1:  # computed again in backward
+        if torch._C._current_graph_task_id() != -1:  # recomputed in backward
             return
         timeline.mark(*(("forward", index and index - last) if index < last else ("head", 0)))
         before = ("backward", index - 1 and index - 1 - last) if index else ("embedding", 0)

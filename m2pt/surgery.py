@@ -44,38 +44,38 @@ def reparameterize_aux_into_target_model(
 ) -> nn.Module:
     """Replace linear layers of the target's blocks by `FusedCrossModalLinear`, in place (M2PT, section 3.2).
 
-    Bodies and layers are found for the families in `m2pt.families`: those of attention and MLP. Query, key and value
-    may be one layer on one side and three on the other. Of other models the one sequence of equal blocks is taken, if
-    their linear layers have the same names or pair up by shape in one way only. GPT-2's Conv1D is read transposed, and
-    of a LoRA wrapper the layer inside is used. `describe_pathways` shows what was connected to what.
+    For the families in `m2pt.families`, the blocks and their attention and MLP layers are found by name. Query, key and
+    value may be one layer on one side and three on the other. Other models need exactly one sequence of equal blocks,
+    whose linear layers have the same names or pair up by shape in one way only. GPT-2's Conv1D is read transposed, and
+    in a LoRA wrapper the inner layer is used. `describe_pathways` shows the connections.
 
-    A target that is connected already gets the further auxiliary models beside those it has. Auxiliary weights and
-    scales are then new parameters of the same values, and the scales trainable, so make the optimizer afterwards. Wrap
-    the target in DistributedDataParallel afterwards too.
+    A target that is connected already gets the new auxiliary models in addition to those it has. Auxiliary weights and
+    scales then become new parameters with the same values, and the scales trainable, so make the optimizer afterwards.
+    Wrap the target in DistributedDataParallel afterwards too.
 
-    A layer whose weight its parent reads without calling the layer would not be connected: some such modules are known
-    and refused, and a `sample` shows any other. Without a sample, the first forward pass of the target in training mode
-    warns of layers that have not been called; that of a compiled target does not. It also warns of layers that were
-    replaced since, and of scales that something has frozen at zero.
+    If a parent reads a layer's weight without calling the layer, connecting it would have no effect: some such modules
+    are known and refused, and a `sample` finds any others. Without a sample, the target's first forward pass in
+    training mode warns of layers that have not been called; that of a compiled target does not. It also warns of layers
+    that were replaced since, and of scales that something has frozen at zero.
 
     Args:
         target_model: the model to improve.
-        aux_model: a model of another modality, whose layers have the same shapes. It is left as it is, and the storage
-            of its weights is shared, but for rows that are joined, Conv1D, and where there are several such models: a
-            sequence, or a mapping that names them for `describe_pathways`, connects them all, each with scales of its
-            own, and copies their weights.
-        layer_names: the linear layers of a block, as dotted names that hold in both models; or a mapping from the
-            target's names to the auxiliary model's. A tuple on either side stands for the layers' rows, one layer after
-            the other: `{"attn.qkv": ("attention.q", "attention.k", "attention.v")}`.
-        main_body_name: the dotted name of the sequence of blocks, in both models; or a pair, the target's and the
-            other. None finds `blocks`, or the one that is of a known family, or of equal blocks.
+        aux_model: a model of another modality, whose layers have the same shapes. It is left as it is, and shares the
+            storage of its weights, except for joined rows and Conv1D. A sequence of models, or a mapping that names
+            them for `describe_pathways`, connects them all, each with scales of its own; the weights of several models
+            are copied.
+        layer_names: the linear layers of a block, as dotted names valid in both models; or a mapping from the target's
+            names to the auxiliary model's. A tuple on either side stands for the layers' rows, one layer after the
+            other: `{"attn.qkv": ("attention.q", "attention.k", "attention.v")}`.
+        main_body_name: the dotted name of the sequence of blocks in both models; or a pair, the target's and the
+            auxiliary model's. None finds `blocks`, or else the one of a known family or of equal blocks.
         is_aux_trainable: whether the auxiliary weights are trained too.
         aux_dtype: how frozen auxiliary weights are stored, as `quantize_aux` takes it; None shares them as they are.
         sample: the input of a forward pass of `target_model`: a tensor, a tuple of arguments, or a mapping of keyword
             arguments. The target runs once with it, in evaluation mode, and has to call every connected layer.
-        blocks: which blocks are connected. None connects all, of models of one depth. "first" and "last" connect as
-            many as the shallower model has; "even" spreads its blocks over the deeper one's, from the first to the
-            last. Indices connect the blocks of these numbers; pairs the target's with the auxiliary model's.
+        blocks: which blocks are connected. None connects all, if both models have the same depth. "first" and "last"
+            connect as many as the shallower model has; "even" spreads its blocks over the deeper one's, from the first
+            to the last. Indices connect the blocks of these numbers; pairs the target's with the auxiliary model's.
 
     Returns:
         `target_model`.
@@ -111,7 +111,7 @@ def reparameterize_aux_into_target_model(
 
 
 class Connection(NamedTuple):
-    """What a layer of the target gets of one auxiliary model, which error messages call `argument`."""
+    """What a layer of the target gets from one auxiliary model, which error messages call `argument`."""
 
     layer: nn.Linear
     argument: str
@@ -120,20 +120,20 @@ class Connection(NamedTuple):
 
 
 def remove_auxiliary(model: nn.Module, name: str) -> nn.Module:
-    """Take an auxiliary model out of a connected one, in place; a layer that has no other becomes a plain `nn.Linear`.
+    """Remove an auxiliary model from a connected one, in place; a layer that has no other becomes a plain `nn.Linear`.
 
-    Nothing is folded into the weights. Where others stay, their weights and scales are new parameters of the same
+    Nothing is merged into the weights. If others stay, their weights and scales become new parameters with the same
     values, so make the optimizer afterwards.
 
     Args:
         model: a connected model.
-        name: of the auxiliary model, as `describe_pathways` shows it.
+        name: the auxiliary model's, as `describe_pathways` shows it.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError: `model` is no module, or `name` no string.
+        TypeError: `model` is not a module, or `name` not a string.
         ValueError: no fused layer below `model`, none with such an auxiliary model, one that is divided among processes
             or inside DistributedDataParallel, or has hooks, which would be lost. The model is as it was.
     """
@@ -147,21 +147,21 @@ def remove_auxiliary(model: nn.Module, name: str) -> nn.Module:
 def disconnect_pathways(model: nn.Module) -> nn.Module:
     """Turn every fused layer into the plain `nn.Linear` it would be without its auxiliary weights, in place.
 
-    Nothing is folded: the model computes bit for bit what it computes in `disabled_pathways`, with the same parameters
+    Nothing is merged: the model computes bit for bit what it computes in `disabled_pathways`, with the same parameters
     as weights and biases.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError, ValueError: as `remove_auxiliary`.
+        TypeError, ValueError: as in `remove_auxiliary`.
     """
     _without(model, lambda auxiliary: True)
     return model
 
 
 def _without(model: nn.Module, is_removed: Callable[[Auxiliary], bool]) -> bool:
-    """Take auxiliary weights out of a model; whether there were any."""
+    """Remove auxiliary weights from a model; returns whether there were any."""
     require_whole(model, "remove auxiliary models before dividing the model")
     replacements: dict[str, nn.Module] = {}
     for layer, (place, *more) in places(model).items():
@@ -183,7 +183,7 @@ def _auxiliary_names(model: nn.Module) -> list[str]:
 
 
 def _named_models(aux_model: AuxModels, target_model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
-    """The auxiliary models with names that are not taken, by what error messages call them."""
+    """The auxiliary models with names not yet taken, by what error messages call them."""
     taken = _auxiliary_names(target_model)
     if isinstance(aux_model, Mapping):
         models = {f"aux_model[{name!r}]": (name, model) for name, model in aux_model.items()}
@@ -236,7 +236,7 @@ def _connections(
 
 
 def _misfit(group: Group, layers: Sequence[nn.Linear], weights: Sequence[tuple[str, Tensor]]) -> str:
-    """Why the layers of the target cannot get the rows of these weights; nothing if they can."""
+    """Why the layers of the target cannot get the rows of these weights; empty if they can."""
     joined = " + ".join(place for place, _ in weights)
     if any(weight is layer.weight for _, weight in weights for layer in layers):
         return f"{joined} is target_model's own weight"
@@ -249,14 +249,14 @@ def _misfit(group: Group, layers: Sequence[nn.Linear], weights: Sequence[tuple[s
 
 
 def _joined_shape(weights: Iterable[Tensor]) -> tuple[int, ...] | list[tuple[int, ...]]:
-    """Of their rows one after the other; of each weight where the numbers of columns differ."""
+    """The shape of all rows together, or of each weight if the numbers of columns differ."""
     shapes = [tuple(weight.shape) for weight in weights]
     columns = {shape[1] for shape in shapes}
     return (sum(rows for rows, _ in shapes), *columns) if len(columns) == 1 else shapes
 
 
 def _rows(weights: Sequence[tuple[str, Tensor]], start: int, stop: int) -> tuple[str, Tensor]:
-    """Some rows of weights, one after the other, and what they are called; a view unless they are of several."""
+    """The name and the data of some rows of weights laid end to end; a view unless they come from several."""
     names, parts, first = [], [], 0
     for place, weight in weights:
         rows = slice(max(start - first, 0), min(stop - first, len(weight)))
@@ -271,10 +271,10 @@ def _rows(weights: Sequence[tuple[str, Tensor]], start: int, stop: int) -> tuple
 
 
 def weight_at(model: nn.Module, argument: str, layers: str) -> Tensor:
-    """The auxiliary weight that was read from layers as `Auxiliary` names them.
+    """Read an auxiliary weight from the layers that an `Auxiliary` names.
 
     Raises:
-        ValueError: there is no such layer, or none that could be connected.
+        ValueError: there is no such layer, or it could not be connected.
     """
     parts = []
     for each in layers.split(" + "):
@@ -379,7 +379,7 @@ def _connected(
 
 @contextmanager
 def replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put layers in their places; if that fails, or the block does, all is as it was."""
+    """Put layers in their places; if that or the block fails, undo it all."""
     before = {place: model.get_submodule(place) for place in layers}
     called = {layer: layer.is_called for layer in fused_in(model)}
     try:

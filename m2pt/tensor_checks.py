@@ -1,4 +1,4 @@
-"""What modules, tensors and state dicts have to be. Every message begins with the name of the argument."""
+"""Checks of modules, tensors and state dicts. Every message begins with the name of the argument."""
 
 from collections.abc import Mapping
 
@@ -17,7 +17,7 @@ def check_module(argument: str, module: nn.Module) -> None:
 
 
 def check_readable(argument: str, tensor: Tensor) -> None:
-    """Raise a TypeError for a tensor of a class whose operators another package defines, as quantised ones are."""
+    """Raise a TypeError for a tensor of a class whose operators another package defines, such as a quantised one."""
     if type(tensor).__module__.split(".")[0] not in ("torch", __package__) and _has_own_operators(type(tensor)):
         remedy = "connect unquantised layers, and quantise what merging leaves"
         raise TypeError(f"{argument}: expected a plain tensor, got a {qualified_name(tensor)}: {remedy}")
@@ -29,11 +29,11 @@ def _has_own_operators(kind: type[Tensor]) -> bool:
 
 
 def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
-    """That it holds named tensors with data.
+    """Check that it holds named tensors with data.
 
     Raises:
-        TypeError: something else.
-        ValueError: a tensor that is sparse, nested, divided among processes, or on the meta device.
+        TypeError: it holds anything else.
+        ValueError: a tensor is sparse, nested, divided among processes, or on the meta device.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected tensors by name, got {type(state_dict).__name__}")

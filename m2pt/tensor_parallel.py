@@ -1,7 +1,7 @@
-"""Fused layers divided among processes: styles for a plan of `torch.distributed.tensor.parallel.parallelize_module`.
+"""Tensor parallelism for fused layers: styles for a plan of `torch.distributed.tensor.parallel.parallelize_module`.
 
-torch's own styles know `weight` and `bias`: they would leave quantised or row-wise auxiliary weights whole in every
-process, and divide a scale that has one entry, which AdamW refuses. These treat other linear layers as torch's do.
+torch's own styles know only `weight` and `bias`: they would leave quantised or row-wise auxiliary weights whole in
+every process, and divide a scale that has one entry, which AdamW refuses. These treat other linear layers as torch's.
 """
 
 import torch

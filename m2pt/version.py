@@ -1,4 +1,4 @@
-"""The version of the package: of what is installed, or of the checkout that is run from."""
+"""The version of the package: that of the installation, or of the checkout it runs from."""
 
 from configparser import ConfigParser
 from importlib.metadata import PackageNotFoundError, version

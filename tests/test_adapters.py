@@ -86,7 +86,7 @@ def test_what_surgery_makes_anew_is_trained_as_before():
     freeze_for_linear_probe(model)
     remove_auxiliary(model, "two")
     assert not any(layer.is_aux_trained for layer in fused_layers(model).values())
-    message = "is_aux_trainable: expected True, as of the auxiliary weights that are there"
+    message = "is_aux_trainable: expected True, as for the auxiliary weights that are there"
     with pytest.raises(ValueError, match=message):
         reparameterize_aux_into_target_model(model, {"three": vit(3, depth=1)})
     model.requires_grad_(True)

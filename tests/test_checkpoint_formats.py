@@ -362,7 +362,7 @@ def test_dropped_entries_have_a_reason(case):
     reasons = {
         "mask token": r"mask_token$",
         "decoder": r"decoder|increase_dim",
-        "pooler, which timm has none of": r"^pooler\.",
+        "pooler, which timm does not have": r"^pooler\.",
     }
     assert all(re.search(reasons[reason], name) for name, reason in report.dropped.items())
 
@@ -675,7 +675,7 @@ def plus(name, *shape):
 
 
 MALFORMED = {
-    "empty": (timm_vit, lambda entries: entries.clear(), "there is nothing in it"),
+    "empty": (timm_vit, lambda entries: entries.clear(), "it is empty"),
     "no blocks": (
         timm_vit,
         lambda entries: [entries.pop(name) for name in list(entries) if name.startswith("blocks.")],

@@ -121,7 +121,7 @@ def test_an_average_alone_is_read(tmp_path, weights):
     [
         ({"model": RAW}, "w.pth", "ema", "there is no moving average .*'state_dict_ema', 'model_ema', 'ema'"),
         (RAW, "w.safetensors", "ema", "there is no moving average"),
-        ({"ema": AVERAGE}, "w.pth", "raw", "there are no weights in it beside their moving average, ema"),
+        ({"ema": AVERAGE}, "w.pth", "raw", "there are no raw weights in it beside their moving average, ema"),
     ],
 )
 def test_weights_that_are_not_there_are_refused(tmp_path, content, name, weights, message):

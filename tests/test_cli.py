@@ -90,7 +90,7 @@ def test_merge_does_not_overwrite_a_link_to_a_file_that_is_gone(connected, tmp_p
     save_state_dict(connected.state_dict(), "trained.safetensors")
     Path("merged.safetensors").symlink_to("gone.safetensors")
     assert main(["merge", "trained.safetensors", "merged.safetensors"]) == 2
-    assert "merged.safetensors: it exists" in capsys.readouterr().err
+    assert "merged.safetensors: already exists" in capsys.readouterr().err
     assert Path("merged.safetensors").is_symlink()
 
 
@@ -114,7 +114,7 @@ def test_merge_overwrites_only_when_it_is_told_to(connected, tmp_path, monkeypat
         save_state_dict(connected.state_dict(), name)
     before = Path("merged.safetensors").read_bytes()
     assert main(["merge", reads, "merged.safetensors"]) == 2
-    message = "merged.safetensors: it exists: choose another name, or overwrite it with --force"
+    message = "merged.safetensors: already exists: choose another name, or overwrite it with --force"
     assert capsys.readouterr().err == f"m2pt: error: {message}\n"
     assert main(["merge", "--force", reads, "merged.safetensors"]) == (2 if reads.startswith("missing") else 0)
     assert (Path("merged.safetensors").read_bytes() == before) == reads.startswith("missing")
@@ -190,7 +190,7 @@ def test_convert_writes_a_checkpoint_for_timm_and_reports_what_it_left_out(tmp_p
     [
         (["convert", "missing.pth", "out.safetensors"], "missing.pth: no such file"),
         (["convert", "plain.safetensors", "out.pth"], "ending in .safetensors"),
-        (["convert", "connected.safetensors", "out.safetensors"], "fold it first, with `m2pt merge`"),
+        (["convert", "connected.safetensors", "out.safetensors"], "merge it first with `m2pt merge`"),
         (["convert", "other.safetensors", "out.safetensors"], "other.safetensors: expected transformer blocks"),
         (
             ["convert", "one_byte.safetensors", "out.safetensors"],
@@ -198,7 +198,7 @@ def test_convert_writes_a_checkpoint_for_timm_and_reports_what_it_left_out(tmp_p
         ),
         (["merge", "missing.pth", "out.safetensors"], "missing.pth: no such file"),
         (["merge", "plain.safetensors", "out.safetensors"], "plain.safetensors: there is no cross_modal_scale in it"),
-        (["merge", "plain.safetensors", "connected.safetensors"], "connected.safetensors: it exists"),
+        (["merge", "plain.safetensors", "connected.safetensors"], "connected.safetensors: already exists"),
         (["merge", "--weights", "ema", "connected.safetensors", "out.safetensors"], "there is no moving average"),
         (["convert", "--weights", "ema", "plain.safetensors", "out.safetensors"], "there is no moving average"),
         (["convert", ".", "out.safetensors"], ".: a folder without any of model.safetensors"),
@@ -247,7 +247,7 @@ def test_help_is_printed(arguments):
         ("matrix", "TOML"),
         ("merge", "OUT"),
         ("merge", "--force"),
-        ("merge", "`module.` or `_orig_mod.`, that is taken off"),
+        ("merge", "`module.` or `_orig_mod.`, that is removed"),
         ("convert", "OUT"),
         *((command, "--weights") for command in ("merge", "convert", "eval")),
     ],
@@ -324,7 +324,7 @@ def test_recipes_are_listed_and_printed(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == shipped_recipes()
-    assert any(re.fullmatch(r"tiny_audio +Which speaker: .*\.", line) for line in lines)
+    assert any(re.fullmatch(r"tiny_audio +Speaker identification: .*\.", line) for line in lines)
     assert main(["recipes", "tiny_audio", "schedule.epochs=7"]) == 0
     assert capsys.readouterr().out == load_recipe("tiny_audio", {"schedule.epochs": 7}).as_toml() + "\n"
 

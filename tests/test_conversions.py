@@ -305,7 +305,7 @@ def test_scales_that_an_adapter_freezes_at_zero_are_named(method, is_unfrozen):
     for layer in fused_layers(model).values() if is_unfrozen else ():
         layer.cross_modal_scale.requires_grad_(True)
     names = ", ".join(name.removeprefix("base_model.model.") for name in fused_layers(model))
-    remedy = "cross_modal_scale is zero and frozen: set requires_grad of every cross_modal_scale, and only then make"
+    remedy = "cross_modal_scale is zero and frozen: set requires_grad on every cross_modal_scale before making"
     assert warnings_of(model) == [f"{names}: {remedy} the optimizer"] * (not is_unfrozen)
 
 
@@ -342,7 +342,7 @@ def test_after_the_pathways_a_multiplying_adapter_is_merged_exactly(name):
 @pytest.mark.parametrize("name", ["DoRA", "HiRA", "PEANuT"])
 def test_pathways_are_not_merged_where_an_adapter_reads_the_weight(name):
     model = wrapped(connected(depth=1), MERGED[name])
-    message = rf"^base_model.model.{LAYER}.base_layer: peft.tuners.* reads its weight: .*, merge before wrapping"
+    message = rf"^base_model.model.{LAYER}.base_layer: peft.tuners.* reads its weight, .*: merge before wrapping"
     with unchanged(model), pytest.raises(ValueError, match=message):
         merge_pathways(model)
     before = wrapped(merge_pathways(connected(depth=1)), MERGED[name], is_trained=True)

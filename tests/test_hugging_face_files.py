@@ -279,9 +279,9 @@ FILES = {
 REASONS = {
     "decoder": r"decoder\.|encoder_to_decoder|model\.decoder",
     "mask token": r".*mask_token|.*masked_spec_embed",
-    "relative positions, which timm's VisionTransformer has none of": r".*relative_position_bias_table",
+    "relative positions, which timm's VisionTransformer does not have": r".*relative_position_bias_table",
     "head for masked patches": r"lm_head|layernorm",
-    "head for the class token beside the mean of the patches, where timm's is for one of them": r"classifier",
+    "head for the class token and the mean of the patches together, where timm's takes only one": r"classifier",
     "numbers of the positions": r".*embeddings\.position_ids$",
     "adapter after the encoder": r"wav2vec2\.adapter\.",
     "text tower": r"text_",
@@ -666,7 +666,7 @@ REFUSED = {
         lambda: llama() | {"model.layers.1.self_attn.v_proj.weight": (5, WIDTH)},
         r"layers\.1\.self_attn\.v_proj\.weight: expected shape \(16, 32\), got \(5, 32\)",
     ),
-    "a number twice": (two_chunks, r"blocks\.\*: expected blocks of different numbers, got 1 twice$"),
+    "a number twice": (two_chunks, r"blocks\.\*: expected blocks with different numbers, got 1 twice$"),
     "a gap": (without("model.layers.0."), r"model\.layers\.0\.self_attn\.q_proj\.weight is missing"),
     "a chunk less": (
         without("blocks.0.", partial(own_dinov2, True, False)),
@@ -676,13 +676,13 @@ REFUSED = {
     "keys that are not shared evenly": (partial(llama, 5), r"k_proj\.weight: expected shape \(32, 32\), got \(5, 32\)"),
     "connected": (
         lambda: llama() | {"model.layers.0.self_attn.q_proj.cross_modal_scale": (1,)},
-        "fold it first, with `m2pt merge`",
+        "merge it first with `m2pt merge`",
     ),
     "no layers": (
         lambda: norm("model.layers.0.norm"),
         r"named as in a family of m2pt\.families; the names begin with model\.layers\.0\.norm\.weight, model",
     ),
-    "nothing": (dict, r"a family of m2pt\.families; there is nothing in it$"),
+    "nothing": (dict, r"a family of m2pt\.families; it is empty$"),
 }
 
 
@@ -813,14 +813,14 @@ def test_the_head_for_distillation_leaves_the_other(tmp_path):
         ("distillation_classifier.weight", "distillation_classifier.bias"), "the model has no such layer"
     )
     report = load_pretrained(vit(num_classes=3), tmp_path / "deit.pth")
-    assert report.dropped["cls_classifier.bias"] == "head of other shapes than the model's"
+    assert report.dropped["cls_classifier.bias"] == "the model's head has other shapes"
     assert report.dropped["distillation_classifier.bias"] == "the model has no such layer"
     report = load_pretrained(vit(), tmp_path / "deit.pth")
     assert report.dropped["cls_classifier.bias"] == "the model has no such layer"
     model = vit(VisionTransformerDistilled, num_classes=CLASSES)
     model.head_dist = nn.Linear(WIDTH, 3)
     report = load_pretrained(model, tmp_path / "deit.pth")
-    assert report.dropped == dict.fromkeys(heads, "head of other shapes than the model's")
+    assert report.dropped == dict.fromkeys(heads, "the model's head has other shapes")
     assert torch.equal(model.head.weight, entries["cls_classifier.weight"])
 
 

@@ -74,7 +74,7 @@ def test_unknown_layers_of_the_same_names_pair_up_by_name():
 )
 def test_what_is_not_clear_lists_the_candidates(shapes, aux_shapes, unclear):
     target, aux = model(**shapes), model(**aux_shapes)
-    message = rf"^aux_model: body.0: which of its layers belong to .* layer_names; .*{re.escape(unclear)}"
+    message = rf"^aux_model: body.0: it is not clear which of its layers belong to .* layer_names; .*{re.escape(unclear)}"
     with unchanged(target, aux), pytest.raises(ValueError, match=message):
         reparameterize_aux_into_target_model(target, aux)
 
@@ -135,7 +135,7 @@ def test_names_that_one_side_lacks_are_refused():
     target, aux = vit(), separate()
     for block in target.blocks:
         block.attn.norm = nn.Linear(3, 3)
-    message = r"^aux_model: which layers of encoder.layers.0 belong to attn.norm is not known, .*; known is that of"
+    message = r"^aux_model: it is not known which layers of encoder.layers.0 belong to attn.norm: .*; known are those"
     with unchanged(target, aux), pytest.raises(ValueError, match=message):
         reparameterize_aux_into_target_model(target, aux, layer_names=("attn.qkv", "attn.norm"))
 
@@ -426,7 +426,7 @@ class Asks(Norm):
 
 def test_a_sample_shows_weights_that_are_read_beside_the_call():
     target, aux = nn.Sequential(Norm(), Norm()), nn.Sequential(Norm(), Norm())
-    message = r"^target_model: 0.fc, 1.fc: weight is read by Norm, which calls it too: merging would change"
+    message = r"^target_model: 0.fc, 1.fc: weight is read by Norm, which also calls the layer: merging would"
     with unchanged(target, aux), pytest.raises(ValueError, match=message):
         reparameterize_aux_into_target_model(target, aux, sample=torch.ones(3, 8))
     target, aux = nn.Sequential(Asks(), Asks()), nn.Sequential(Asks(), Asks())
@@ -448,7 +448,7 @@ def test_rows_that_only_add_up_do_not_belong_together(is_target):
     """Six heads of queries share a key: 96 + 24 + 24 rows are not three times 48."""
     models = [vit(), grouped((96, 24, 24))][:: -1 if is_target else 1]
     name = "self_attn.v_proj" if is_target else "attn.qkv"
-    message = "expected as many rows in each, got 96, 24, 24; no layer of this block fits"
+    message = "expected the same number of rows in each, got 96, 24, 24; no layer of this block fits"
     with unchanged(*models), pytest.raises(ValueError, match=rf"^aux_model: .*qkv.*: {message}$"):
         reparameterize_aux_into_target_model(*models, layer_names=(name,))
 
@@ -485,7 +485,7 @@ def test_gates_are_compared_in_every_block_however_layers_are_named(layer_names)
 def test_rows_are_compared_in_every_block():
     target, aux = vit(), grouped((48, 48, 48))
     aux["layers"][1] = grouped((96, 24, 24))["layers"][1]
-    message = r"^aux_model: layers.1.self_attn.q_proj \+ .*: expected as many rows in each, got 96, 24, 24"
+    message = r"^aux_model: layers.1.self_attn.q_proj \+ .*: expected the same number of rows in each, got 96"
     with unchanged(target, aux), pytest.raises(ValueError, match=message):
         reparameterize_aux_into_target_model(target, aux, layer_names=("attn.qkv",))
 

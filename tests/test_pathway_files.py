@@ -197,8 +197,8 @@ def connected_already(model):
 TARGET = vit(1)
 
 REFUSED = {
-    "another model": (vit(0), vit(2), r"^aux_model: the weights of 'VisionTransformer' are others than those in "),
-    "one weight": (vit(0), changed_weight(vit(1)), r"^aux_model: the weights of 'VisionTransformer' are others"),
+    "another model": (vit(0), vit(2), r"^aux_model: the weights of 'VisionTransformer' differ from those in "),
+    "one weight": (vit(0), changed_weight(vit(1)), r"^aux_model: the weights of 'VisionTransformer' differ"),
     "a shallow one": (vit(0), vit(1, depth=1), r"^model: blocks.1.attn.qkv: aux_model .*: there is no layer blocks.1"),
     "a shallow target": (vit(0, depth=1), vit(1), r"^model: there is no layer blocks.1.attn.qkv$"),
     "another shape": (smaller(vit(0)), vit(1), r"^model: blocks.1.mlp.fc1: aux_weight: expected shape \(100, 48\)"),
@@ -329,11 +329,11 @@ def with_two_of_one_name():
 
 UNSAVED = {
     "not finite": (not_finite, r"^blocks.0.attn.qkv.cross_modal_scale: expected finite scales, got \[nan\]"),
-    "two of one name": (with_two_of_one_name, r"^model: blocks.0.attn.qkv is there twice, with wrappers around it"),
+    "two of one name": (with_two_of_one_name, r"^model: blocks.0.attn.qkv is there twice, with and without wrappers"),
     "pruned": (pruned, r"^blocks.0.mlp.fc1.aux_weight: it is computed from other tensors"),
     "trained and quantised": (trained_and_quantised, "aux_weight was trained and then quantised: save the whole state"),
     "no pathway": (vit, "^model: there is no FusedCrossModalLinear"),
-    "not by surgery": (own_layer, "^blocks.0.attn.qkv: it is not known what its auxiliary weight was read from"),
+    "not by surgery": (own_layer, "^blocks.0.attn.qkv: it is not known where its auxiliary weight came from"),
     "no data": (lambda: connected().to("meta"), r"^model: expected one with data"),
 }
 
@@ -364,7 +364,7 @@ def test_weights_that_were_trained_are_in_the_file_even_if_they_are_frozen_now(t
 
 def test_quantised_weights_with_the_same_codes_and_other_scales_are_other_weights(tmp_path):
     save_pathway(quantize_aux(connected(), "int8"), tmp_path / "pathway.safetensors")
-    with pytest.raises(ValueError, match=r"^aux_model: the weights of 'VisionTransformer' are others"):
+    with pytest.raises(ValueError, match=r"^aux_model: the weights of 'VisionTransformer' differ"):
         load_pathway(vit(0), doubled(vit(1)), tmp_path / "pathway.safetensors")
 
 

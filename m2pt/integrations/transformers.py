@@ -69,7 +69,7 @@ def keep_pathway(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        TypeError: `model` is no module, or has no `save_pretrained`.
+        TypeError: `model` is not a module, or has no `save_pretrained`.
         ValueError: it has no pathways.
     """
     fused_layers(model)
