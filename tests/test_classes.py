@@ -385,7 +385,7 @@ def test_every_missing_file_of_a_list_is_named_before_training(tmp_path, capsys,
     if split == "train" and on_error == "skip":
         assert "not there" not in error  # and so the run ends at the first sample, as there is none
     else:
-        start = f"m2pt: error: data: 8 files of split '{split}' are not there: {tmp_path}/{split}0.mp4, "
+        start = f"m2pt: error: data: 8 files of split '{split}' are missing: {tmp_path}/{split}0.mp4, "
         assert error.startswith(start) and error.endswith(f"{split}4.mp4 and 3 more\n")
         assert not (tmp_path / "out").exists()
 

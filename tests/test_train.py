@@ -277,7 +277,7 @@ def test_other_auxiliary_weights_than_those_left_out_are_refused(folder, tmp_pat
     ):
         assert main(command) == status
         error = capsys.readouterr().err
-        assert "auxiliary.path: these are other weights than those that the checkpoint leaves out" in error
+        assert "auxiliary.path: these weights differ from those that the checkpoint leaves out" in error
         assert f"expected {digest}" in error
     assert main(["eval", str(out / "last.pth"), f"--recipe={RECIPES['image']}", f"--data={folder / 'image'}"]) == 2
     assert main(["merge", str(out / "last.pth"), str(tmp_path / "merged.safetensors")]) == 2
@@ -294,7 +294,7 @@ def test_auxiliary_models_that_were_exchanged_are_refused(folder, tmp_path, caps
     evaluation = ["eval", str(out / "last.pth"), f"--recipe={RECIPES['image']}", *arguments("image", folder)[1:]]
     assert main([*evaluation, state[0]]) == 0
     assert main([*evaluation, f"auxiliary.path={paths[::-1]!r}".replace("'", '"')]) == 2
-    assert "auxiliary.path: these are other weights" in capsys.readouterr().err
+    assert "auxiliary.path: these weights differ" in capsys.readouterr().err
     damaged = checkpoint(out) | {"auxiliary": {"audio": 3}}
     torch.save(damaged, out / "last.pth")
     assert main([*evaluation, state[0]]) == 2

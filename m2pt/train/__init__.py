@@ -1,4 +1,4 @@
-"""Training, evaluation and masked pretraining of the four modalities, with a pathway or without."""
+"""Training, evaluation and masked pretraining of the four modalities, with or without a pathway."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Batches that depend on the seed and the step alone, not on processes, workers, or where training was resumed."""
+"""Batches that depend only on the seed and the step, not on processes, workers or where training was resumed."""
 
 import itertools
 import sys
@@ -26,8 +26,8 @@ def derived_seed(*numbers: int) -> int:
 class SeededSamples(Dataset):
     """A dataset whose key is an index and the seed of everything random in the sample.
 
-    Yields the sample, and what is wrong with those that could not be read: with `skips`, the next one that can stands
-    in, so that the batch is the same whoever reads it; otherwise there is None instead.
+    Returns the sample and the errors of samples that could not be read. With `skips`, the next readable one takes their
+    place, so that the batch is the same whichever process reads it; otherwise the sample is None.
     """
 
     def __init__(self, dataset: Any, skips: bool) -> None:
@@ -49,7 +49,7 @@ class SeededSamples(Dataset):
 
 
 class StreamedSamples(IterableDataset):
-    """The samples of a stream as `SeededSamples` yields them; after an error nothing else comes."""
+    """The samples of a stream in the form of `SeededSamples`; after an error nothing else comes."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -63,14 +63,14 @@ class StreamedSamples(IterableDataset):
             errors = [str(error)]
         except Exception as error:
             errors = [_described("a stream of samples", error)]
-        while True:  # a batch that is not whole might be left out
+        while True:  # an incomplete batch might be left out
             yield None, errors
 
 
 class Batches:
-    """The batches of samples as `SeededSamples` yields them, collated; what could not be read is named once on stderr.
+    """Collated batches of what `SeededSamples` returns; what could not be read is named once on stderr.
 
-    Errors come as values, because a DataLoader would put its workers' tracebacks into the message. To be used with
+    Errors are passed as values, because a DataLoader would put its workers' tracebacks into the message. Use with
     `running`.
 
     Args:
@@ -82,7 +82,7 @@ class Batches:
     """
 
     def __init__(self, dataset: Dataset, machine: Machine, world: World, **sampling: Any) -> None:
-        # from torch's generator a step that is repeated after others, or was resumed, would draw other numbers
+        # with torch's generator, a step that is repeated after others or resumed would draw other numbers
         sampling = {"generator": torch.Generator()} | sampling
         self.loader = DataLoader(
             dataset,
@@ -118,7 +118,7 @@ def _collate(read: list[tuple[Any, list[str]]]) -> tuple[Any, list[str]]:
 
 
 def _described(what: str, error: Exception) -> str:
-    """An error that no damaged file explains, and the line that raised it: of a worker there is no traceback."""
+    """An error that no damaged file explains, and the line that raised it: workers give no traceback."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"data: {what}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
@@ -146,10 +146,10 @@ class TrainingOrder(Sampler[list[tuple[int, int]]]):
 
 
 def steps_per_epoch(samples: int, data: Data) -> int:
-    """Whole batches in a number of samples.
+    """The number of whole batches in so many samples.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are none.
     """
     if samples < data.batch_size:
         raise ValueError(f"data.batch_size: {data.batch_size}, but split {data.train_split!r} has {samples} samples")
@@ -200,9 +200,9 @@ def _streamed(dataset: Any, recipe: Recipe, world: World, start: int) -> Iterato
 
 
 def test_batches(dataset: Any, recipe: Recipe, world: World) -> Iterable[Any]:
-    """This process's share of a test split: every `world.size`-th sample, the first again to make all shares equal.
+    """This process's share of a test split: every `world.size`-th sample, padded with the first to equal shares.
 
-    A stream is read whole by every process. Nothing stands in for a sample that cannot be read: the metrics are those
+    Every process reads the whole of a stream. Nothing stands in for a sample that cannot be read: the metrics are those
     of the whole split.
     """
     size = recipe.data.test_batch_size
@@ -215,7 +215,7 @@ def test_batches(dataset: Any, recipe: Recipe, world: World) -> Iterable[Any]:
 
 
 def running(batches: Iterable[Any]) -> closing[Generator[Any, None, None]]:
-    """The batches, whose workers end with the block."""
+    """The batches for a `with` block; their workers end with it."""
     return closing(_each(batches))
 
 

@@ -1,4 +1,4 @@
-"""The model that a recipe trains, with its pathway."""
+"""Creates the model that a recipe trains, with its pathway."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -42,7 +42,7 @@ def created(recipe: Recipe, num_classes: int) -> Any:
 
 
 def initialised(recipe: Recipe, num_classes: int) -> Any:
-    """The recipe's model alone, from the checkpoint that it starts from; the report is printed."""
+    """The recipe's model alone, loaded from the checkpoint that it starts from, whose report is printed."""
     module = created(recipe, num_classes)
     if recipe.model.init:
         report = load_pretrained(module, recipe.model.init)
@@ -54,7 +54,7 @@ def initialised(recipe: Recipe, num_classes: int) -> Any:
 
 
 def read_auxiliaries(recipe: Recipe) -> Mapping[str, nn.Module]:
-    """The auxiliary models by their paths; which of two kinds of weights were taken is printed."""
+    """The auxiliary models by path; prints which weights were taken from a file that holds both kinds."""
     aux_models = {path: load_auxiliary(path) for path in recipe.auxiliary.paths}
     for path, aux_model in aux_models.items():
         say_taken(path, aux_model.weights)
@@ -89,6 +89,6 @@ def restrict(module: Any, recipe: Recipe) -> None:
 
 
 def say_taken(path: Any, taken: Weights | None) -> None:
-    """Print which weights were taken, if the file holds both, in the first of several processes."""
+    """Print which weights were taken if the file holds both; in the first process only."""
     if taken is not None and is_first_process():
         print(f"{path}: {TAKEN[taken]}")

@@ -1,4 +1,4 @@
-"""From a trained state dict to a plain model: pathways merged, the probe's normalisation folded."""
+"""Turns a trained state dict into a plain model: merges pathways, folds a probe's normalisation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ AUXILIARY = "auxiliary"
 PROBE_EPS = 1e-6
 TIMM_NAMES = {size: f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
 TIMM_NAMES |= {size: f"vit_{size}_patch14_224" for size in ("huge", "giant", "gigantic")}
-"""timm's name of an image model, where it has the whole of it."""
+"""timm's names for the image models that it has in full."""
 TRAINING_ONLY = ("drop_path_rate", "time_masking", "frequency_masking")
 
 
@@ -27,7 +27,7 @@ def probe_head(head: nn.Module) -> nn.Sequential:
     """
     if not isinstance(head, nn.Linear):
         raise ValueError(
-            f"model.trainable: a linear probe needs a linear head, this model's is a {type(head).__name__}"
+            f"model.trainable: a linear probe needs a linear head, but this model's is a {type(head).__name__}"
         )
     nn.init.trunc_normal_(head.weight, std=0.01)
     return nn.Sequential(nn.BatchNorm1d(head.in_features, affine=False, eps=PROBE_EPS), head)
@@ -37,8 +37,8 @@ def check_auxiliary(digests: Mapping[str, str], expected: Mapping[str, str]) -> 
     """Raise a ValueError unless the auxiliary weights are those that a checkpoint leaves out, by their SHA-256."""
     if [*digests.values()] != [*expected.values()]:
         raise ValueError(
-            "auxiliary.path: these are other weights than those that the checkpoint leaves out, or auxiliary.dtype,"
-            f" blocks or trainable are others: their SHA-256 is {', '.join(digests.values()) or 'none'}, expected"
+            "auxiliary.path: these weights differ from those that the checkpoint leaves out, or auxiliary.dtype,"
+            f" blocks or trainable differ: their SHA-256 is {', '.join(digests.values()) or 'none'}, expected"
             f" {', '.join(expected.values())}"
         )
 
@@ -65,7 +65,7 @@ def _fold_probe_head(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def description(recipe: Recipe, num_classes: int) -> dict[str, Any]:
-    """The function that builds the plain model, by its dotted name, and its arguments: timm's, if it has the model."""
+    """The dotted name and the arguments of the function that builds the plain model: timm's, if it has the model."""
     model = recipe.model
     overrides = {name: value for name, value in model.overrides.items() if name not in TRAINING_ONLY}
     if model.modality == "image" and (name := TIMM_NAMES.get(model.size)):
@@ -76,11 +76,11 @@ def description(recipe: Recipe, num_classes: int) -> dict[str, Any]:
 
 
 def model_difference(trained: Mapping[str, Any], recipe: Recipe) -> str:
-    """The first entry in which a recipe's model is another one than a checkpoint's, and both values; or "".
+    """The first entry in which a recipe's model differs from a checkpoint's, with both values; or "".
 
     Args:
-        trained: the table [model] of the checkpoint's recipe, empty if it is not known. What matters in training alone
-            may differ, and an earlier version may have left out what has a default.
+        trained: the table [model] of the checkpoint's recipe, empty if it is not known. Entries that matter only in
+            training may differ, and an earlier version may have left out those with a default.
         recipe: the one to compare.
     """
     if not trained:
@@ -102,7 +102,7 @@ def build_plain(recipe: Recipe, num_classes: int, state_dict: dict[str, Tensor])
     """The plain model of `description`, with a deployed state dict.
 
     Raises:
-        ValueError: the state dict is another model's; the message counts the entries and names the first.
+        ValueError: the state dict is another model's; the message counts what does not fit and names the first.
     """
     described = description(recipe, num_classes)
     create = timm.create_model if described["function"] == "timm.create_model" else create_model
@@ -114,7 +114,7 @@ def build_plain(recipe: Recipe, num_classes: int, state_dict: dict[str, Tensor])
 
 
 def _misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """How many entries of a state dict do not fit a model, with the first of each kind; nothing if all do."""
+    """How many entries of a state dict do not fit a model, with the first of each kind; empty if all do."""
     shapes = [name for name in own if name in given and own[name].shape != given[name].shape]
     parts = [
         f"{len(names)} {what}, such as {names[0]}"

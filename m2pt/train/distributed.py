@@ -1,4 +1,4 @@
-"""One process or many: the same program alone and under `torchrun`."""
+"""Runs the same program in one process or, under `torchrun`, in several."""
 
 import itertools
 import os
@@ -20,13 +20,13 @@ from .recipe import Machine
 
 MEETINGS = itertools.count()
 LAST_GROUP: list[Any] = []
-"""The process group of the last meeting, which the model may outlive: its threads may need Python's lock to end, and
-wait for ever where DDP drops the last reference to the group, as it holds that lock meanwhile. Python gives it up."""
+"""The last process group, kept because the model may outlive it: its threads may need Python's lock to end, and would
+wait for ever if DDP dropped the last reference to it, as DDP holds that lock meanwhile. Python releases it."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its number, how many there are, and its device."""
+    """This process's rank, the number of processes, and this process's device."""
 
     rank: int
     size: int
@@ -44,7 +44,7 @@ class World:
         return value
 
     def largest(self, number: int) -> int:
-        """The largest of the processes' numbers; the device is not asked, nor waited for."""
+        """The largest of the processes' numbers; the device is not used, nor waited for."""
         if self.size == 1:
             return number
         largest = torch.tensor(number)
@@ -52,7 +52,7 @@ class World:
         return int(largest)
 
     def interleave(self, rows: Tensor) -> Tensor:
-        """Rows that were dealt out one by one, as many to every process, in their order, in every process."""
+        """Gather, in every process and in order, rows that were dealt out one by one, equally many to each."""
         if self.size == 1:
             return rows
         gathered = [torch.empty_like(rows) for _ in range(self.size)]
@@ -74,8 +74,8 @@ def termination() -> Iterator[set[int]]:
     """Inside the block SIGTERM and Ctrl-C add their number to the set instead of ending the process; a second Ctrl-C
     raises KeyboardInterrupt.
 
-    Python lets only the main thread decide about signals; in another one nothing changes, nor where Ctrl-C is ignored,
-    as of a command that a script runs in the background.
+    Python lets only the main thread handle signals: in other threads nothing changes, nor does it if Ctrl-C is ignored,
+    as in a command that a script runs in the background.
     """
     asked: set[int] = set()
     if threading.current_thread() is not threading.main_thread():
@@ -121,11 +121,11 @@ def distribute(module: nn.Module, machine: Machine, world: World, has_unused_par
     """What to call instead of `module`, so that the processes train one model.
 
     DDP wraps the module; FSDP2 divides every block's parameters, and the rest's, in place. Its parameters stay float32
-    where autocast computes in bfloat16; they are rounded when a block gathers them. Batch normalisation, of points and
-    of a linear probe, sees a process's own samples.
+    if autocast computes in bfloat16; they are rounded when a block gathers them. Batch normalisation, for points and in
+    a linear probe, sees only a process's own samples.
 
     Raises:
-        ValueError: FSDP without processes to divide the model among, or DDP with the step inside backward.
+        ValueError: FSDP in a single process, or DDP with the step inside backward.
     """
     if machine.sharding == "fsdp":
         if world.size == 1:
@@ -150,7 +150,7 @@ def distribute(module: nn.Module, machine: Machine, world: World, has_unused_par
 
 
 def shard(module: nn.Module, machine: Machine) -> nn.Module:
-    """`module`, its transformer blocks and what is left of it divided among the processes, in place (FSDP2)."""
+    """Divide `module` among the processes in place: its transformer blocks, then the rest (FSDP2)."""
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if machine.precision == "bfloat16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -163,7 +163,7 @@ def shard(module: nn.Module, machine: Machine) -> nn.Module:
 
 
 def synchronised(model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-    """Whether backward adds the gradients of all processes together: only in the last micro-batch of a step."""
+    """Set whether backward adds the gradients of all processes: only in the last micro-batch of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
     elif isinstance(model, DistributedDataParallel) and not enabled:

@@ -1,4 +1,4 @@
-"""Training steps, the state that continues them, and evaluation."""
+"""Training steps, the state from which they continue, and evaluation."""
 
 import inspect
 import math
@@ -42,7 +42,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def classification_objective(
     recipe: Recipe, num_classes: int, views: int, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> Objective:
-    """The loss of logits for targets, of mixed inputs where the recipe asks for it; every view is a sample."""
+    """The loss of logits for targets, with mixed inputs if the recipe asks for them; every view is a sample."""
     mixing = create_mixing(recipe.loss, num_classes)
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
@@ -62,7 +62,7 @@ def autocast(machine: Machine, device: torch.device) -> torch.autocast:
 
 
 def offloading(machine: Machine) -> AbstractContextManager:
-    """Whether what the forward pass saves waits for backward in the host's memory."""
+    """Keep what the forward pass saves in the host's memory until backward, if the recipe asks for it."""
     return save_on_cpu(pin_memory=True) if machine.offload_activations else nullcontext()
 
 
@@ -104,7 +104,7 @@ class Trainer:
             raise ImportError(
                 "run.ema_decay: timm before 1.0.31 has no float32 average: pip install 'm2pt-triton[train]'"
             )
-        # in float32 timm needs no random rounding of bfloat16 weights, and one by one it leaves frozen ones exact;
+        # in float32 timm needs no random rounding of bfloat16 weights, and without foreach frozen ones stay exact;
         # buffers are copied, because float8 has no average
         self.ema = (
             ModelEmaV3(module, decay, dtype=torch.float32, foreach=False, exclude_buffers=True) if decay else None
@@ -203,21 +203,21 @@ class Trainer:
         return loss.detach()
 
     def _check_gradient(self, name: str, parameter: Tensor) -> None:
-        """Before the step inside backward: leave it out from the first gradient on that is not finite."""
+        """Before the step inside backward: skip it from the first gradient on that is not finite."""
         self.norms[name] = torch.linalg.vector_norm(_local(cast(Tensor, parameter.grad)))
         self.is_left_out = self.is_left_out | ~self.norms[name].isfinite()
         if self._leaves_out():
             parameter.grad = None
 
     def _leaves_out(self) -> bool:
-        """Whether the host has to leave the update out; a fused optimizer does it on the device, and is told here."""
+        """Whether the host has to skip the update; a fused optimizer is told here to do so on the device."""
         if not self.optimizer.defaults.get("fused"):
             return bool(self.is_left_out)
         cast(Any, self.optimizer).found_inf = self.is_left_out.float()  # as torch's GradScaler tells it
         return False
 
     def _step(self, loss: Tensor) -> Tensor:
-        """Clip the gradient and make the step, unless loss or gradient are not finite; the norm of the gradient."""
+        """Clip the gradient and make the step, unless loss or gradient are not finite; returns the gradient's norm."""
         self.scaler.unscale_(self.optimizer)
         trained = {name: parameter for name, parameter in self.trained.items() if parameter.grad is not None}
         gradients = [_local(cast(Tensor, parameter.grad)) for parameter in trained.values()]
@@ -239,7 +239,7 @@ class Trainer:
         return norm
 
     def _note(self, loss: Tensor, norm: Tensor) -> None:
-        """Record the step, unless an earlier one was not finite; a scaler leaves gradients out that are not."""
+        """Record the step, unless an earlier one was not finite; a scaler skips gradients that are not."""
         step, none = torch.full_like(loss, self.step, dtype=torch.float64), torch.zeros_like(loss)
         record = torch.stack([step, loss, norm, *(self.norms.get(name, none) for name in self.trained)])
         self.record = torch.where(self.has_failed, self.record, record)
@@ -288,14 +288,14 @@ class Trainer:
         return found
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole state dict of `evaluated`, on the CPU; where it is sharded, in the first process only."""
+        """The whole state dict of `evaluated`, on the CPU; if it is sharded, in the first process only."""
         return cast(dict[str, Tensor], get_model_state_dict(self.evaluated, options=WHOLE))
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state in plain containers, on the CPU; where it is sharded, in the first process only.
+        """The whole state in plain containers, on the CPU; if it is sharded, in the first process only.
 
         Raises:
-            FloatingPointError: a step was not finite, or a trained weight is not; nothing can be continued from it.
+            FloatingPointError: a step was not finite, or a trained weight is not; training cannot continue from it.
         """
         self.metrics()
         damaged = next(
@@ -318,7 +318,7 @@ class Trainer:
         """Continue from a state, whatever the number of processes that saved it.
 
         Raises:
-            ValueError: it has other entries, or leaves out auxiliary weights that are others.
+            ValueError: it has other entries, or leaves out auxiliary weights that differ from the model's.
         """
         if self.without:
             check_auxiliary(self.digests, state[AUXILIARY])
@@ -327,7 +327,7 @@ class Trainer:
             if differing := sorted(state[part].keys() ^ (self.entries - self.without)):
                 raise ValueError(f"{part}: {', '.join(differing[:5])}: only the checkpoint has it, or only the model")
             set_model_state_dict(module, state[part], options=replace(WHOLE, strict=False))
-        for group in state["optimizer"]["param_groups"]:  # of a run that began with another release
+        for group in state["optimizer"]["param_groups"]:  # the run may have begun with another release
             if "fused" in group:
                 group["fused"] = self.optimizer.defaults["fused"]
         set_optimizer_state_dict(self.module, self.optimizer, state["optimizer"], options=WHOLE)
@@ -347,7 +347,7 @@ def evaluate(
     """The metrics of a model on a test split, the same in every process; logits are averaged over a sample's views.
 
     Raises:
-        ValueError: no sample, or one that cannot be read; in a stream, fewer than it says to have.
+        ValueError: no sample, or one that cannot be read; in a stream, fewer than it claims to have.
     """
     model.eval()
     views = dataset.views

@@ -17,10 +17,10 @@ from .recipe import Recipe, with_defaults
 CHECKPOINT = "last.pth"
 RECIPE = "recipe.json"
 REPLACEABLE = ("machine.", "data.root", "data.on_error")
-"""What a run may be resumed with other values of."""
+"""Settings that may differ when a run is resumed."""
 PARTS = ("model", "optimizer", "recipe")
 CLASS_NAMES = "class_names"
-"""The entry of a run's checkpoint, and of the JSON file beside a merged one: the training split's, in their order."""
+"""The entry of a run's checkpoint, and of the JSON file beside a merged one: the training split's names, in order."""
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -29,7 +29,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], recipe: Recipe, class_names: Sequence[str] | None) -> None:
-    """The state of a run, its recipe and the names of its classes, in `folder/last.pth`.
+    """Write the state of a run, its recipe and the names of its classes to `folder/last.pth`.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -40,11 +40,11 @@ def save_checkpoint(folder: Path, state: dict[str, Any], recipe: Recipe, class_n
 
 
 def load_checkpoint(folder: Path, recipe: Recipe, class_names: Sequence[str] | None) -> dict[str, Any]:
-    """The state in `folder/last.pth`, of the same recipe and the same classes.
+    """Read the state in `folder/last.pth`, which has to be of the same recipe and the same classes.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, or another recipe's or of other classes; the message names what differs.
+        ValueError: it is damaged, or has another recipe or other classes; the message names what differs.
             `REPLACEABLE` may.
     """
     path = folder / CHECKPOINT
@@ -74,25 +74,25 @@ def load_checkpoint(folder: Path, recipe: Recipe, class_names: Sequence[str] | N
 
 
 class Trained(NamedTuple):
-    """What is evaluated."""
+    """A trained model to evaluate."""
 
     state_dict: dict[str, Tensor]
     class_names: list[str] | None
-    """If they are in the file or in the JSON file beside."""
+    """If they are in the file or in the JSON file beside it."""
     taken: Weights | None
     """Which weights these are, if the file holds their moving average too."""
     digests: dict[str, str] | None
-    """Of the auxiliary weights that the file leaves out."""
+    """Those of the auxiliary weights that the file leaves out."""
     model: dict[str, Any]
-    """The table of the run's recipe, if that is in the file or beside; otherwise empty."""
+    """The table [model] of the run's recipe, if that is in the file or beside it; otherwise empty."""
 
 
 def load_trained(path: str | os.PathLike, weights: Weights | None = None) -> Trained:
-    """The weights to evaluate in a run's checkpoint or a merged file.
+    """Read the weights to evaluate from a run's checkpoint or a merged file.
 
     Args:
         path: a torch file or `.safetensors`.
-        weights: "ema" for the moving average, "raw" for the others. Default: the average where there is one.
+        weights: "ema" for the moving average, "raw" for the others. Default: the average if there is one.
 
     Raises:
         FileNotFoundError: no such file.

@@ -1,4 +1,4 @@
-"""What lowers the peak memory of a training step, as values of a recipe."""
+"""Levers: settings of a recipe that lower the peak memory of a training step."""
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
@@ -24,7 +24,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     CHECKPOINTING: {"machine.checkpoint_activations": True},
     ON_HOST: {"machine.offload_activations": True},
 }
-"""In the order of the time that they cost: the first three little, then a second forward pass, then copies too."""
+"""In order of the time they cost: the first three little, the next a second forward pass, the last copies too."""
 
 IN_PYTHON = {
     INT8: 'reparameterize_aux_into_target_model(..., aux_dtype="int8")',
@@ -35,11 +35,11 @@ IN_PYTHON = {
 }
 
 COSTS = {INT8: 1, ADAM: 1, IN_BACKWARD: 1, CHECKPOINTING: 10, ON_HOST: 20}
-"""Whose sums put combinations in order; they are no times."""
+"""Their sums rank combinations; they are not times."""
 
 
 def further_levers(recipe: Recipe, processes: int = 1) -> list[str]:
-    """Those that the recipe leaves out and could have in so many processes; the last goes with checkpointing only."""
+    """Levers that the recipe does not use but could, in so many processes; the last needs checkpointing."""
     auxiliary, optimizer, machine = recipe.auxiliary, recipe.optimizer, recipe.machine
     alone = machine.accumulation == 1 and not optimizer.clip_grad and machine.precision != "float16"
     alone = alone and (processes == 1 or machine.sharding == "fsdp")  # DDP adds gradients later
@@ -54,12 +54,12 @@ def further_levers(recipe: Recipe, processes: int = 1) -> list[str]:
 
 
 def settings_of(levers: Sequence[str]) -> dict[str, Any]:
-    """Their values by dotted key, as `load_recipe` takes them."""
+    """The levers' settings by dotted key, as `load_recipe` takes them."""
     return {key: value for lever in levers for key, value in LEVERS[lever].items()}
 
 
 def low_memory(recipe: Recipe, on_gpu: bool, processes: int = 1) -> dict[str, Any]:
-    """The values of every further lever; 8-bit Adam needs a GPU."""
+    """The settings of every further lever; 8-bit Adam needs a GPU."""
     return settings_of([lever for lever in further_levers(recipe, processes) if on_gpu or lever != ADAM])
 
 

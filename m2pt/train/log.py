@@ -1,4 +1,4 @@
-"""What a run leaves to look at: lines on the terminal, JSON lines, TensorBoard if it is installed, and plots."""
+"""Logs a run: lines on the terminal, JSON lines, TensorBoard if it is installed, and plots."""
 
 import importlib.util
 import json
@@ -17,13 +17,13 @@ FILE = "log.jsonl"
 
 
 class Log:
-    """The log of the first process; the others' does nothing.
+    """The log of the first process; in the others it does nothing.
 
     Args:
-        folder: of the run; a log in it is continued.
+        folder: the run's; a log in it is continued.
         is_first: whether this is the first process.
-        step, steps: where the run starts and ends; of an interrupted run, lines after `step` and the results, which
-            will be written again, are dropped.
+        step, steps: where the run starts and ends. Lines of an interrupted run after `step`, and its results, are
+            dropped, as they will be written again.
     """
 
     def __init__(self, folder: Path, is_first: bool, step: int, steps: int) -> None:
@@ -41,7 +41,7 @@ class Log:
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def write(self, step: int, **entries: Any) -> None:
-        """Add a line: numbers of the step, or words."""
+        """Add a line of numbers or words for a step."""
         if not self.is_first:
             return
         try:
@@ -69,14 +69,14 @@ def _short(value: Any) -> str:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; none if there is no log. A last line that was not written to its end is left out."""
+    """The lines of a run's log; none if there is no log. An incomplete last line is left out."""
     path = folder / FILE
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def plot_curves(folder: Path) -> None:
-    """`curves.png`: everything in a run's log that is a number, over the steps."""
+    """Write `curves.png`: all numbers in a run's log over the steps."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in read_log(folder):
         for name, value in line.items():
@@ -94,8 +94,8 @@ def plot_curves(folder: Path) -> None:
 
 
 def plot_scales(scales: Mapping[str, Sequence[float]], folder: Path) -> None:
-    """`scales.png`: the cross-modal scales of every layer by block, from names such as
-    `blocks.0.attn.qkv.cross_modal_scale`; nothing if there is none."""
+    """Write `scales.png`: the cross-modal scales of every layer by block, from names such as
+    `blocks.0.attn.qkv.cross_modal_scale`; nothing if there are none."""
     layers: dict[str, dict[int, float]] = {}
     for name, several in scales.items():
         _, block, layer = name.removesuffix(".cross_modal_scale").split(".", 2)

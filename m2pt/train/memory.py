@@ -1,4 +1,4 @@
-"""The peak memory of a recipe's training step: simulated, with every further lever, and made to fit a GPU."""
+"""Simulates the peak memory of a recipe's training step, with every further lever, and makes it fit a GPU."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ from .recipe import Optimizer as OptimizerSettings
 
 GIB = 2**30
 RESERVED = 1 * GIB
-"""Of a GPU, for CUDA itself, the workspaces of its libraries and what the allocator rounds up."""
+"""Kept free on a GPU for CUDA itself, its libraries' workspaces and the allocator's rounding."""
 
 STAND_IN = "an auxiliary model of the same size"
 
@@ -38,10 +38,10 @@ class MemoryEstimate:
     Attributes:
         recipe: what was asked for.
         peak: bytes by part, see `m2pt.simulation.PARTS`, at the moment when their sum is the largest.
-        further: the same with each further lever, and those before it.
-        fitting: the cheapest levers with which a GPU of `gpu_bytes` holds it, keys of `m2pt.train.levers.LEVERS`; None
-            if none do, or no GPU was given.
-        gpu_bytes: of the GPU's memory, or None.
+        further: the same with each further lever added to those before it.
+        fitting: the cheapest levers with which it fits a GPU of `gpu_bytes`, keys of `m2pt.train.levers.LEVERS`; None
+            if it never does, or no GPU was given.
+        gpu_bytes: the GPU's memory, or None.
     """
 
     recipe: Recipe
@@ -52,7 +52,7 @@ class MemoryEstimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU that was given holds it as it is."""
+        """Whether it fits the given GPU as it is."""
         return self.fitting == ()
 
     @property
@@ -80,11 +80,11 @@ def estimate_memory(
     gpu_gib: float | None = None,
     num_classes: int = 1000,
 ) -> MemoryEstimate:
-    """Simulate the peak memory of a training step in one process, by part, and what every further lever makes of it.
+    """Simulate the peak memory of a training step in one process, by part, alone and with every further lever.
 
-    Nothing is computed, and no data or checkpoint is read. Of transformers of equal blocks a few blocks are simulated,
-    from which the others follow. What CUDA, its libraries and the allocator's rounding take is left out, but 1 GiB is
-    kept for it where a GPU is given. Where no auxiliary model is named, one of the same size is assumed.
+    Nothing is computed, and no data or checkpoint is read. For transformers of equal blocks, a few blocks are simulated
+    and the others follow from them. What CUDA, its libraries and the allocator's rounding take is left out, but 1 GiB
+    is kept for it if a GPU is given. If no auxiliary model is named, one of the same size is assumed.
 
     Args:
         recipe: a `Recipe`, a recipe's name or path, or the name of a timm ViT, which is then trained by AdamW in
@@ -95,8 +95,8 @@ def estimate_memory(
 
     Raises:
         FileNotFoundError: there is no such recipe and no such timm model.
-        TypeError, ValueError: as by `load_recipe`; the recipe divides the model (machine.sharding) or has an optimizer
-            that cannot be simulated.
+        TypeError, ValueError: as in `load_recipe`; or the recipe divides the model (machine.sharding) or has an
+            optimizer that cannot be simulated.
     """
     check_positive(num_classes=num_classes)
     asked = with_pathway(recipe, overrides)
@@ -112,12 +112,12 @@ def with_pathway(recipe: str | os.PathLike | Recipe, overrides: Mapping[str, Any
 
 
 def free_bytes() -> int | None:
-    """Of the current GPU; None without one."""
+    """Free memory of the current GPU; None without one."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
 
 
 def whole_bytes() -> int | None:
-    """Of the first GPU, so that all processes of a machine find the same; None without one."""
+    """All memory of the first GPU, so that all processes of a machine get the same answer; None without one."""
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
@@ -140,7 +140,7 @@ def resolved(recipe: str | os.PathLike | Recipe, overrides: Mapping[str, Any] | 
 def estimate(
     recipe: Recipe, gpu_bytes: int | None, *, num_classes: int, processes: int = 1, views: int | None = None
 ) -> MemoryEstimate:
-    """As `estimate_memory`, of one of several processes, and with the pathway that the recipe has."""
+    """As `estimate_memory`, but in one of several processes, and with the recipe's own pathway."""
 
     @cache
     def simulated(levers: tuple[str, ...]) -> Bytes:
@@ -151,7 +151,7 @@ def estimate(
         return aux_bytes(recipe.with_overrides(settings_of([INT8])))
 
     def peak(levers: Sequence[str]) -> Bytes:
-        """W_aux is there all the time, so that its dtype moves all peaks alike."""
+        """W_aux is held all the time, so its dtype moves all peaks alike."""
         parts = simulated(tuple(lever for lever in levers if lever != INT8))
         return parts | {"W_aux": int8_bytes()} if INT8 in levers else parts
 
@@ -164,7 +164,7 @@ def estimate(
 
 
 def does_fit(peak: Bytes, gpu_bytes: int) -> bool:
-    """Whether a GPU with so much free memory holds a peak."""
+    """Whether a peak fits a GPU with so much free memory."""
     return sum(peak.values()) + RESERVED <= gpu_bytes
 
 
@@ -175,8 +175,9 @@ def fit_micro_batches(recipe: Recipe, gpu_bytes: int, *, num_classes: int = 1000
         ValueError: no number of them will do.
     """
     if recipe.machine.step_in_backward:
-        reason = "a step is one micro-batch"
-        raise ValueError(f"data.batch_size: expected a number with machine.step_in_backward, got auto: {reason}")
+        raise ValueError(
+            "data.batch_size: expected a number with machine.step_in_backward, got auto: a step is one micro-batch"
+        )
     possible = []
     for micro_batches in range(1, recipe.data.batch_size + 1):
         if recipe.data.batch_size % micro_batches:
@@ -199,12 +200,12 @@ def gib(parts: Bytes) -> str:
 
 
 def in_words(parts: Bytes) -> str:
-    """In GiB, what is not next to nothing."""
+    """The parts in GiB, except negligible ones."""
     return ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items() if size >= 0.05 * GIB) or "little"
 
 
 def advice(recipe: Recipe, fitting: Sequence[str] | None, processes: int = 1) -> str:
-    """What to add to a command that does not fit."""
+    """What to add to a command so that it fits."""
     if fitting:
         return f"it fits with {assignments(fitting)}"
     least = further_levers(recipe, processes)
@@ -215,7 +216,7 @@ def advice(recipe: Recipe, fitting: Sequence[str] | None, processes: int = 1) ->
 
 
 def assignments(levers: Sequence[str]) -> str:
-    """As `key=value` of the command line."""
+    """The levers as `key=value` on the command line."""
     said = {key: str(value).lower() if value is True else value for key, value in settings_of(levers).items()}
     return " ".join(f"{key}={value}" for key, value in said.items())
 
@@ -230,7 +231,7 @@ def memory_in_words(recipe: Recipe, num_classes: int, processes: int, views: int
 
 
 def announce(recipe: Recipe, num_classes: int, world: World, views: int) -> None:
-    """Say on stderr what a step on this GPU takes, and warn where that is more than is free; without a GPU, nothing."""
+    """Say on stderr how much memory a step takes, and warn if the GPU has less free; without a GPU, say nothing."""
     if world.device.type != "cuda" or not world.is_first:
         return
     free = torch.cuda.mem_get_info()[0]
@@ -250,7 +251,7 @@ def announce(recipe: Recipe, num_classes: int, world: World, views: int) -> None
 def explained(
     recipe: Recipe, module: nn.Module, processes: int = 1, optimizer: Optimizer | None = None
 ) -> Iterator[None]:
-    """Inside the block, running out of a GPU's memory is a MemoryError of one line: what was held, and what to try."""
+    """Inside the block, a GPU out of memory raises a MemoryError of one line: what was held, and what to try."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -261,7 +262,7 @@ def explained(
 
 @contextmanager
 def evaluation_explained(recipe: Recipe) -> Iterator[None]:
-    """The same of an evaluation, in which only its batch can be made smaller."""
+    """The same for an evaluation, where only the batch can be made smaller."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -272,7 +273,7 @@ def evaluation_explained(recipe: Recipe) -> Iterator[None]:
 
 
 def _held(module: nn.Module, optimizer: Optimizer | None) -> Bytes:
-    """By part, at the peak of this process."""
+    """Bytes by part at the peak of this process."""
     states = {} if optimizer is None else optimizer.state
     aux = _nbytes(auxiliary_tensors(module))
     parts = {
@@ -281,17 +282,17 @@ def _held(module: nn.Module, optimizer: Optimizer | None) -> Bytes:
         "gradients": _nbytes(parameter.grad for parameter in module.parameters()),
         "optimizer": _nbytes(value for state in states.values() for value in state.values()),
     }
-    return parts | {"what comes and goes": max(0, torch.cuda.max_memory_allocated() - sum(parts.values()))}
+    return parts | {"activations and transient": max(0, torch.cuda.max_memory_allocated() - sum(parts.values()))}
 
 
 def _nbytes(values: Iterable[Any]) -> int:
-    """Of the tensors among them; of divided ones this process's part."""
+    """Bytes of the tensors among the values; of divided ones, this process's part."""
     local = (value.to_local() if isinstance(value, DTensor) else value for value in values)
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in local if isinstance(tensor, Tensor)}.values())
 
 
 def measured_peak(recipe: Recipe, num_classes: int = 1000) -> int:
-    """Bytes that a step really takes at its peak on the current GPU, in this process alone.
+    """Measured bytes of a step at its peak on the current GPU, in this process alone.
 
     Raises:
         MemoryError: it does not fit.

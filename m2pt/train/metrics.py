@@ -1,4 +1,4 @@
-"""What a test split is measured by: top-1 and top-5, mean average precision, mean intersection over union."""
+"""Metrics of a test split: top-1 and top-5, mean average precision, mean intersection over union."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Metric:
     """How a test split is summarised.
 
     Attributes:
-        rows: logits, input and target of a batch to what is kept of its samples, (B, ...), and their targets (B, ...).
+        rows: maps logits, input and target of a batch to what is kept of its samples (B, ...) and targets (B, ...).
         summary: rows and targets of the whole split to metrics in percent; runs are compared by the first.
     """
 
@@ -43,7 +43,7 @@ def top_accuracies(logits: Tensor, target: Tensor) -> dict[str, float]:
 
 
 def mean_average_precision(scores: Tensor, target: Tensor) -> dict[str, float]:
-    """Mean over classes of the average precision of scores (N, classes), for those that occur in target (N, classes).
+    """Average precision of scores (N, classes), averaged over the classes that occur in target (N, classes).
 
     Raises:
         ValueError: no class occurs.

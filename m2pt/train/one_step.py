@@ -1,4 +1,4 @@
-"""One training step of a recipe without its data and checkpoints: simulated, or run on a GPU, for its peak memory."""
+"""Finds the peak memory of one training step without data and checkpoints: simulates it, or runs it on a GPU."""
 
 import copy
 import math
@@ -22,11 +22,11 @@ from .optimization import create_loss, create_optimizer
 from .recipe import Recipe
 
 SIMULATED_BLOCKS = (3, 4)
-"""The depths that are simulated: moments of a step are linear in the depth, of a block in its place."""
+"""The depths that are simulated: a step's moments are linear in the depth, a block's in its place."""
 
 EIGHT_BIT = ("bnbadam8bit", "bnbadamw8bit")
 SIMULATED = ("adam", "adamw", "lamb", "lars", "lion", "momentum", "nadamw", "sgd", *EIGHT_BIT)
-"""Optimizers whose states are their own and which compute what they need on the device."""
+"""Optimizers whose states are their own, and which compute everything they need on the device."""
 
 
 def simulated_peak(recipe: Recipe, num_classes: int, processes: int = 1, views: int | None = None) -> Bytes:
@@ -39,11 +39,11 @@ def simulated_peak(recipe: Recipe, num_classes: int, processes: int = 1, views: 
 
 
 EQUAL_BLOCKS: dict[str, int | None] = {}
-"""What `equal_blocks` found, by the model."""
+"""Results of `equal_blocks`, by model."""
 
 
 def equal_blocks(recipe: Recipe) -> int | None:
-    """How many blocks the model has, if they are equal and their number can be chosen, and it is not small."""
+    """How many blocks the model has, if they are equal and their number can be chosen and is not small."""
     model = repr(recipe.model)
     if model not in EQUAL_BLOCKS:
         EQUAL_BLOCKS[model] = _count_equal_blocks(recipe)
@@ -109,7 +109,7 @@ def _moments(
 
 
 def aux_bytes(recipe: Recipe) -> int:
-    """Of the auxiliary weights and their scales."""
+    """Bytes of the auxiliary weights and their scales."""
     with torch.device("meta"):
         return sum(tensor.nbytes for tensor in auxiliary_tensors(built(recipe, 0)))
 
@@ -122,7 +122,7 @@ def run_for_peak(recipe: Recipe, module: nn.Module) -> int:
     average = copy.deepcopy(module) if recipe.run.ema_decay else None
     optimizer = _optimizer(module, recipe, simulated=False)
     batch = _example(module, recipe, 1, None, "cuda")
-    for _ in range(2):  # the first brings in the workspaces of libraries
+    for _ in range(2):  # the first allocates the libraries' workspaces
         torch.cuda.reset_peak_memory_stats()
         for _ in range(min(recipe.machine.accumulation, 2)):
             with offloading(recipe.machine):
@@ -147,7 +147,7 @@ def built(recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 def _optimizer(module: nn.Module, recipe: Recipe, simulated: bool) -> Optimizer:
-    """The recipe's, its states already there."""
+    """The recipe's optimizer, with its states created."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if simulated and recipe.optimizer.name not in SIMULATED:
         raise ValueError(f"optimizer.name: {recipe.optimizer.name} is not simulated, only {', '.join(SIMULATED)}")
@@ -181,7 +181,7 @@ class EightBitStates(Optimizer):
                     self.state[parameter] = self.states_of(parameter)
 
     def states_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Two moments: of small parameters float32, else bytes with a float32 for each block of 256."""
+        """Two moments: float32 for small parameters, otherwise bytes with a float32 for each block of 256."""
         count = parameter.numel()
         if count < 4096:
             return {name: torch.empty_like(parameter, dtype=torch.float32) for name in ("state1", "state2")}
@@ -191,7 +191,7 @@ class EightBitStates(Optimizer):
 
 
 def _example(module: Any, recipe: Recipe, processes: int, views: int | None, device: str) -> tuple[Any, Tensor]:
-    """Input and target of a micro-batch of one process."""
+    """Input and target of one process's micro-batch."""
     settings = recipe.data.settings
     size = micro_batch_size(recipe, processes)
     size *= settings.get("repeats", 1) if views is None else views
@@ -208,7 +208,7 @@ def _example(module: Any, recipe: Recipe, processes: int, views: int | None, dev
 
 
 def _loss(module: nn.Module, recipe: Recipe, batch: tuple[Any, Tensor]) -> Tensor:
-    """The loss of a micro-batch, by the recipe's precision."""
+    """The loss of a micro-batch, in the recipe's precision."""
     input, target = batch
     with autocast(recipe.machine, target.device):
         if recipe.pretraining:

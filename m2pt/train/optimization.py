@@ -16,31 +16,31 @@ from ..groups import parameter_groups
 from .recipe import Loss, Recipe
 
 FUSED = {"adam", "adamw"}
-"""Optimizers whose fused form is taken where the recipe says nothing else: it can leave an update out on the device.
-Momentum's cannot leave out the first one: its state would then be what was in memory."""
+"""Optimizers whose fused form is used unless the recipe says otherwise: it can skip an update on the device.
+Momentum's cannot skip the first one: its state would then be whatever was in memory."""
 
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "plateau", "poly")
-"""Some that every supported timm has."""
+"""Some schedulers that every supported timm has."""
 
 
 def create_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """timm's optimizer over what is trainable, each layer with its learning rate.
+    """timm's optimizer for the trainable parameters, with a learning rate for each layer.
 
     Raises:
         ImportError: the optimizer's package is not installed.
-        ValueError: there is no such optimizer, or none here: those of bitsandbytes need a GPU and whole parameters.
+        ValueError: the optimizer is unknown, or cannot run here: bitsandbytes' need a GPU and whole parameters.
     """
     settings = recipe.optimizer
     is_fused = settings.name in FUSED and settings.options.keys().isdisjoint({"fused", "foreach", "differentiable"})
     known = [str(name) for name in list_optimizers()]
-    if settings.name.lower().rpartition("_")[2] not in known:  # before it may stand "lookahead"
+    if settings.name.lower().rpartition("_")[2] not in known:  # "lookahead" may come before it
         raise ValueError(
             f"optimizer.name: expected one of timm's optimizers, got {settings.name!r}{nearest(settings.name, known)}"
         )
     if settings.name.startswith("bnb"):
         require("bitsandbytes", "adam8bit")
         if recipe.machine.sharding == "fsdp":
-            raise ValueError(f"optimizer.name: {settings.name} does not know the shards of machine.sharding=fsdp")
+            raise ValueError(f"optimizer.name: {settings.name} does not support the shards of machine.sharding=fsdp")
     try:
         return create_optimizer_v2(
             module,

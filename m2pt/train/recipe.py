@@ -26,7 +26,7 @@ class Model:
     """What is trained.
 
     Attributes:
-        modality, size, task, overrides: of `m2pt.models.create_model`.
+        modality, size, task, overrides: as in `m2pt.models.create_model`.
         init: a checkpoint of any format that `m2pt convert` reads, to start from; none if empty.
         trainable: "all", or "head" for a linear probe: the head, after a batch normalisation, and the scales.
     """
@@ -48,10 +48,10 @@ class Auxiliary:
         modality: its name in logs and reports.
         dtype: of its weights, one of torch's or of `m2pt.quantize_aux`'s; the checkpoint's own if empty.
         trainable: whether its weights are trained too, as in the published code.
-        blocks: which blocks are connected, of models whose depths differ: "first", "last" or "even", see
+        blocks: which blocks are connected if the models' depths differ: "first", "last" or "even", see
             `m2pt.reparameterize_aux_into_target_model`.
-        in_checkpoints: whether `last.pth` holds its frozen weights. If not, they are read from `path` on resuming and
-            for an evaluation, and must be the same, by their SHA-256.
+        in_checkpoints: whether `last.pth` holds its frozen weights. If not, they are read from `path` when resuming or
+            evaluating, and must have the same SHA-256.
     """
 
     path: str | list[str] = ""
@@ -77,16 +77,16 @@ class Auxiliary:
 
 @dataclass(frozen=True)
 class Data:
-    """What it is trained on.
+    """What the model is trained on.
 
     Attributes:
-        layout, root, settings: of `m2pt.data.create_dataset`; the layout "embedded" has no root.
+        layout, root, settings: as in `m2pt.data.create_dataset`; the layout "embedded" has no root.
         train_split, test_split: names of the layout's splits.
         batch_size: samples of one optimizer step, over all processes and micro-batches.
         test_batch_size: samples of one forward pass of a process in evaluation.
-        on_error: what a damaged training sample does: "stop" the run, or "skip": a line on stderr names it, and the
-            next readable one stands in. Of a list that names missing files the first stops before training and names
-            them. The test split always stops; in a training stream timm skips, whatever is said here.
+        on_error: what happens at a damaged training sample: "stop" ends the run; "skip" names it on stderr and takes
+            the next readable one instead. If a list names missing files, "stop" stops before training and names them.
+            The test split always stops; in a training stream timm skips, whatever is said here.
     """
 
     layout: str
@@ -108,12 +108,12 @@ class Optimizer:
 
     Attributes:
         base_lr: the learning rate for a batch of 256; it is multiplied by `data.batch_size / 256`.
-        name, weight_decay, layer_decay, options: of `timm.optim.create_optimizer_v2`; the options are the optimizer's.
-            "bnbadamw8bit" is AdamW with states of a byte, on GPUs, with the extra `adam8bit`. "adam" and "adamw" are
-            fused unless the options say otherwise; with one that is not fused every step waits for a GPU once, to know
-            whether its gradient is finite.
-        scale_learning_rate: factor of the cross-modal scales' learning rate over that of their block.
-        clip_grad: the largest norm of the gradient; 0 for any.
+        name, weight_decay, layer_decay, options: as in `timm.optim.create_optimizer_v2`; the options are the
+            optimizer's. "bnbadamw8bit" is AdamW with one-byte states; it needs a GPU and the extra `adam8bit`. "adam"
+            and "adamw" are fused unless the options say otherwise; with an optimizer that is not fused, every step
+            waits for the GPU once, to find out whether its gradient is finite.
+        scale_learning_rate: the cross-modal scales' learning rate divided by that of their block.
+        clip_grad: the largest norm of the gradient; 0 for no limit.
     """
 
     base_lr: float
@@ -136,7 +136,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """timm's scheduler, stepped every update; `epochs` counts the warm-up in.
+    """timm's scheduler, stepped every update; `epochs` includes the warm-up.
 
     A warm-up of `warmup_epochs` that is not shorter than the run, as where only `epochs` was overridden, is shortened
     to the first tenth of the run: see `warmup`.
@@ -154,7 +154,7 @@ class Schedule:
 
     @property
     def warmup(self) -> float:
-        """Epochs of warm-up that are made."""
+        """The epochs of warm-up that are run."""
         return self.warmup_epochs if self.warmup_epochs < self.epochs else self.epochs / 10
 
 
@@ -175,7 +175,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Of `m2pt.models.MaskedAutoencoder`."""
+    """Arguments of `m2pt.models.MaskedAutoencoder`."""
 
     mask_ratio: float
     decoder_width: int = 512
@@ -192,14 +192,14 @@ class Pretraining:
 
 @dataclass(frozen=True)
 class Run:
-    """How often what happens.
+    """The seed, and how often the run logs, evaluates and saves.
 
     Attributes:
         seed: everything random follows from it.
         log_steps: steps from one line of metrics to the next.
         eval_epochs: epochs from one evaluation to the next; after the last epoch there is always one.
         checkpoint_steps: steps from one checkpoint to the next, beside those at the end of every epoch; 0 for none.
-        ema_decay: of the moving average of the weights, which is then what is evaluated and merged; 0 for none.
+        ema_decay: of the moving average of the weights, which is then evaluated and merged instead; 0 for none.
     """
 
     seed: int = 0
@@ -220,9 +220,9 @@ class Machine:
 
     Attributes:
         accumulation: micro-batches of one optimizer step.
-        workers: processes of each process that read data; 0 to read in the training process.
+        workers: data-loading processes of each training process; 0 to read in the training process.
         precision: of autocast; "float32" for none.
-        checkpoint_activations: compute the blocks' activations again in backward.
+        checkpoint_activations: recompute the blocks' activations in backward.
         offload_activations: keep the inputs of these blocks in the host's memory until then.
         step_in_backward: update each parameter inside backward and free its gradient, see `m2pt.step_in_backward`;
             the norm of the gradient is then not logged.
@@ -256,10 +256,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a run depends on. With `pretraining` it is one for `pretrain`, without it one for `train`.
+    """All that a run depends on. With `pretraining` it is for `pretrain`, without it for `train`.
 
     Raises:
-        TypeError: a part is something else than its table.
+        TypeError: a part has the wrong type.
         ValueError: two parts do not go together.
     """
 
@@ -301,7 +301,7 @@ class Recipe:
         """The text of a TOML file from which `load_recipe` makes an equal recipe; every value is in it.
 
         Raises:
-            TypeError: a value of `overrides`, `settings` or `options` is not of JSON's kinds.
+            TypeError: a value of `overrides`, `settings` or `options` is not of one of JSON's types.
         """
         tables = (
             "\n".join([f"[{name}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())])
@@ -344,19 +344,19 @@ def load_recipe(recipe: str, overrides: Mapping[str, Any] | None = None) -> Reci
 
 
 def with_defaults(table: dict[str, Any]) -> dict[str, Any]:
-    """What `Recipe.as_dict` gave, of this version or an earlier one, with what has been added since.
+    """The result of `Recipe.as_dict` in this version or an earlier one, with the entries that were added since.
 
     Raises:
-        TypeError, ValueError: it is no recipe of this version.
+        TypeError, ValueError: it is not a recipe of this version.
     """
     return _build(Recipe, table, "").as_dict()
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """`key.subkey=value`, the value in TOML; a string needs no quotes.
+    """Parse `key.subkey=value`, the value in TOML; a string needs no quotes.
 
     Raises:
-        TypeError: `text` is no string.
+        TypeError: `text` is not a string.
         ValueError: there is no key or no `=`.
     """
     check_kind(str, "key.subkey=value", text=text)

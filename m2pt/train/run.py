@@ -1,4 +1,4 @@
-"""Runs: fine-tuning or probing with a pathway, masked pretraining, and evaluation of what came out."""
+"""Runs: fine-tuning or probing with a pathway, masked pretraining, and evaluation of the results."""
 
 import itertools
 import os
@@ -53,7 +53,7 @@ Metrics = dict[str, float]
 def train(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> dict[str, Metrics]:
     """Train a model as the recipe says, evaluate it, merge its pathway, and evaluate a plain model with that file.
 
-    Under `torchrun` every process calls this; they all see `out`. Written there: `recipe.json`, `log.jsonl`,
+    Under `torchrun` every process calls this; they all see `out`. The files there are `recipe.json`, `log.jsonl`,
     `last.pth` (to resume from), `merged.safetensors`, `merged.json` (how to build the model for it), `result.json`,
     `curves.png`, and with a pathway `scales.png`.
 
@@ -63,7 +63,7 @@ def train(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> dict[
         resume: continue the run in `out` from its last checkpoint.
 
     Returns:
-        The metrics in percent of the model in training, "trained", and of the plain one, "merged".
+        The metrics in percent: "trained" for the model in training, "merged" for the plain one.
 
     Raises:
         FloatingPointError: the loss, a gradient or a weight is not finite; the message names the step and the layer.
@@ -118,8 +118,8 @@ def train(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> dict[
 def pretrain(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> None:
     """Pretrain a masked autoencoder as the recipe says.
 
-    Written to `out`: `pretrained.safetensors`, the transformer without its decoder, which `load_auxiliary` and
-    `load_pretrained` read, and `recipe.json`, `log.jsonl`, `last.pth` and `curves.png` as by `train`.
+    The files in `out` are `pretrained.safetensors`, the transformer without its decoder, which `load_auxiliary` and
+    `load_pretrained` read, and `recipe.json`, `log.jsonl`, `last.pth` and `curves.png` as in `train`.
 
     Args:
         recipe: one with `pretraining`.
@@ -130,7 +130,7 @@ def pretrain(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> No
         FloatingPointError: the loss, a gradient or a weight is not finite; the message names the step and the layer.
         FileNotFoundError, TypeError, ValueError: recipe and data do not fit, or `out` holds a run already.
         OSError: `out` cannot be written to.
-        KeyboardInterrupt, SystemExit: as by `train`.
+        KeyboardInterrupt, SystemExit: as in `train`.
     """
     out = _checked(recipe, out)
     require_pretraining(recipe)
@@ -160,13 +160,13 @@ def pretrain(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> No
 
 
 def require_training(recipe: Recipe) -> None:
-    """Raise a ValueError for a recipe that `train` is not for."""
+    """Raise a ValueError for a recipe that is not for `train`."""
     if recipe.pretraining is not None:
-        raise ValueError("recipe: this one is for pretraining, with `m2pt pretrain`")
+        raise ValueError("recipe: this one is for pretraining: run it with `m2pt pretrain`")
 
 
 def require_pretraining(recipe: Recipe) -> None:
-    """Raise a ValueError for a recipe that `pretrain` is not for."""
+    """Raise a ValueError for a recipe that is not for `pretrain`."""
     if recipe.pretraining is None:
         raise ValueError("recipe: expected one with a table [pretraining]; this one is for `m2pt train`")
     if recipe.auxiliary.path or recipe.model.trainable != "all":
@@ -177,7 +177,7 @@ def preview(recipe: Recipe) -> str:
     """What `train` or `pretrain` would run: parameters, steps and memory. Data are opened, and nothing is written.
 
     Raises:
-        FileNotFoundError, ImportError, TypeError, ValueError: as by these.
+        FileNotFoundError, ImportError, TypeError, ValueError: as in these.
     """
     test_set = None if recipe.pretraining else _test_set(recipe)
     with processes() as world:
@@ -223,11 +223,11 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str | os.PathLike, weights: 
     Args:
         recipe: the run's.
         checkpoint: the file.
-        weights: "ema" for the moving average of the weights, "raw" for the weights beside it, and which were taken is
-            printed. Default: the average where there is one.
+        weights: "ema" for the moving average of the weights, "raw" for the weights beside it; which were taken is
+            printed. Default: the average if there is one.
 
     Raises:
-        TypeError: another type of `recipe` or `checkpoint`.
+        TypeError: `recipe` or `checkpoint` has another type.
         FileNotFoundError: no such file, or no data.
         ValueError: the checkpoint is not of the recipe's model, has other classes than the data, or no such `weights`.
     """
@@ -266,9 +266,9 @@ def _naming_difference(checkpoint: Path, trained: Mapping[str, Any], recipe: Rec
 
 
 def _auxiliary_weights(recipe: Recipe, num_classes: int, expected: Mapping[str, str]) -> dict[str, Tensor]:
-    """What a checkpoint leaves out, by its names in the state dict, from the files of the auxiliary models."""
+    """The weights that a checkpoint leaves out, by state-dict name, from the auxiliary models' files."""
     if not recipe.auxiliary.path:
-        raise ValueError("auxiliary.path: missing, and the checkpoint leaves out auxiliary weights")
+        raise ValueError("auxiliary.path: missing, but the checkpoint leaves out auxiliary weights")
     module = connect(created(recipe, num_classes), read_auxiliaries(recipe), recipe)
     check_auxiliary(digests(places(module)), expected)
     left_out = frozen_entries(module)
@@ -276,7 +276,7 @@ def _auxiliary_weights(recipe: Recipe, num_classes: int, expected: Mapping[str, 
 
 
 def _say_shortened(schedule: Schedule) -> None:
-    """Say on stderr that the warm-up is shorter than the recipe's, in the first of several processes."""
+    """Say on stderr, in the first process only, that the warm-up is shorter than the recipe's."""
     if schedule.warmup != schedule.warmup_epochs and is_first_process():
         print(
             f"m2pt: schedule.warmup_epochs: {schedule.warmup_epochs} is not less than schedule.epochs"
@@ -308,7 +308,7 @@ def _fit(
     """Train to the end of the schedule.
 
     Args:
-        measure: the metrics, given a function that returns the signal that asks to stop, 0 for none.
+        measure: returns the metrics, given a function that returns the signal that asks to stop, or 0.
     """
     recipe, world = trainer.recipe, trainer.world
     steps = recipe.schedule.epochs * steps_per_epoch
@@ -372,7 +372,7 @@ def _micro_batches(trainer: Trainer, dataset: Any) -> AbstractContextManager[Ite
 
 
 def _log_of(trainer: Trainer, out: Path, class_names: Sequence[str] | None, resume: bool, steps_per_epoch: int) -> Log:
-    """The log of a run that begins, or that goes on from its last checkpoint."""
+    """The log of a run that starts, or continues from its last checkpoint."""
     if resume:
         state = load_checkpoint(out, trainer.recipe, class_names)
         try:
@@ -381,14 +381,14 @@ def _log_of(trainer: Trainer, out: Path, class_names: Sequence[str] | None, resu
             raise ValueError(f"{out / CHECKPOINT}: not the state of this run ({error!r})") from error
     if trainer.world.is_first:
         out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob("*.partial/"):  # of a process that was killed while it wrote
+        for left in out.glob("*.partial/"):  # by a process that was killed while it wrote
             shutil.rmtree(left)
         write_json(out / RECIPE, trainer.recipe.as_dict())
     return Log(out, trainer.world.is_first, trainer.step, trainer.recipe.schedule.epochs * steps_per_epoch)
 
 
 def _checked(recipe: Recipe, path: str | os.PathLike, argument: str = "out") -> Path:
-    """The path, once both are known to be of the right type."""
+    """The path, once both arguments are known to have the right type."""
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected a Recipe, got {type(recipe).__name__}")
     return checked_path(argument, path)
@@ -409,8 +409,8 @@ def _training_set(recipe: Recipe, world: World) -> Any:
 
 
 def _test_set(recipe: Recipe) -> Any:
-    """The test split. It has to be opened before the processes know of each other: timm would divide a stream among
-    them, and not evenly."""
+    """The test split. It has to be opened before the process group is set up: otherwise timm would divide a stream
+    among the processes, and not evenly."""
     split = recipe.data.test_split
     dataset = _opened(recipe, split, training=False)
     _require_files(dataset, split)
@@ -426,15 +426,15 @@ def _opened(recipe: Recipe, split: str, training: bool, **more: Any) -> Any:
 
 
 def _require_files(dataset: Any, split: str) -> None:
-    """That the files of a list are there, before the first of them is missed in the middle of a run."""
+    """Check that the files of a list exist, before the first missing one stops a run in the middle."""
     lacking = missing(getattr(dataset, "files", ()))
     if lacking:
-        raise FileNotFoundError(f"data: {len(lacking)} files of split {split!r} are not there: {some(lacking)}")
+        raise FileNotFoundError(f"data: {len(lacking)} files of split {split!r} are missing: {some(lacking)}")
 
 
 def _number_as_trained(test_set: Any, class_names: Sequence[str] | None, recipe: Recipe) -> None:
-    """Number the classes of a test split as a checkpoint does; one that does not name them was trained on the recipe's
-    data, whose training split then does."""
+    """Number the classes of a test split as the checkpoint does; if it does not name them, as the training split of the
+    recipe's data, on which it was trained."""
     if not isinstance(test_set, Samples) or test_set.class_names is None:
         return
     if class_names is None:

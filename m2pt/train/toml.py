@@ -1,4 +1,4 @@
-"""Values as TOML, which Python reads and does not write."""
+"""Writes values as TOML, which Python's own module only reads."""
 
 import json
 import re
@@ -9,7 +9,7 @@ def toml_value(value: Any) -> str:
     """A value on one line, tables inline; infinities and NaN are as in TOML.
 
     Raises:
-        TypeError: it is no string, boolean, number, list or dict by strings, or holds something else.
+        TypeError: it is not a string, boolean, number, list or dict by strings, or holds anything else.
     """
     if isinstance(value, bool):
         return str(value).lower()

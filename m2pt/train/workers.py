@@ -1,4 +1,4 @@
-"""The processes that read data: they end, in seconds, with the block that uses them, however that ends."""
+"""Processes that read data: they end within seconds of the block that uses them, however it ends."""
 
 import ctypes
 import signal
@@ -45,10 +45,10 @@ def received(loader: DataLoader) -> Iterator[Iterator[Any]]:
 
 
 def leave_to_parent(worker: int) -> None:
-    """To be called in each worker: signals and errors are for the process that trains.
+    """Leave signals and errors to the process that trains; call this in each worker.
 
-    SIGTERM is often sent to all processes of a job, and Ctrl-C always is, but that process has to finish its step, for
-    which it needs data. Python's thread that hands over tensors complains where that process stops in the middle.
+    SIGTERM is often sent to all processes of a job, and Ctrl-C always is, but that process has to finish its step and
+    needs data for it. Python's thread that hands over tensors complains if that process stops midway.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -68,7 +68,7 @@ def _started(loader: DataLoader) -> tuple[Any, Sequence[BaseProcess]]:
 
 
 def _end(batches: Any, workers: Sequence[BaseProcess]) -> None:
-    """Ask the workers to end, and kill those that do not: they ignore SIGTERM, by which Python would end them."""
+    """Ask the workers to end, and kill those that do not: they ignore SIGTERM, with which Python would end them."""
     if batches is not None and workers:
         deadline = threading.Timer(PATIENCE, _kill, [workers])
         deadline.start()
@@ -84,11 +84,11 @@ def _kill(workers: Sequence[BaseProcess]) -> None:
 
 
 def _without_handler_of_dead_children() -> Any:
-    """Take torch's handler away, which raises its error wherever the program is, be it in the middle of writing a file;
-    without it a dead worker is noticed, within seconds, when its batch is asked for.
+    """Remove torch's handler, which raises its error wherever the program is, even in the middle of writing a file.
+    Without it a dead worker is noticed within seconds, when its batch is requested.
 
     Returns:
-        The handler; None if there is none, or if it is not for this thread to set.
+        The handler; None if there is none, or if this thread may not set it.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         return None
@@ -97,7 +97,7 @@ def _without_handler_of_dead_children() -> Any:
 
 @contextmanager
 def _delayed_interrupt() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: it would leave workers that nobody knows yet, or that nobody ends."""
+    """Delay Ctrl-C to the end of the block: it would leave workers that nothing knows of yet, or that nothing ends."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
