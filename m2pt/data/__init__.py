@@ -1,4 +1,4 @@
-"""Datasets of the four modalities, read from the files that public code lays out, and augmented as the recipes ask."""
+"""Datasets of the four modalities, read from the file layouts of public code and augmented as the recipes ask."""
 
 import inspect
 import os
@@ -39,28 +39,28 @@ def create_dataset(
     | video | list | (3, 16 frames, 224, 224) | class index |
     | all | embedded | small, see `m2pt.data.embedded` | class index |
 
-    A class index is an int, hence int64 in a collated batch. The attributes `num_classes` and `class_names` (None where
-    the files do not name them) describe the targets. Where the attribute `views` is V > 1, a sample holds V inputs of
-    the same thing on a new first axis. In training every one of them is a sample of its own, and the target has that
-    axis as well; in evaluation their logits are to be averaged.
+    A class index is an int, hence int64 in a collated batch. The attributes `num_classes` and `class_names` (None if
+    the files do not name them) describe the targets. If the attribute `views` is V > 1, a sample holds V inputs of the
+    same thing on a new first axis. In training each of them is a sample of its own, and the target has that axis as
+    well; in evaluation their logits are to be averaged.
 
     Every random choice follows from torch's CPU generator, which a DataLoader seeds in each worker.
 
     Args:
-        layout: how the files lie under `root`; the function of that name in the modality's module says what is read.
-            The layout "embedded" comes with the package, and its root is None or "".
-        split: the part of the data, in the names of the layout.
+        layout: how files are arranged under `root`; the function of that name in the modality's module says what is
+            read. The layout "embedded" comes with the package, and its root is None or "".
+        split: the part of the data, by its name in the layout.
         training: augment at random; otherwise prepare for evaluation.
-        class_names: those of the training split, in their order, to number the classes of another split as there.
-            Without them folders and tables number the classes that they have. Layouts without names ignore them.
+        class_names: those of the training split, in order, so that another split numbers its classes alike. Without
+            them folders and tables number the classes that they have. Layouts without names ignore them.
         settings: the keyword arguments of the layout's function, and of the dataset's class or, for images, of
             `m2pt.data.image.image_transform`.
 
     Raises:
-        ValueError: an unknown modality, layout, split or setting, no root, a file that does not hold what it should, a
-            label out of range, or a class that is not in `class_names`. A sample is read when it is asked for, and the
-            error for a damaged one names its file.
-        TypeError: a `root` that is no path, or `class_names` that are no sequence of names.
+        ValueError: an unknown modality, layout, split or setting, no root, a file with invalid content, a label out of
+            range, or a class that is not in `class_names`. A sample is read when it is requested, and the error for a
+            damaged one names its file.
+        TypeError: `root` is not a path, or `class_names` is not a sequence of names.
         FileNotFoundError: `root`, or a file that lists the samples, does not exist.
         ImportError: the layout needs an optional dependency; the message says how to install it.
     """

@@ -80,8 +80,8 @@ def mel_weights() -> Tensor:
 class AudioDataset(Samples):
     """Filterbanks `(x - mean) / (2 std)` of shape (1, frames, 128) and their targets.
 
-    The target is a class index where a file has one class and no two files are mixed. Otherwise it is a float32 vector
-    (classes,), as a batch needs one form: with several classes, and in training with `mixup` above 0.
+    The target is a class index if a file has one class and no two files are mixed. Otherwise (with several classes, and
+    in training with `mixup` above 0) it is a float32 vector (classes,), as a batch needs one form.
 
     In training, a wave is rolled by a random shift and amplified by 1/2 + Beta(10, 10); two waves are mixed with a
     share of Beta(10, 10), the second cut or padded to the first; and a band of mel bins and one of frames are zeroed
@@ -95,7 +95,7 @@ class AudioDataset(Samples):
         mean, std: of the data set's filterbanks.
         time_mask, frequency_mask: the largest widths of the zeroed bands; by default 3/16 of the frames, AudioMAE's 192
             of 1024, and 48 mel bins.
-        mixup: probability to mix a sample with another.
+        mixup: probability of mixing a sample with another.
         roll: whether to shift and amplify.
     """
 
@@ -237,7 +237,7 @@ def esc50(root: Path, split: str, training: bool, *, fold: int = 1, **settings: 
 
 
 def speech_commands(root: Path, split: str, training: bool, **settings: Any) -> AudioDataset:
-    """Speech Commands as distributed: `root/word/*.wav`, with `validation_list.txt` and `testing_list.txt` beside.
+    """Speech Commands as distributed: `root/word/*.wav`, `root/validation_list.txt` and `root/testing_list.txt`.
 
     Args:
         split: `validation` and `test` are the files in those lists, `train` the others.
@@ -259,7 +259,7 @@ def speech_commands(root: Path, split: str, training: bool, **settings: Any) -> 
     files = sorted(chosen)
     if lacking := [file for file in files if file not in every]:
         path = root / lists[split]
-        raise FileNotFoundError(f"{path}: {len(lacking)} of its {len(files)} files are not there: {some(lacking)}")
+        raise FileNotFoundError(f"{path}: {len(lacking)} of its {len(files)} files are missing: {some(lacking)}")
     return AudioDataset(
         [root / file for file in files],
         [[every[file]] for file in files],
@@ -271,7 +271,7 @@ def speech_commands(root: Path, split: str, training: bool, **settings: Any) -> 
 
 
 def _as_listed(line: str) -> str:
-    """A path in a list, however it is written."""
+    """A path in a list, in the same form however it is written."""
     return str(PurePosixPath(line.replace("\\", "/")))
 
 

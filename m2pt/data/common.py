@@ -1,4 +1,4 @@
-"""What the modalities share: samples and their labels, the text files that list them, and random numbers."""
+"""Shared by all modalities: samples and their labels, the text files that list them, and random numbers."""
 
 import codecs
 import json
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
 HIDDEN = ("__MACOSX", "@eaDir")
-"""Folders that systems put beside the user's, with copies of pictures; those that begin with a dot are hidden too."""
+"""Folders that systems put beside the user's, with copies of pictures. Names that begin with a dot are hidden too."""
 
 
 Layouts = Mapping[str, tuple[Callable[..., Dataset], Callable]]
@@ -27,11 +27,11 @@ class Samples(Dataset):
     """A map-style dataset that says what its targets mean. Every input that it yields is finite.
 
     Attributes:
-        num_classes: length of the logits; of the parts in segmentation.
-        class_names: their names in the order of the logits, or None where the files do not say.
+        num_classes: length of the logits; in segmentation the number of parts.
+        class_names: their names in the order of the logits, or None if the files do not say.
         labels: each sample's class, or a sequence of its classes; in segmentation its category.
-        label_names: of what `labels` counts; `class_names`, but for segmentation.
-        files: those that lists name, and that may not be there.
+        label_names: the names of what is in `labels`: `class_names`, except in segmentation.
+        files: those that lists name, which may be missing.
         views: how many inputs a sample holds, see `m2pt.data.create_dataset`.
         multi_label: whether a sample may have several classes.
     """
@@ -68,12 +68,12 @@ class Samples(Dataset):
         raise NotImplementedError
 
     def check_labels(self) -> None:
-        """Raise a ValueError that names the first sample of a label out of range."""
+        """Raise a ValueError that names the first sample with a label out of range."""
         for label, index in self._first_samples().items():
             check_label(self.name(index), label, self._label_count())
 
     def number_as(self, class_names: Sequence[str] | None) -> None:
-        """Number the classes as another split does, by their names; nothing changes where one of both has no names.
+        """Number the classes as another split does, by their names; nothing changes if either has no names.
 
         Raises:
             ValueError: the class of a sample is not among them; the message names both, and nothing has changed.
@@ -88,10 +88,10 @@ class Samples(Dataset):
         self.class_names = self.label_names = tuple(class_names)
 
     def require_classes_of(self, training: "Samples") -> None:
-        """That the training split has a sample of every class of which there is one here.
+        """Check that the training split has a sample of every class that has one here.
 
         Raises:
-            ValueError: there is none; the message names the class, and a sample of it.
+            ValueError: it has none; the message names the class, and a sample of it.
         """
         self._require([training._label_name(label) for label in training._first_samples()])
 
@@ -124,13 +124,13 @@ def _each(labels: int | Sequence[int]) -> Sequence[int]:
 
 
 def check_label(name: str, label: int, num_classes: int) -> None:
-    """Raise a ValueError for the label of the sample `name` if it is none of `num_classes`, which count from 0."""
+    """Raise a ValueError if the label of the sample `name` is not one of `num_classes`, counted from 0."""
     if not 0 <= label < num_classes:
         raise ValueError(f"{name}: expected a label from 0 to {num_classes - 1}, got {label}")
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is not the user's own, as `.ipynb_checkpoints` and `._1.jpg` are not."""
+    """Whether a file or folder is not the user's own, such as `.ipynb_checkpoints` and `._1.jpg`."""
     return name.startswith(".") or name in HIDDEN
 
 
@@ -140,7 +140,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def missing(files: Sequence[Path]) -> list[str]:
-    """Which of the files are not there. A folder is listed once, as that is quicker than to look for every file."""
+    """Which of the files are missing. Every folder is listed once, which is quicker than looking for every file."""
     there: dict[Path, set[str]] = {}
     for folder in {file.parent for file in files}:
         there[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
@@ -175,7 +175,7 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of such a file, without white space around them; empty ones are left out."""
+    """The lines of such a text file, without white space around them; empty ones are left out."""
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
@@ -184,7 +184,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another encoding, or no JSON.
+        ValueError: another encoding, or not JSON.
     """
     text = read_text(path)
     try:
@@ -200,9 +200,9 @@ def draw_seed() -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Start torch's CPU generator, `random` and numpy's from `seed`; afterwards all three are as they were.
+    """Seed torch's CPU generator, `random`'s and numpy's with `seed`; afterwards all three are as they were.
 
-    timm's transforms draw from all three. Within this, one number decides what they do.
+    timm's transforms draw from all three. Inside the block, one number decides what they do.
     """
     states: tuple[Any, ...] = torch.get_rng_state(), random.getstate(), np.random.get_state()
     torch.default_generator.manual_seed(seed)

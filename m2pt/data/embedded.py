@@ -1,4 +1,4 @@
-"""Small real data that comes along, to try every modality with. Nothing is augmented.
+"""Small real data sets that come with the package, to try every modality. Nothing is augmented.
 
 Images and points: the 1797 handwritten digits of scikit-learn's `load_digits`; the first 1200 are for training.
 Audio: UCI Machine Learning Repository, "Japanese Vowels", M. Kudo, J. Toyama, M. Shimbo (1999), licence CC BY 4.0:
@@ -72,7 +72,7 @@ def digit_clouds(root: Path | None, split: str, training: bool, *, points: int =
 def spoken_vowels(
     root: Path | None, split: str, training: bool, *, shot: int = UTTERANCES, fold: int = 0
 ) -> TensorSamples:
-    """Utterances as spectrograms (1, 32 frames, 128 bins), zero where they have ended; the class is the speaker.
+    """Utterances as spectrograms (1, 32 frames, 128 bins), zero after their end; the class is the speaker.
 
     The training split has `shot` of the 30 utterances of each speaker, drawn from seed `fold`; the test split has all.
     """

@@ -1,4 +1,4 @@
-"""Frames of a video file: which there are, those that are wanted decoded, upright."""
+"""Reads chosen frames of a video file, upright."""
 
 import math
 import struct
@@ -17,11 +17,11 @@ from torchvision.transforms.v2 import functional
 from ..checks import require
 
 THREADS = 1
-"""Of a decoder and of a frame's conversion. FFmpeg keeps more for the next frame, which a forked data worker would wait
-for, for ever."""
+"""Threads of a decoder and of a frame's conversion. FFmpeg keeps further ones for the next frame, which a forked data
+worker would wait for in vain."""
 
 LASTING = ("palette", "new_extradata", "param_change")
-"""What a packet may bring along that later ones are decoded with, too."""
+"""Side data of a packet with which later ones are decoded, too."""
 
 
 def read_frames(path: Path, choose: Callable[[int], Sequence[int]], size: int | None = None) -> list[Tensor]:
@@ -52,8 +52,8 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]], size: int | 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream, cover pictures aside. What PyAV raises for damaged files, an IndexError
-    among it, becomes a ValueError."""
+    """The container and its first video stream, apart from cover pictures. PyAV's errors for damaged files, including
+    IndexError, become ValueErrors."""
     av = require("av", "video")
     try:
         with av.open(str(path)) as container:
@@ -70,11 +70,11 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _packets(path: Path) -> tuple[dict[int, int], list[tuple[int, int]]]:
-    """The numbers of the frames, by their times; and for every frame that can be decoded without those before it, its
-    number and the place of its packet in the stream, ascending.
+    """The numbers of the frames by time; and, for every frame that can be decoded without those before it, its number
+    and the place of its packet in the stream, ascending.
 
-    Only the first frame is decoded: none is shown before it, whatever the packets say. If they do not tell the frames
-    apart, all are decoded to be counted, and the second list is empty.
+    Only the first frame is decoded: none is shown before it, whatever the packets say. If packets do not tell frames
+    apart, all frames are decoded and counted, and the second list is empty.
     """
     first, lasting = None, False
     times, decoding_times, keys = [], [], []
@@ -101,11 +101,11 @@ def _packets(path: Path) -> tuple[dict[int, int], list[tuple[int, int]]]:
 def _from_keyframes(
     container: Any, stream: Any, numbers: dict[int, int], keys: list[tuple[int, int]], wanted: list[int]
 ) -> Iterator[Any]:
-    """The wanted frames, each decoded from the last keyframe before it. Nothing seeks, which containers do more or less
-    well: packets on the way are read, at little cost, and not decoded.
+    """The wanted frames, each decoded from the last keyframe before it. There is no seeking, which some containers do
+    badly: packets on the way are read, at little cost, but not decoded.
 
     Raises:
-        ValueError: other frames come than the packets announce.
+        ValueError: the frames are not those that the packets announce.
     """
     ahead, expected = deque(wanted), 0
     for place, packet in enumerate(container.demux(stream)):

@@ -1,4 +1,4 @@
-"""Images of class folders, Hugging Face tables and tar shards, with MAE's augmentation (He et al., CVPR 2022).
+"""Images from class folders, Hugging Face tables and tar shards, with MAE's augmentation (He et al., CVPR 2022).
 
 Mixup and cutmix mix batches: they belong to the training loop.
 """
@@ -20,7 +20,7 @@ from .common import Layouts, Samples, check_label, draw_seed, is_hidden, seeded,
 from .pictures import as_seen
 
 ENDINGS = (*IMG_EXTENSIONS, ".jfif", ".gif", ".jp2", ".avif")
-"""Of pictures in folders; of those in shards without the dot."""
+"""File endings of pictures in folders; those in shards have no dot."""
 
 
 class Files:
@@ -123,7 +123,7 @@ def image_transform(
 def folder(root: Path, split: str, training: bool, **settings: Any) -> ImageDataset:
     """`root/split/class/.../image`: one folder for each split, in it one for each class, as ImageNet is unpacked.
 
-    A class is a folder right below the split's, however deep its pictures lie; hidden folders and files are left out.
+    A class is a folder directly below the split's, however deep its pictures are; hidden folders and files are skipped.
     """
     one_of("split", split, [path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name)])
     place = root / split
@@ -133,7 +133,7 @@ def folder(root: Path, split: str, training: bool, **settings: Any) -> ImageData
     if outside:
         raise ValueError(f"{place}: expected a folder for every class, got pictures outside of one: {some(outside)}")
     if not files:
-        raise ValueError(f"{place}: Found 0 images in it, which are files that end in {', '.join(ENDINGS)}")
+        raise ValueError(f"{place}: Found 0 images in it: expected files that end in one of {', '.join(ENDINGS)}")
     names = sorted({own[0] for own in parts}, key=_natural)
     numbers = {name: number for number, name in enumerate(names)}
     labels = [numbers[own[0]] for own in parts]
@@ -141,7 +141,7 @@ def folder(root: Path, split: str, training: bool, **settings: Any) -> ImageData
 
 
 def _pictures(folder: Path, around: Set[Path]) -> Iterator[Path]:
-    """Those in a folder and below, links followed, unless to a folder around it."""
+    """The pictures in a folder and below; links are followed, except to a folder around it."""
     real = Path(os.path.realpath(folder))
     if real in around:
         return
@@ -238,7 +238,7 @@ class ShardDataset(timm.data.IterableImageDataset):
         if is_first:
             reader._lazy_init()
             if not reader.split_info.alt_label:  # the name of the label in a json file beside
-                decode = len(reader.ds.pipeline) - 2  # which leaves out a sample whose label is no number
+                decode = len(reader.ds.pipeline) - 2  # it leaves out a sample whose label is not a number
                 reader.ds.pipeline.insert(decode, webdataset.map(self._labelled))
             reader.ds.append(webdataset.map(self._checked))
             reader.ds.append(webdataset.map(_seen, handler=webdataset.warn_and_continue))
@@ -272,7 +272,7 @@ def webdataset(
 ) -> ShardDataset:
     """timm's iterable dataset over tar shards of `jpg` and `cls` files, listed by split in `root/info.json`.
 
-    The shards are shuffled with `seed` and the epoch that `dataset.set_epoch` is told, the samples with the worker's
+    The shards are shuffled with `seed` and the epoch given to `dataset.set_epoch`, the samples with the worker's
     seed; timm skips a damaged sample with a warning. `split` may also be timm's pattern
     `name-{0000..0009}.tar|number_of_samples`. `batch_size` makes every worker yield whole batches in training.
     """

@@ -1,4 +1,4 @@
-"""What a picture file looks like: every mode of Pillow's in eight bits of red, green and blue."""
+"""Converts pictures of every Pillow mode to RGB of eight bits, as a person sees them."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What Exif's orientations ask for."""
+"""The transpositions that Exif's orientations ask for."""
 
 
 def as_seen(picture: Image.Image) -> Image.Image:
     """A picture of any of Pillow's modes in RGB, as a person sees it: upright, and over white where it is transparent.
 
-    Integers of 16 bits count to 65535, or as far as a TIFF file says. Floats and integers of 32 bits do not say what is
-    white: they count from 0 to 1 (floats only), 255 or 65535, if all lie there, and otherwise from the smallest to the
+    Integers of 16 bits range to 65535, or as far as a TIFF file says. Floats and integers of 32 bits do not say what is
+    white: they range from 0 to 1 (floats only), 255 or 65535 if all lie there, otherwise from the smallest to the
     largest.
 
     Raises:
@@ -46,7 +46,7 @@ def _orientation(picture: Image.Image) -> Any:
 
 
 def _in_eight_bits(picture: Image.Image) -> Image.Image:
-    """In grey levels; what a TIFF file says of its bits, their sign and its white is followed."""
+    """The picture in grey levels, following what a TIFF file says about its bits, their sign and its white."""
     tags = getattr(picture, "tag_v2", {})
     bits, kind = (tags.get(tag, (None,))[0] for tag in (TiffImagePlugin.BITSPERSAMPLE, TiffImagePlugin.SAMPLEFORMAT))
     values = np.asarray(picture)

@@ -53,7 +53,7 @@ def scale_and_shift(points: Tensor) -> Tensor:
 
 
 class TextClouds(Dataset):
-    """Text files of a point per line, read when asked for: index to a float32 tensor (N, columns)."""
+    """Text files with one point per line, read on request: index to a float32 tensor (N, columns)."""
 
     def __init__(self, files: Sequence[Path], columns: int, delimiter: str | None) -> None:
         self.files, self.columns, self.delimiter = files, columns, delimiter
@@ -121,7 +121,7 @@ class PointDataset(Samples):
 
     In training `points` of the 75/64 times as many farthest points are drawn, scaled and shifted, as published (1024 of
     1200). In evaluation the first `points` of the farthest are taken as they are; with `votes` above 1 the sample holds
-    that many random draws instead. The thinned clouds stay in memory, in each worker of a DataLoader those that it
+    that many random draws instead. The thinned clouds stay in memory; each worker of a DataLoader keeps those that it
     read (142 MB for all of ModelNet40's training split): keep the workers from epoch to epoch.
 
     Args:
@@ -248,8 +248,8 @@ def modelnet40_few_shot(
 ) -> PointDataset:
     """`way` classes of `modelnet40`'s files, with `shot` training and 20 test shapes of each, drawn from seed `fold`.
 
-    The published folds are pickles, which execute code when they are read. These are drawn by the same rule, but they
-    are other folds: compare results on them with each other only.
+    The published folds are pickles, which execute code when they are read. These folds are drawn by the same rule, but
+    are not the same: compare results on them only with each other.
 
     Args:
         way: how many classes, published 5 and 10.

@@ -21,8 +21,8 @@ class VideoDataset(Samples):
 
     In training a clip begins at random; it is augmented `repeats` times, each time alike in all of its frames. In
     evaluation `clips` clips are spread evenly over the video, its shorter side is scaled to `size`, and `crops` squares
-    are cut evenly along the longer one; a sample holds `clips * crops` views. After its end a video stands still: a
-    clip that reaches beyond repeats the last frame.
+    are cut evenly along the longer one; a sample holds `clips * crops` views. A clip that reaches beyond the end of its
+    video repeats the last frame.
 
     Args:
         files: the video files.
