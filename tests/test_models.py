@@ -466,7 +466,7 @@ def test_unknown_choices(arguments, message):
         ("audio", {"time_masking": 1.0}, r"time_masking: expected a ratio in \[0, 1\), got 1.0"),
         ("audio", {"embed_dim": 26}, r"width: expected a multiple of 4 .* got 26"),
         ("video", {"embed_dim": 25, "num_heads": 5}, r"width: expected an even number .* got 25"),
-        ("video", {"num_frames": 5}, r"img_size: .* tubes of \(2, 8, 8\) divide, got \(5, 16, 16\)"),
+        ("video", {"num_frames": 5}, r"img_size: .* tubes of \(2, 8, 8\), got \(5, 16, 16\)"),
         ("point", {"num_groups": 0}, r"num_groups, group_size: expected 1 or more of each, got 0, 6"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The four modalities: a tokenizer, timm's blocks, a head. Blocks of one size fit each other in any two modalities."""
+"""Models of the four modalities: a tokenizer, timm's blocks, a head. Blocks of one size fit in any modality."""
 
 import inspect
 import itertools
@@ -40,7 +40,7 @@ PUBLISHED: dict[tuple[str, str], dict[str, Any]] = {
     ("image", "22b"): {"patch_size": 14},
     ("point", "base"): {"num_heads": 6},
 }
-"""Where the published model of a modality and size is not `SIZES` with the modality's own defaults."""
+"""Settings of a modality and size whose published model is not `SIZES` with the modality's own defaults."""
 
 BUILDERS: dict[tuple[str, str], Callable[..., nn.Module]] = {
     ("image", "classification"): mean_pooled_transformer,
@@ -76,8 +76,7 @@ def create_model(
     Raises:
         ValueError: an unknown modality, size or task, a negative number of classes, or overrides that do not fit each
             other.
-        TypeError: a number of classes that is no integer, or an override of another type or that the model does not
-            have.
+        TypeError: the number of classes is not an integer, or an override has another type or is unknown to the model.
     """
     if modality not in MODALITIES:
         raise ValueError(
@@ -98,12 +97,12 @@ def create_model(
         known = _argument_names(build)
         unknown = (f"there is no {name!r}{nearest(name, known)}" for name in overrides if name not in known)
         raise TypeError(f"overrides: {overrides}: {next(unknown, error)}") from error
-    except (ArithmeticError, AssertionError, RuntimeError) as error:  # what timm and torch make of impossible sizes
+    except (ArithmeticError, AssertionError, RuntimeError) as error:  # from timm and torch, for impossible sizes
         raise ValueError(f"overrides: {overrides}: {error}") from error
 
 
 def _argument_names(build: Callable[..., nn.Module]) -> set[str]:
-    """Of a class and those it is made of, or of a function that makes a VisionTransformer."""
+    """The arguments of a class and its bases, or of a function that makes a VisionTransformer."""
     kinds: tuple[Any, ...] = inspect.getmro(build) if isinstance(build, type) else (build, VisionTransformer)
     own = itertools.takewhile(lambda kind: kind is not nn.Module, kinds)
     return {name for kind in own for name in inspect.signature(kind).parameters}

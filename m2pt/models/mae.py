@@ -32,7 +32,7 @@ class MaskedAutoencoder(nn.Module):
         normalize_targets: whether pixels are normalised by the mean and standard deviation of their own patch.
 
     Raises:
-        TypeError: another model, or a ratio that is no number.
+        TypeError: a model of another class, or a ratio that is not a number.
         ValueError: a ratio that hides nothing or everything, or a decoder whose heads do not divide its width.
     """
 
@@ -105,8 +105,8 @@ class MaskedAutoencoder(nn.Module):
 
 
 class Tokens(NamedTuple):
-    """What a batch is made of: the class token if there is one (B, 0 or 1, width), tokens (B, T, width), what is known
-    of their places (B, T, ...), and what they stand for (B, T, values)."""
+    """A tokenized batch: the class token if there is one (B, 0 or 1, width), tokens (B, T, width), what is known of
+    their places (B, T, ...), and what they stand for (B, T, values)."""
 
     prefix: Tensor
     tokens: Tensor

@@ -17,7 +17,7 @@ class PartSegmenter(PointTransformer):
     Args:
         num_classes: parts of all categories together, 50 in ShapeNetPart; 0 leaves the head out.
         num_categories: 16 in ShapeNetPart.
-        settings: of `PointTransformer`.
+        settings: as in `PointTransformer`.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class PartSegmenter(PointTransformer):
         self._init_weights()
 
     def forward_features(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Centers (B, G, 3), and the features (B, G, 3 * embed_dim) a third, two thirds and all of the way up."""
+        """Centers (B, G, 3), and features (B, G, 3 * embed_dim) after a third, two thirds and all of the blocks."""
         centers, neighborhoods = self.group(points)
         outputs = self.encode(self.patch_embed(neighborhoods), self.pos_embed(centers))
         levels = [self.norm(outputs[math.ceil(len(outputs) * third / 3) - 1]) for third in (1, 2, 3)]
@@ -45,7 +45,7 @@ class PartSegmenter(PointTransformer):
 
 
 class PartHead(nn.Module):
-    """What a group is (its features), what the object is (pooled features and its category), what a point is (both)."""
+    """Classifies points by the features of groups near them, and the object's pooled features and category."""
 
     def __init__(self, width: int, num_categories: int, num_classes: int) -> None:
         super().__init__()

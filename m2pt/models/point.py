@@ -95,7 +95,7 @@ class PointTransformer(nn.Module):
         return run_blocks(self.blocks, tokens, positions, self.grad_checkpointing)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether the blocks' activations are computed again in backward; as in timm."""
+        """Set whether the blocks' activations are recomputed in backward; as in timm."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
@@ -121,7 +121,7 @@ class PointClassifier(PointTransformer):
     Args:
         num_classes: 0 leaves the head out.
         num_groups: 64 for 1024 points, 128 for 2048.
-        settings: of `PointTransformer`.
+        settings: as in `PointTransformer`.
     """
 
     def __init__(self, num_classes: int, num_groups: int = 64, group_size: int = 32, **settings: Any) -> None:

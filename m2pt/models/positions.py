@@ -1,4 +1,4 @@
-"""Fixed position embeddings: of tokens on a grid, and of tokens in a line."""
+"""Fixed position embeddings for tokens on a grid, and for tokens in a line."""
 
 import torch
 from timm.layers import build_sincos2d_pos_embed
@@ -18,7 +18,7 @@ def sincos_2d(grid_size: tuple[int, int], width: int) -> Tensor:
 
 
 def sinusoid(length: int, width: int) -> Tensor:
-    """(length, width): sine and cosine of the index in turns (Attention Is All You Need, 2017; VideoMAE, 2022).
+    """(length, width): alternating sine and cosine of the index (Attention Is All You Need, 2017; VideoMAE, 2022).
 
     Raises:
         ValueError: the width is odd.

@@ -1,4 +1,4 @@
-"""A check of shapes that says what was expected."""
+"""A check of shapes whose errors say what was expected."""
 
 from torch import Tensor
 

@@ -17,7 +17,7 @@ def video_transformer(num_frames: int = 16, tubelet_size: int = 2, **settings: A
     """(B, 3, num_frames, 224, 224) to (B, num_classes), a token per `tubelet_size` frames of a patch.
 
     Args:
-        settings: of timm's VisionTransformer.
+        settings: as in timm's VisionTransformer.
 
     Raises:
         ValueError: a clip that cannot be divided into tubes.
@@ -48,7 +48,7 @@ class TubeEmbed(nn.Module):
         self.clip_size = (num_frames, *to_2tuple(img_size))
         self.patch_size = (tubelet_size, *to_2tuple(patch_size))
         if dynamic_img_pad or any(size % patch for size, patch in zip(self.clip_size, self.patch_size, strict=True)):
-            raise ValueError(f"img_size: expected a clip that tubes of {self.patch_size} divide, got {self.clip_size}")
+            raise ValueError(f"img_size: expected a clip of whole tubes of {self.patch_size}, got {self.clip_size}")
         self.grid_size = tuple(size // patch for size, patch in zip(self.clip_size, self.patch_size, strict=True))
         self.num_patches = self.grid_size[0] * self.grid_size[1] * self.grid_size[2]
         self.proj = nn.Conv3d(

@@ -45,11 +45,11 @@ def audio_transformer(
 
     Args:
         img_size: frames and mel bins.
-        time_masking, frequency_masking: what `SpectrogramDropout` drops of the token grid in training.
-        settings: of timm's VisionTransformer.
+        time_masking, frequency_masking: the shares of the token grid that `SpectrogramDropout` drops in training.
+        settings: as in timm's VisionTransformer.
 
     Raises:
-        ValueError: a masking ratio outside [0, 1), or a width that is no multiple of 4.
+        ValueError: a masking ratio outside [0, 1), or a width that is not a multiple of 4.
     """
     model = mean_pooled_transformer(in_chans=1, img_size=img_size, **settings)
     grid_size = model.patch_embed.grid_size
