@@ -244,7 +244,7 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path, storage, precision):
 
 def test_auxiliary_weights_that_were_left_out_have_to_be_the_same(tmp_path):
     path = interrupted(tmp_path, pathway(save_aux_weights=False))
-    with pytest.raises(ValueError, match=r"aux_model: model.blocks.0.attn.qkv.aux_weight is another than"):
+    with pytest.raises(ValueError, match=r"aux_model: model.blocks.0.attn.qkv.aux_weight differs from the one"):
         fitted(pathway(seed=2, save_aux_weights=False), ckpt_path=path)
 
 
@@ -277,7 +277,7 @@ def test_checkpoints_hold_the_digests_of_the_weights_at_that_time(change):
     checkpoint = module.state_dict()
     assert checkpoint[QKV].shape == (32,)
     same.load_state_dict(checkpoint)
-    with pytest.raises(ValueError, match=r"qkv.aux_weight is another than .*, or stored in another dtype"):
+    with pytest.raises(ValueError, match=r"qkv.aux_weight differs from .*, or is stored in another dtype"):
         other.load_state_dict(checkpoint)
 
 
@@ -288,7 +288,7 @@ def test_the_digest_of_a_quantised_weight_is_of_its_scales_too():
         audio.blocks[0].attn.qkv.weight *= 2
     PathwayCallback(audio, save_aux_weights=False, aux_dtype="int8").connect(second)
     assert torch.equal(first.model.blocks[0].attn.qkv.aux_weight, second.model.blocks[0].attn.qkv.aux_weight)
-    with pytest.raises(ValueError, match=r"qkv.aux_weight is another than"):
+    with pytest.raises(ValueError, match=r"qkv.aux_weight differs from the one"):
         second.load_state_dict(first.state_dict())
 
 
@@ -307,7 +307,7 @@ def test_auxiliary_weights_that_were_left_out_may_have_been_rounded(dtype):
     module.load_state_dict(rounded.state_dict())
     assert torch.equal(module.model.blocks[0].attn.qkv.aux_weight, vit(1, 1).blocks[0].attn.qkv.weight)
     if dtype != torch.float64:
-        with pytest.raises(ValueError, match="or stored in another dtype"):
+        with pytest.raises(ValueError, match="or is stored in another dtype"):
             rounded.load_state_dict(exact)
 
 
@@ -437,7 +437,7 @@ def test_a_run_with_averages_is_resumed(tmp_path, save_aux_weights):
 
 @pytest.mark.parametrize("kind", ["SWA", "EMA"])
 def test_what_copies_the_module_has_to_stand_behind(kind):
-    with pytest.raises(ValueError, match=r"callbacks: \w+Averaging copies .*: put it behind this one"):
+    with pytest.raises(ValueError, match=r"callbacks: \w+Averaging copies .*: put it after this one"):
         fitted(averaging(kind), pathway())
 
 

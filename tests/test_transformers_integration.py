@@ -181,7 +181,7 @@ class TestSaving:
     def test_a_pathway_that_cannot_be_written_leaves_the_folder_as_it_was(self, tmp_path):
         model = connected()
         model.vit.layers[0].mlp.fc1.auxiliaries = (model.vit.layers[0].mlp.fc1.auxiliaries[0]._replace(layers=""),)
-        with pytest.raises(ValueError, match="connect by surgery"):
+        with pytest.raises(ValueError, match="connect it by surgery"):
             model.save_pretrained(tmp_path)
         assert not [*tmp_path.iterdir()]
 
@@ -321,7 +321,7 @@ class TestErrors:
 
     def test_another_auxiliary_model(self, tmp_path):
         connected().save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=r"^aux_model: the weights of 'VideoMAEModel' are others"):
+        with pytest.raises(ValueError, match=r"^aux_model: the weights of 'VideoMAEModel' differ"):
             from_pretrained(transformers.ViTForImageClassification, tmp_path, build(VIDEO, seed=8))
 
     def test_plain_loading_says_what_it_leaves_out(self, tmp_path, said):
@@ -662,7 +662,7 @@ class TestPeft:
 
     def test_it_is_not_merged_away_from_its_adapter(self, tmp_path):
         model = self.wrapped(connected())
-        with pytest.raises(ValueError, match=r"^merge: expected False: of a PeftModel the adapter is saved alone"):
+        with pytest.raises(ValueError, match=r"^merge: expected False: a PeftModel saves only its adapter"):
             trainer(tmp_path, model, PathwayCallback())
         with pytest.raises(ValueError, match=r"^model: there is no FusedCrossModalLinear inside this PeftModel"):
             trainer(tmp_path, self.wrapped(build()), PathwayCallback(merge=False))

@@ -1,1 +1,1 @@
-"""Pathways in other libraries' savers, loaders and trainers: a module for each, which alone imports that library."""
+"""Pathways in other libraries' savers, loaders and trainers: one module for each, which alone imports that library."""

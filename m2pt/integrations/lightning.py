@@ -30,28 +30,28 @@ else:
 AVERAGING = (lightning.callbacks.WeightAveraging, lightning.callbacks.StochasticWeightAveraging)
 
 CONNECTED = "_connected_pathways"
-"""The attribute of a module that tells, by what names in its connected models begin with, the `save_aux_weights`."""
+"""The attribute of a module that holds `save_aux_weights` for each connected model, by the prefix of its names."""
 
 
 class PathwayCallback(lightning.Callback):
-    """Connects auxiliary models to a module's model, whatever the trainer is to do, before the optimizer is made.
+    """Connects auxiliary models to a module's model before the optimizer is made, whatever the trainer will do.
 
-    `setup` runs the module's `configure_model`, which Lightning wants to be repeatable, and connects what that leaves;
-    so callbacks behind this one, such as `WeightAveraging`, copy a module that has its pathway. Only `fit` connects
-    again what was merged or disconnected. Every epoch ends with a log of the scales, as `cross_modal_scale/min`,
-    `/mean` and `/max`, and of the mean absolute scale of every auxiliary model, as `pathway/<name>`.
+    `setup` runs the module's `configure_model`, which Lightning wants to be repeatable, and connects the result; so
+    callbacks after this one, such as `WeightAveraging`, copy a module that has its pathway. Only `fit` connects again
+    what was merged or disconnected. Every epoch ends by logging the scales, as `cross_modal_scale/min`, `/mean` and
+    `/max`, and the mean absolute scale of every auxiliary model, as `pathway/<name>`.
 
-    Modules that are loaded with `load_from_checkpoint`, which knows no callbacks, or that shard their model, call
-    `connect` in their own `configure_model`; the auxiliary model is made outside it, where true bfloat16 does not round
-    it. Strategies that fork or spawn, such as `ddp_notebook`, want `connect` to be called before `fit`. A model that
+    A module that is loaded with `load_from_checkpoint`, which runs no callbacks, or that shards its model, calls
+    `connect` in its own `configure_model`; make the auxiliary model outside it, where true bfloat16 does not round it.
+    With strategies that fork or spawn, such as `ddp_notebook`, call `connect` before `fit`. A model that
     `configure_model` shards can be trained and saved whole; `FSDPStrategy`, which flattens scales, is refused.
 
     Args:
         aux_model: as `reparameterize_aux_into_target_model` takes it.
         name: the dotted name of the model to improve, inside the module.
-        save_aux_weights: whether checkpoints hold the frozen auxiliary weights. If not, they hold the SHA-256 of each
-            as it is then, and load only into a module that a callback has connected to the same auxiliary weights, or
-            to such as a lower precision rounds to these. The last callback that has met the module decides.
+        save_aux_weights: whether checkpoints hold the frozen auxiliary weights. If not, they hold each one's SHA-256
+            at that time, and load only into a module that a callback has connected to the same auxiliary weights, or to
+            weights that a lower precision rounds to these. The last callback to connect the module decides.
         export_path: the `.safetensors` file that the merged model's state dict is written to when fitting ends, with
             the last weights, by one process; not with `fast_dev_run`. The module stays connected.
         options: further arguments of `reparameterize_aux_into_target_model`.
@@ -79,13 +79,13 @@ class PathwayCallback(lightning.Callback):
         self._prefix = f"{name}." if name else ""
 
     def connect(self, pl_module: lightning.LightningModule) -> None:
-        """Connect the model of a module, in place, and have its checkpoints hold what `save_aux_weights` says.
+        """Connect the model of a module, in place, and make its checkpoints hold what `save_aux_weights` says.
 
-        A model that has a pathway already keeps it: `options` are ignored. `setup` for `fit` raises a ValueError then
-        if its frozen weights are known to be others than those of `aux_model`.
+        A model that has a pathway already keeps it: `options` are ignored. `setup` for `fit` then raises a ValueError
+        if its frozen weights are known to differ from those of `aux_model`.
 
         Raises:
-            TypeError, ValueError: as `reparameterize_aux_into_target_model`; or there is no model of that name.
+            TypeError, ValueError: as in `reparameterize_aux_into_target_model`; or there is no model of that name.
         """
         model = self._model(pl_module)
         if not has_pathway(model):
@@ -100,11 +100,11 @@ class PathwayCallback(lightning.Callback):
         for callback in trainer.callbacks[: trainer.callbacks.index(self)]:
             if isinstance(callback, AVERAGING):
                 copier = type(callback).__name__
-                raise ValueError(f"callbacks: {copier} copies the module without its pathway: put it behind this one")
+                raise ValueError(f"callbacks: {copier} copies the module without its pathway: put it after this one")
         given = dict(pl_module.named_modules()).get(self.name)
         is_copy = trainer.strategy.launcher is not None and multiprocessing.parent_process() is not None
         if stage == "fit" and is_copy and (given is None or not has_pathway(given)):
-            lost = "trains a copy of the module, which itself would come back without a pathway"
+            lost = "trains a copy of the module and would leave the original without a pathway"
             raise ValueError(f"strategy: this one {lost}: call callback.connect(module) before fit")
         pl_module.configure_model()
         if stage == "fit" and has_pathway(self._model(pl_module)):
@@ -157,7 +157,7 @@ def _check_same(model: nn.Module, aux_model: AuxModels) -> None:
 
 
 def _comparisons(layer: FusedCrossModalLinear, models: Iterable[nn.Module]) -> Iterator[bool]:
-    """Whether weights are equal to what the models have in their places, where both are stored alike."""
+    """Whether weights are equal to what the models have in their places, if both are stored alike."""
     for part, model in product(layer.parts(), models):
         with suppress(TypeError, ValueError):
             weight = weight_at(model, "aux_model", part.auxiliary.layers)
@@ -166,14 +166,14 @@ def _comparisons(layer: FusedCrossModalLinear, models: Iterable[nn.Module]) -> I
 
 
 def _frozen(module: nn.Module) -> Iterator[tuple[str, FusedCrossModalLinear]]:
-    """The layers with frozen auxiliary weights, by the names of these."""
+    """The layers with frozen auxiliary weights, by the names of these weights."""
     for name, layer in module.named_modules(remove_duplicate=False):
         if isinstance(layer, FusedCrossModalLinear) and not layer.is_aux_trainable:
             yield f"{name}.aux_weight", layer
 
 
 def _sha256(layer: FusedCrossModalLinear, dtype: torch.dtype) -> bytes:
-    """Of a layer's auxiliary weights, in a dtype."""
+    """The SHA-256 of a layer's auxiliary weights in a dtype."""
     found = hashlib.sha256()
     for tensor in (layer.aux_weight.to(dtype), layer.aux_weight_scale):
         if tensor is not None:
@@ -182,7 +182,7 @@ def _sha256(layer: FusedCrossModalLinear, dtype: torch.dtype) -> bytes:
 
 
 def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Put its SHA-256 in the place of every frozen auxiliary weight that is not to be saved."""
+    """Replace every frozen auxiliary weight that is not to be saved with its SHA-256."""
     left_out = tuple(own for own, is_saved in getattr(module, CONNECTED).items() if not is_saved)
     for name, layer in _frozen(module):
         if name.startswith(left_out) and f"{prefix}{name}" in state_dict:
@@ -191,11 +191,11 @@ def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
 
 
 def _put_back(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Put the module's own auxiliary weight in the place of every SHA-256, if it is the same, maybe once rounded."""
+    """Replace every SHA-256 with the module's own auxiliary weight, if that is the same, maybe after rounding."""
     for name, layer in _frozen(module):
         saved, own = state_dict.get(f"{prefix}{name}"), layer.aux_weight
         if saved is not None and is_left_out(saved):
             if bytes(saved.tolist()) not in (_sha256(layer, dtype) for dtype in (own.dtype, *GEMM_DTYPES)):
-                reason = "is another than the one in the checkpoint, by its SHA-256, or stored in another dtype"
+                reason = "differs from the one in the checkpoint, by its SHA-256, or is stored in another dtype"
                 raise ValueError(f"aux_model: {name} {reason}")
             state_dict[f"{prefix}{name}"] = own

@@ -1,4 +1,4 @@
-"""Hugging Face: a connected model that saves and loads as any other, and a callback for its Trainer.
+"""Hugging Face: connected models that save and load like any other, and a callback for their Trainer.
 
 `save_pretrained` of such a model writes `pathway.safetensors` beside the model's own weights and scales, and no frozen
 auxiliary weights. `from_pretrained` puts them together again.
@@ -36,7 +36,7 @@ PUSH = inspect.signature(transformers.PreTrainedModel.push_to_hub).parameters.ke
 
 
 def connect(model: nn.Module, aux_model: AuxModels, **options: Any) -> nn.Module:
-    """Connect a model of transformers, in place, and `keep_pathway`.
+    """Connect a model of transformers, in place, and call `keep_pathway`.
 
     Args:
         model: a `transformers.PreTrainedModel`, or a `peft.PeftModel` of one.
@@ -47,17 +47,17 @@ def connect(model: nn.Module, aux_model: AuxModels, **options: Any) -> nn.Module
         `model`.
 
     Raises:
-        TypeError, ValueError: as `reparameterize_aux_into_target_model`; or `model` has no `save_pretrained`.
+        TypeError, ValueError: as in `reparameterize_aux_into_target_model`; or `model` has no `save_pretrained`.
     """
     _check_savable(model)
     return keep_pathway(reparameterize_aux_into_target_model(model, aux_model, **options))
 
 
 def keep_pathway(model: nn.Module) -> nn.Module:
-    """From now on `save_pretrained` of this instance, its copies and pickles keeps the pathway.
+    """Make `save_pretrained` of this instance, its copies and pickles keep the pathway from now on.
 
-    It writes `pathway.safetensors` too, as `save_pathway`, and leaves frozen auxiliary weights out of the model's own
-    files. These have the names that the model has in memory (`save_original_format=False`), because the Trainer
+    It also writes `pathway.safetensors`, like `save_pathway`, and leaves frozen auxiliary weights out of the model's
+    own files. These use the names that the model has in memory (`save_original_format=False`), because the Trainer
     resumes from no others. A PeftModel's adapter gets the file beside it, `load_adapter` of that folder sets the
     scales, and what `merge_and_unload` returns keeps the pathway. After `merge_pathways` a plain model is saved.
 
@@ -92,17 +92,17 @@ def from_pretrained(
         model_class: the class of the model that was saved, or an Auto class such as `AutoModelForImageClassification`.
         folder: what `model_class.from_pretrained` takes: a folder, or a name on the Hub.
         aux_model: as `load_pathway` takes it.
-        options: further arguments of `model_class.from_pretrained`, but `output_loading_info=True`.
+        options: further arguments of `model_class.from_pretrained`, except `output_loading_info=True`.
 
     Returns:
         The model, as `connect` returns it.
 
     Raises:
         OSError: there is no such folder, or no `pathway.safetensors` in it.
-        TypeError, ValueError: as `load_pathway`; or another class was saved, whose layers have other names.
+        TypeError, ValueError: as in `load_pathway`; or another class was saved, whose layers have other names.
     """
     if options.get("output_loading_info"):
-        raise ValueError("output_loading_info: expected False: the model alone is returned")
+        raise ValueError("output_loading_info: expected False: only the model is returned")
     hub = {name: options[name] for name in HUB if name in options}
     is_name = isinstance(folder, str) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", folder) and not os.path.isdir(folder)
     if not is_name and not Path(folder, hub.get("subfolder", ""), PATHWAY).is_file():
@@ -129,21 +129,21 @@ def from_pretrained(
 
 
 class PathwayCallback(transformers.TrainerCallback, transformers.trainer_callback.ExportableState):
-    """Completes the checkpoints of a connected model, logs its scales and merges it at the end of the training.
+    """Completes the checkpoints of a connected model, logs its scales and merges it at the end of training.
 
-    Checkpoints, pushed ones too, are as `keep_pathway` says, whichever way the model was connected. They hold the
-    SHA-256 of each auxiliary model's frozen weights as stored, to be compared on resuming. Logged is the mean absolute
-    scale of every auxiliary model, as `pathway/<name>` beside the loss. Reporters that the Trainer has added before get
-    it after `trainer.add_callback(trainer.pop_callback(TensorBoardCallback))`, which moves them behind this one.
+    Checkpoints, including pushed ones, are as `keep_pathway` says, however the model was connected. They hold the
+    SHA-256 of each auxiliary model's frozen weights as stored, which is compared on resuming. The mean absolute scale
+    of every auxiliary model is logged as `pathway/<name>` beside the loss. Reporters that the Trainer added earlier get
+    it once `trainer.add_callback(trainer.pop_callback(TensorBoardCallback))` has moved them behind this callback.
 
     Args:
-        merge: whether to merge the pathways when training has ended, of the best model with `load_best_model_at_end`;
-            `trainer.save_model` then writes a plain model. Not of a PeftModel, of which only the adapter is saved.
+        merge: whether to merge the pathways when training ends (the best model's, with `load_best_model_at_end`);
+            `trainer.save_model` then writes a plain model. Not for a PeftModel, of which only the adapter is saved.
 
     Raises:
-        TypeError: `merge` is no bool; or, as soon as there is a Trainer, its model has no `save_pretrained`.
-        ValueError: as soon as there is a Trainer: its model has no pathways, or is a PeftModel to be merged; when
-            training begins: it was merged before, or the checkpoint has another auxiliary model or storage.
+        TypeError: `merge` is not a bool; or, once there is a Trainer, its model has no `save_pretrained`.
+        ValueError: once there is a Trainer: its model has no pathways, or is a PeftModel to be merged; when training
+            begins: it was merged before, or the checkpoint has another auxiliary model or storage.
     """
 
     def __init__(self, merge: bool = True) -> None:
@@ -158,7 +158,7 @@ class PathwayCallback(transformers.TrainerCallback, transformers.trainer_callbac
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module, **others: Any) -> None:
         if self.merge and _is_peft(model):
-            raise ValueError("merge: expected False: of a PeftModel the adapter is saved alone and needs the pathway")
+            raise ValueError("merge: expected False: a PeftModel saves only its adapter, which needs the pathway")
         keep_pathway(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **others: Any) -> None:
@@ -188,14 +188,14 @@ class PathwayCallback(transformers.TrainerCallback, transformers.trainer_callbac
 
 
 def _digests(model: nn.Module) -> dict[str, str]:
-    """The SHA-256 of frozen auxiliary weights; none of a model that is divided among processes."""
+    """The SHA-256 of frozen auxiliary weights; none for a model that is divided among processes."""
     layers = places(model)
     return {} if any(is_divided(model, name) for name, *_ in layers.values()) else digests(layers)
 
 
 def _require_same(got: dict[str, str], expected: dict[str, str], where: str) -> None:
     if got != expected:
-        is_other = f"its weights are others than those in {where}, or stored in another way"
+        is_other = f"its weights differ from those in {where}, or are stored in another way"
         raise ValueError(f"aux_model: {is_other}: their SHA-256 is {got}, expected {expected}")
 
 
@@ -214,14 +214,14 @@ def _check_savable(model: nn.Module) -> None:
 
 
 def _ignore_frozen(model: "transformers.PreTrainedModel") -> None:
-    """Leave frozen auxiliary weights out of files of the model; the Trainer does not miss them there either."""
+    """Leave frozen auxiliary weights out of the model's files, where the Trainer does not miss them either."""
     model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *frozen_entries(model)}
 
 
 def _save_pretrained(
     model: "transformers.PreTrainedModel | PeftModel", save_directory: str | os.PathLike, *args: Any, **options: Any
 ) -> None:
-    """`save_pretrained`, and the pathway before it; or a pathway removed that was saved there earlier."""
+    """Save the pathway and then the model; without a pathway, remove one that was saved there earlier."""
     save = partial(type(model).save_pretrained, model, save_directory)
     options |= zip(inspect.signature(save).parameters, args, strict=False)
     path = Path(save_directory, PATHWAY)
@@ -256,7 +256,7 @@ def _check_scales(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def _load_adapter(model: "PeftModel", folder: str | os.PathLike, *args: Any, **options: Any) -> Any:
-    """`load_adapter` of a PeftModel, and what of its pathway was trained and saved beside the adapter."""
+    """Load a PeftModel's adapter, and what was trained of its pathway and saved beside the adapter."""
     loaded = type(model).load_adapter(model, folder, *args, **options)
     path, base = Path(folder, PATHWAY), model.get_base_model()
     if path.is_file() and has_pathway(base):
