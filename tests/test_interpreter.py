@@ -12,11 +12,9 @@ import pytest
     "name", ["test_ops.py", "test_several_models.py", "test_numerics.py", "test_tma_kernels.py", "test_splits.py"]
 )
 def test_operators_in_the_interpreter(name):
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).with_name(name)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[:2000]  # a crash says there which test it was
+    options = ["-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, Path(__file__).with_name(name)]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    if run.returncode:  # the summary names the tests that failed; a crash says on stderr which test it was
+        pytest.fail(f"in the interpreter:\n{run.stdout[-5000:]}{run.stderr[:2000]}", pytrace=False)
     assert " passed" in run.stdout and "skipped" not in run.stdout
