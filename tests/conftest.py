@@ -20,6 +20,8 @@ elif torch.cuda.is_available():
 else:
     PATHS = [("eager", "cpu")]
 
+pytest.register_assert_rewrite("helpers", "tiny_runs")
+
 # Random cases are drawn by a rule, so that a run can be repeated; `--hypothesis-profile random` draws others.
 unlimited = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 settings.register_profile("fixed", derandomize=True, **unlimited)
@@ -36,6 +38,12 @@ def repetitions(request):
     """So many kills; half as many terminations; 40 times as many steps and flipped bits; 20 times as many cycles of
     surgery."""
     return request.config.getoption("repetitions")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the tests of one file share."""
+    return tmp_path_factory.mktemp("shared")
 
 
 @pytest.fixture(params=PATHS, ids="-".join)

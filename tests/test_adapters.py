@@ -8,7 +8,7 @@ import warnings
 import pytest
 import timm.utils
 import torch
-from test_pathway import connected, fused_layers, images, unchanged, vit
+from helpers import connected, fused_layers, images, unchanged, vit
 from torch import nn
 
 from m2pt import (

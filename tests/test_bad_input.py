@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import tiny_model
 from torch import nn
 
 import m2pt_kernels
@@ -37,16 +38,15 @@ from m2pt_kernels import combined_weight, cross_modal_linear, dequantize, implem
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 4}
 
 
-def vit(**overrides):
-    return create_model("image", "tiny", num_classes=10, **(VIT | overrides))
+small = partial(tiny_model, "image", 10, **VIT)
 
 
 def connected(**settings):
-    return reparameterize_aux_into_target_model(vit(), vit(), **settings)
+    return reparameterize_aux_into_target_model(small(), small(), **settings)
 
 
-PLAIN, AUX, QUANTIZED, CONNECTED_TO = vit(), vit(), connected(aux_dtype="int8"), vit()
-CONNECTED = reparameterize_aux_into_target_model(vit(), CONNECTED_TO)
+PLAIN, AUX, QUANTIZED, CONNECTED_TO = small(), small(), connected(aux_dtype="int8"), small()
+CONNECTED = reparameterize_aux_into_target_model(small(), CONNECTED_TO)
 LAYER = CONNECTED.blocks[0].attn.proj
 MODELS = (PLAIN, AUX, CONNECTED, QUANTIZED)
 META = connected().to("meta")
@@ -340,7 +340,7 @@ PATHWAY = {
             "aux_model: blocks.0.attn.qkv: is_aux_trainable: expected False",
         ),
         "target_model: several bodies": (
-            connect(target_model=nn.ModuleDict({"a": vit(), "b": vit()})),
+            connect(target_model=nn.ModuleDict({"a": small(), "b": small()})),
             ValueError,
             r"target_model: ModuleDict has several .* 'a.blocks' \(1 blocks\), 'b.blocks' \(1 blocks\)",
         ),
@@ -362,17 +362,17 @@ PATHWAY = {
             "aux_model: target_model is connected to a model 'VisionTransformer' already",
         ),
         "aux_model: another depth": (
-            connect(aux_model=vit(depth=2)),
+            connect(aux_model=small(depth=2)),
             ValueError,
             "aux_model: expected 1 blocks in 'blocks' .* got 2: choose with blocks=",
         ),
         "aux_model: wider": (
-            connect(aux_model=vit(embed_dim=128)),
+            connect(aux_model=small(embed_dim=128)),
             ValueError,
             r"aux_model: blocks.0.attn.qkv has .*\(384, 128\), expected \(192, 64\) .*; no layer of this block fits",
         ),
         "aux_model: wider inside": (
-            connect(aux_model=vit(mlp_ratio=2)),
+            connect(aux_model=small(mlp_ratio=2)),
             ValueError,
             r"aux_model: blocks.0.mlp.fc1 has .*; what fits in this block: attn.qkv, attn.proj",
         ),
@@ -385,7 +385,7 @@ PATHWAY = {
             r"aux_model\['.*'\]: expected .*Tensor",
         ),
         "aux_model: float8": (
-            connect(aux_model=vit().to(torch.float8_e4m3fn)),
+            connect(aux_model=small().to(torch.float8_e4m3fn)),
             TypeError,
             "aux_model: blocks.0.attn.qkv: aux_weight: .*float8",
         ),
@@ -567,7 +567,7 @@ CHECKPOINTS = {
             "model: expected .*, got str",
         ),
         "model: no data": (
-            lambda: load_pretrained(vit().to("meta"), "plain.safetensors"),
+            lambda: load_pretrained(small().to("meta"), "plain.safetensors"),
             ValueError,
             "model: .*meta",
         ),
@@ -932,23 +932,22 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def files(folder):
     """Good and bad files to name."""
-    path = tmp_path_factory.mktemp("files")
     plain = PLAIN.state_dict()
-    save_state_dict(plain, path / "plain.safetensors")
-    save_state_dict(CONNECTED.state_dict(), path / "connected.safetensors")
-    save_state_dict(vit(embed_dim=48).state_dict(), path / "narrow.safetensors")
+    save_state_dict(plain, folder / "plain.safetensors")
+    save_state_dict(CONNECTED.state_dict(), folder / "connected.safetensors")
+    save_state_dict(small(embed_dim=48).state_dict(), folder / "narrow.safetensors")
     norm = "blocks.0.norm1.weight"
-    torch.save(plain | {norm: plain[norm].to_sparse()}, path / "sparse.pth")
-    torch.save(plain | {norm: plain[norm].to("meta")}, path / "meta.pth")
+    torch.save(plain | {norm: plain[norm].to_sparse()}, folder / "sparse.pth")
+    torch.save(plain | {norm: plain[norm].to("meta")}, folder / "meta.pth")
     for name in ("text.pth", "text.safetensors"):
-        (path / name).write_text("hello")
+        (folder / name).write_text("hello")
     for name in ("folder.safetensors", "images/train/a", "run"):
-        (path / name).mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(path / "images" / "train" / "a" / "0.png")
-    (path / "run" / "last.pth").touch()
-    return path
+        (folder / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "images" / "train" / "a" / "0.png")
+    (folder / "run" / "last.pth").touch()
+    return folder
 
 
 def state():
@@ -963,9 +962,9 @@ def state():
 
 
 @pytest.fixture
-def unchanged(folder, monkeypatch):
+def unchanged(files, monkeypatch):
     """Runs the test among these files; afterwards models and files are as before."""
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(files)
     before = state()
     yield
     after = state()

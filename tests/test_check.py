@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_compilation import by_tma
+from helpers import by_tma
 
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt.cli import main

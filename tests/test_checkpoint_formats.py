@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import vit
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
@@ -339,9 +340,7 @@ def case(request):
     return FILES[request.param]
 
 
-def vit(**settings):
-    settings = SIZE | {"global_pool": "token", "num_classes": CLASSES} | settings
-    return VisionTransformer(img_size=16, patch_size=4, **settings).eval()
+small = partial(vit, img_size=16, patch_size=4, num_classes=CLASSES, **SIZE)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -423,7 +422,7 @@ def test_hugging_face_weights_compute_the_same_in_timm(tmp_path):
         x = x + dense(f"{layer}.output.dense")(hidden)
     expected = dense("classifier")(layer_norm("vit.layernorm")(x)[:, 0])
 
-    model = vit()
+    model = small()
     report = load_pretrained(model, write(entries, tmp_path / "w.safetensors"))
     assert not report.dropped and not report.initialised
     torch.testing.assert_close(model(image), expected, rtol=1e-4, atol=1e-5)
@@ -453,7 +452,7 @@ def test_videomae_blocks_compute_the_same_in_timm(make, prefix):
 
 def connect(path):
     """A target connected to the auxiliary model in a file, as its auxiliary weights by timm name."""
-    target = reparameterize_aux_into_target_model(vit(), load_auxiliary(path))
+    target = reparameterize_aux_into_target_model(small(), load_auxiliary(path))
     return {name: value for name, value in target.state_dict().items() if name.endswith(".aux_weight")}
 
 
@@ -492,7 +491,7 @@ def test_auxiliary_of_another_depth_is_refused(tmp_path):
     aux = load_auxiliary(write(entries, tmp_path / "w.safetensors"))
     assert len(aux.blocks) == 1
     with pytest.raises(ValueError, match="expected 2 blocks"):
-        reparameterize_aux_into_target_model(vit(), aux)
+        reparameterize_aux_into_target_model(small(), aux)
 
 
 def test_auxiliary_widths_are_the_files_own(tmp_path):
@@ -535,9 +534,9 @@ CLASSIFICATION = {"cls_token", "cls_pos"} | POINT_HEAD
 
 # File, model, its input, the timm names that the model has no place for, the names that the file has nothing for.
 LOADS = {
-    "timm": ("timm", vit, IMAGE, set(), set()),
-    "Hugging Face to timm": ("Hugging Face MAE", vit, IMAGE, set(), HEAD),
-    "MAE to timm": ("MAE pretrained", vit, IMAGE, set(), HEAD),
+    "timm": ("timm", small, IMAGE, set(), set()),
+    "Hugging Face to timm": ("Hugging Face MAE", small, IMAGE, set(), HEAD),
+    "MAE to timm": ("MAE pretrained", small, IMAGE, set(), HEAD),
     "image, pretrained": ("MAE pretrained", image_model, IMAGE, NORM, FC_NORM | HEAD),
     "image, fine-tuned": ("MAE fine-tuned", image_model, IMAGE, set(), set()),
     "audio, pretrained": ("AudioMAE", audio_model, torch.rand(2, 1, 1024, 128), NORM, FC_NORM | HEAD),
@@ -658,7 +657,7 @@ def test_positions_that_the_model_computes_are_dropped(tmp_path):
 @pytest.mark.parametrize("classes", [0, 3])
 @pytest.mark.parametrize("make, head", [(timm_vit, "head"), (hugging_face_classifier, "classifier")])
 def test_head_of_other_classes_is_dropped(tmp_path, make, head, classes):
-    model = vit(num_classes=classes)
+    model = small(num_classes=classes)
     before = copy.deepcopy(model.head.state_dict())
     report = load_pretrained(model, write(make(), tmp_path / "w.pth"))
     assert report.dropped.keys() == {f"{head}.weight", f"{head}.bias"}
@@ -797,37 +796,37 @@ def remove_embedding(entries):
 
 
 MISFITS = {
-    "shallower": (timm_vit, remove_block, vit, r"missing in the file: blocks\.1\.norm1\.weight"),
-    "deeper": (timm_vit, lambda _: None, partial(vit, depth=1), r"no place for blocks\.1\.norm1\.weight"),
+    "shallower": (timm_vit, remove_block, small, r"missing in the file: blocks\.1\.norm1\.weight"),
+    "deeper": (timm_vit, lambda _: None, partial(small, depth=1), r"no place for blocks\.1\.norm1\.weight"),
     "no norm in a block": (
         timm_vit,
         without("blocks.1.norm2.bias"),
-        vit,
+        small,
         r"missing in the file: blocks\.1\.norm2\.bias$",
     ),
-    "no class token": (timm_vit, without("cls_token"), vit, "missing in the file: cls_token$"),
-    "no positions": (timm_vit, without("pos_embed"), vit, "missing in the file: pos_embed$"),
-    "no embedding": (timm_vit, remove_embedding, vit, r"missing in the file: patch_embed\.proj\.weight, patch_embed"),
-    "no patches": (timm_vit, without("patch_embed.proj.bias"), vit, r"missing in the file: patch_embed\.proj\.bias$"),
-    "registers": (timm_vit, plus("reg_token", 1, 4, WIDTH), vit, "no place for reg_token$"),
-    "channels": (audiomae_pretrained, lambda _: None, vit, "512 positions do not make a grid"),
+    "no class token": (timm_vit, without("cls_token"), small, "missing in the file: cls_token$"),
+    "no positions": (timm_vit, without("pos_embed"), small, "missing in the file: pos_embed$"),
+    "no embedding": (timm_vit, remove_embedding, small, r"missing in the file: patch_embed\.proj\.weight, patch_embed"),
+    "no patches": (timm_vit, without("patch_embed.proj.bias"), small, r"missing in the file: patch_embed\.proj\.bias$"),
+    "registers": (timm_vit, plus("reg_token", 1, 4, WIDTH), small, "no place for reg_token$"),
+    "channels": (audiomae_pretrained, lambda _: None, small, "512 positions do not make a grid"),
     "patches": (
         timm_vit,
         plus("patch_embed.proj.weight", WIDTH, 1, 4, 4),
-        vit,
+        small,
         r"patch_embed\.proj\.weight: expected shape \(12, 3, 4, 4\), got \(12, 1, 4, 4\)",
     ),
-    "width of a norm": (timm_vit, plus("norm.weight", 5), vit, r"norm\.weight: expected shape \(12,\), got \(5,\)"),
-    "flat positions": (timm_vit, plus("pos_embed", 17), vit, r"pos_embed: expected shape .* got \(17,\)"),
-    "positions of nothing": (timm_vit, plus("pos_embed", 1, 1, WIDTH), vit, r"pos_embed: expected shape"),
+    "width of a norm": (timm_vit, plus("norm.weight", 5), small, r"norm\.weight: expected shape \(12,\), got \(5,\)"),
+    "flat positions": (timm_vit, plus("pos_embed", 17), small, r"pos_embed: expected shape .* got \(17,\)"),
+    "positions of nothing": (timm_vit, plus("pos_embed", 1, 1, WIDTH), small, r"pos_embed: expected shape"),
     "positions of another width": (
         timm_vit,
         plus("pos_embed", 1, 10, 6),
-        vit,
+        small,
         r"pos_embed: expected shape \(1, 17, 12\)",
     ),
     "image as video": (timm_vit, lambda _: None, video_model, "no place for cls_token"),
-    "point cloud as image": (point_finetuned, lambda _: None, vit, "no place for .*encoder.first_conv"),
+    "point cloud as image": (point_finetuned, lambda _: None, small, "no place for .*encoder.first_conv"),
     "image as point cloud": (timm_vit, lambda _: None, point_model, "no place for patch_embed.proj.weight"),
 }
 

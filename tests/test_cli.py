@@ -5,11 +5,12 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-import timm
 import torch
+from helpers import vit
 
 import m2pt.train
 from m2pt import merge_pathways, reparameterize_aux_into_target_model
@@ -21,16 +22,12 @@ from m2pt.train import load_recipe, shipped_recipes
 from m2pt.train.run import create_trained_model
 
 ROOT = Path(__file__).parents[1]
-VIT = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 48, "num_heads": 3, "num_classes": 4}
-
-
-def vit():
-    return timm.create_model("vit_tiny_patch16_224", **VIT)
+shallow = partial(vit, depth=1)
 
 
 @pytest.fixture
 def connected():
-    model = reparameterize_aux_into_target_model(vit(), vit())
+    model = reparameterize_aux_into_target_model(shallow(), shallow(1))
     for name, parameter in model.named_parameters():
         if name.endswith("cross_modal_scale"):
             torch.nn.init.constant_(parameter, 0.25)
@@ -41,7 +38,7 @@ def test_merge_folds_a_checkpoint_for_a_plain_model(connected, tmp_path, capsys)
     torch.save({"model": connected.state_dict()}, tmp_path / "trained.pth")
     assert main(["merge", str(tmp_path / "trained.pth"), str(tmp_path / "merged.safetensors")]) == 0
     assert "4 layers folded" in capsys.readouterr().out
-    plain = vit()
+    plain = shallow()
     plain.load_state_dict(load_state_dict(tmp_path / "merged.safetensors"))
     expected = merge_pathways(connected).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in plain.state_dict().items())
@@ -53,7 +50,7 @@ def test_merge_takes_off_what_torch_put_before_every_name(connected, tmp_path, p
     torch.save({"state_dict": entries}, tmp_path / "trained.pth.tar")
     assert main(["merge", str(tmp_path / "trained.pth.tar"), str(tmp_path / "merged.safetensors")]) == 0
     merged = load_state_dict(tmp_path / "merged.safetensors")
-    vit().load_state_dict(merged)
+    shallow().load_state_dict(merged)
     assert {value.dtype for value in merged.values()} == {torch.bfloat16}
 
 
@@ -101,7 +98,7 @@ def test_merge_of_an_average_without_pathway_says_where_it_looked(
     connected, tmp_path, monkeypatch, capsys, option, said
 ):
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": connected.state_dict(), "ema": vit().state_dict()}, "trained.pth")
+    torch.save({"model": connected.state_dict(), "ema": shallow().state_dict()}, "trained.pth")
     assert main(["merge", "trained.pth", "merged.safetensors", *option]) == (2 if said else 0)
     message = f"trained.pth: there is no cross_modal_scale in it, so there is nothing to merge{said}"
     assert capsys.readouterr().err == (f"m2pt: error: {message}\n" if said else "")
@@ -118,7 +115,7 @@ def test_merge_overwrites_only_when_it_is_told_to(connected, tmp_path, monkeypat
     assert capsys.readouterr().err == f"m2pt: error: {message}\n"
     assert main(["merge", "--force", reads, "merged.safetensors"]) == (2 if reads.startswith("missing") else 0)
     assert (Path("merged.safetensors").read_bytes() == before) == reads.startswith("missing")
-    vit().load_state_dict(load_state_dict("merged.safetensors"), strict=not reads.startswith("missing"))
+    shallow().load_state_dict(load_state_dict("merged.safetensors"), strict=not reads.startswith("missing"))
 
 
 CHOICES = [
@@ -138,7 +135,7 @@ def test_merge_and_convert_say_which_weights_they_took(connected, tmp_path, caps
     expected = merge_state_dict(model if "raw" in option else average)
     assert all(torch.equal(value, expected[name]) for name, value in load_state_dict(merged).items())
 
-    plain = vit().state_dict()
+    plain = shallow().state_dict()
     average = {name: value / 2 for name, value in plain.items()}
     torch.save({"model": plain, "model_ema": average}, tmp_path / "plain.pth")
     assert main(["convert", *option, str(tmp_path / "plain.pth"), str(tmp_path / "timm.safetensors")]) == 0
@@ -169,7 +166,7 @@ def test_nothing_is_said_of_weights_where_there_is_no_choice(connected, tmp_path
 
 
 def test_convert_writes_a_checkpoint_for_timm_and_reports_what_it_left_out(tmp_path, capsys):
-    model = vit()
+    model = shallow()
     decoder = {"decoder_embed.weight": torch.ones(2), "decoder_norm.bias": torch.ones(2)}
     entries = model.state_dict() | decoder | {"mask_token": torch.ones(1)}
     torch.save({"model": {f"module.{name}": value for name, value in entries.items()}}, tmp_path / "mae.pth")
@@ -210,9 +207,9 @@ def test_convert_writes_a_checkpoint_for_timm_and_reports_what_it_left_out(tmp_p
 )
 def test_errors_are_one_line(connected, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    save_state_dict(vit().state_dict(), "plain.safetensors")
+    save_state_dict(shallow().state_dict(), "plain.safetensors")
     save_state_dict(connected.state_dict(), "connected.safetensors")
-    one_byte = {name: value.to(torch.float8_e4m3fn) for name, value in vit().state_dict().items()}
+    one_byte = {name: value.to(torch.float8_e4m3fn) for name, value in shallow().state_dict().items()}
     save_state_dict(one_byte, "one_byte.safetensors")
     save_state_dict({"conv1.weight": torch.ones(2)}, "other.safetensors")
     files = sorted(tmp_path.iterdir())

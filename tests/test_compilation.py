@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from test_ops import operands
+from helpers import by_hopper, by_tma, for_target, needs_compiler, operands
 
-from benchmarks.offline import TARGETS, can_compile, compiling_for, resources
+from benchmarks.offline import TARGETS, compiling_for, resources
 from benchmarks.sass import main_loop, serialised_wgmma
 from m2pt_kernels import cross_modal_linear, estimates, gemm, gemm_tma, plans, quantize
 from m2pt_kernels.combined import CombinedWeight
@@ -27,18 +27,8 @@ KINDS = {
     "tf32": (FLOAT, FLOAT, FLOAT, "high"),
     "ieee": (FLOAT, FLOAT, FLOAT, "highest"),
 }
-by_tma = pytest.mark.skipif(not HAS_TMA_LOOPS, reason="Triton below 3.8 cannot compile the TMA kernels")
-by_hopper = pytest.mark.skipif(gemm_hopper is None, reason="this Triton's Gluon lacks what the kernel needs")
 if gemm_hopper is not None:
     from m2pt_kernels.tensor_maps import map_of_several, tensor_map
-
-
-def needs_compiler(target):
-    return pytest.mark.skipif(not can_compile(TARGETS[target]), reason=f"this Triton has no compiler for {target}")
-
-
-def for_target(target, *others):
-    return pytest.param(target, *others, marks=needs_compiler(target))
 
 
 each_target = pytest.mark.parametrize("target", [for_target(target) for target in TARGETS])

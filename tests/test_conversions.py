@@ -18,7 +18,7 @@ import bitsandbytes.utils
 import peft
 from accelerate.utils import transformer_engine
 from accelerate.utils.bnb import replace_with_bnb_layers
-from test_pathway import connected, fused_layers, images, unchanged, vit
+from helpers import connected, fused_layers, images, unchanged, vit
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune

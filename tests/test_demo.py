@@ -28,11 +28,6 @@ def without_plots():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("demo")
-
-
-@pytest.fixture(scope="module")
 def results(folder):
     return run_demo(folder, 2, overrides=SHORT)
 

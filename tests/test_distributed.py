@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from test_pathway import connected, images
+from helpers import connected, images
 from tiny_runs import assignments, interrupted, make_data, no_plots, tiny_model
 from torch.distributed.tensor import DTensor
 from two_processes import in_two_processes
@@ -56,9 +56,8 @@ def command(folder, out, *more):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def runs(folder):
     """Runs of one process and of two, under their names."""
-    folder = tmp_path_factory.mktemp("runs")
     make_data("image", folder / "image", train=12, test=5)
     make_data("point", folder / "point", train=8, test=2)
     torch.manual_seed(1)
@@ -103,8 +102,8 @@ def checkpoint(out):
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_two_processes_compute_what_one_computes(folder, name):
-    one, two = (read_log(folder / out) for out in ("one", name))
+def test_two_processes_compute_what_one_computes(runs, name):
+    one, two = (read_log(runs / out) for out in ("one", name))
     metrics = ("step", "loss", "gradient_norm", "learning_rate", "top1")
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
@@ -112,24 +111,24 @@ def test_two_processes_compute_what_one_computes(folder, name):
             {key: b[key] for key in metrics if key in b}, rel=1e-5
         )
     start = tiny_model("image", 2).state_dict()
-    one, two = checkpoint(folder / "one"), checkpoint(folder / name)
+    one, two = checkpoint(runs / "one"), checkpoint(runs / name)
     torch.testing.assert_close(two["model"], one["model"], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(two["ema"], one["ema"], rtol=1e-5, atol=1e-7)
     assert any((one["model"][key] - value).abs().max() > 1e-3 for key, value in start.items())
-    results = [json.loads((folder / out / "result.json").read_text()) for out in ("one", name)]
+    results = [json.loads((runs / out / "result.json").read_text()) for out in ("one", name)]
     assert results[0] == results[1]
 
 
-def test_shards_with_steps_inside_backward_and_offloading(folder):
-    one, two = (checkpoint(folder / name) for name in ("one_unclipped", "fsdp_inside"))
+def test_shards_with_steps_inside_backward_and_offloading(runs):
+    one, two = (checkpoint(runs / name) for name in ("one_unclipped", "fsdp_inside"))
     for key in ("model", "ema"):
         torch.testing.assert_close(two[key], one[key], rtol=1e-5, atol=1e-6)
     for name, state in one["optimizer"]["state"].items():
         torch.testing.assert_close(two["optimizer"]["state"][name], state, rtol=1e-5, atol=1e-6)
 
 
-def test_shards_of_bfloat16_have_float32_masters(folder):
-    one, two = checkpoint(folder / "one")["model"], checkpoint(folder / "fsdp_bfloat16")["model"]
+def test_shards_of_bfloat16_have_float32_masters(runs):
+    one, two = checkpoint(runs / "one")["model"], checkpoint(runs / "fsdp_bfloat16")["model"]
     assert two["blocks.0.attn.qkv.aux_weight"].dtype == torch.bfloat16
     assert two["blocks.0.attn.qkv.weight"].dtype == torch.float32
     assert not torch.equal(two["blocks.0.attn.qkv.weight"], two["blocks.0.attn.qkv.weight"].bfloat16().float())
@@ -137,21 +136,21 @@ def test_shards_of_bfloat16_have_float32_masters(folder):
     assert not all(torch.equal(two[name], value) for name, value in one.items())
 
 
-def test_shards_continue_what_one_process_began(folder):
-    one, two = (checkpoint(folder / name) for name in ("resumed_one", "resumed_fsdp"))
+def test_shards_continue_what_one_process_began(runs):
+    one, two = (checkpoint(runs / name) for name in ("resumed_one", "resumed_fsdp"))
     torch.testing.assert_close(two["model"], one["model"], rtol=1e-5, atol=1e-6)
     assert two["optimizer"]["state"].keys() == one["optimizer"]["state"].keys() != set()
     for name, state in one["optimizer"]["state"].items():
         torch.testing.assert_close(two["optimizer"]["state"][name], state, rtol=1e-5, atol=1e-6)
 
 
-def test_shards_continue_without_the_auxiliary_weights_in_the_checkpoint(folder):
-    whole, without = (checkpoint(folder / name) for name in ("resumed_fsdp", "resumed_without_aux"))
+def test_shards_continue_without_the_auxiliary_weights_in_the_checkpoint(runs):
+    whole, without = (checkpoint(runs / name) for name in ("resumed_fsdp", "resumed_without_aux"))
     for part in ("model", "ema"):
         left_out = whole[part].keys() - without[part].keys()
         assert left_out == {name for name in whole[part] if name.endswith(".aux_weight")} != set()
         assert all(torch.equal(value, whole[part][name]) for name, value in without[part].items())
-    merged = (load_state_dict(folder / name / "merged.safetensors") for name in ("resumed_fsdp", "resumed_without_aux"))
+    merged = (load_state_dict(runs / name / "merged.safetensors") for name in ("resumed_fsdp", "resumed_without_aux"))
     torch.testing.assert_close(*merged, rtol=0, atol=0)
 
 
@@ -211,7 +210,7 @@ def test_loss_and_every_gradient_are_those_of_one_process(wrapped, sharding, aux
         torch.testing.assert_close(found, gradients)
 
 
-def test_pretraining_in_two_processes(folder):
-    pretrained = load_state_dict(folder / "mae" / "pretrained.safetensors")
+def test_pretraining_in_two_processes(runs):
+    pretrained = load_state_dict(runs / "mae" / "pretrained.safetensors")
     assert pretrained.keys() == {name for name in tiny_model("point", 0).state_dict()}
-    assert [line["step"] for line in read_log(folder / "mae")] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_log(runs / "mae")] == [1, 2, 3, 4]

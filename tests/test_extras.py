@@ -1,6 +1,5 @@
 """What a light installation does: it imports, and names the extra that brings what is missing."""
 
-import os
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_without
 
 from m2pt import FusedCrossModalLinear, cli
 from m2pt.checkpoints import save_state_dict
@@ -26,21 +26,10 @@ EXTRAS = (
     "bitsandbytes",
     "argcomplete",
 )
-LIGHT = """
-import sys
-for name in sys.argv.pop(1).split(","):
-    sys.modules[name] = None  # what makes its import fail
-"""
-
-
-def run(missing, code, *arguments, **options):
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    command = [sys.executable, "-c", LIGHT + code, ",".join(missing), *arguments]
-    return subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, **options)
 
 
 def m2pt(missing, *arguments):
-    return run(missing, "from m2pt.cli import main; sys.exit(main())", *arguments)
+    return run_without(missing, "from m2pt.cli import main; sys.exit(main())", *arguments)
 
 
 def test_kernels_need_torch_and_triton_alone():
@@ -51,7 +40,7 @@ x, weight = torch.randn(3, 8), torch.randn(4, 8)
 data, scales = m2pt_kernels.quantize(weight, "int8")
 m2pt_kernels.cross_modal_linear(x, weight.requires_grad_(), data, torch.ones(1), None, scales).sum().backward()
 """
-    run((*EXTRAS, *others), code).check_returncode()
+    run_without((*EXTRAS, *others), code).check_returncode()
 
 
 def test_what_needs_no_extra_imports_and_runs_without_any(tmp_path):
@@ -60,7 +49,7 @@ import m2pt, m2pt.checkpoint_formats, m2pt.data, m2pt.models, m2pt.tensor_parall
 model, aux = (m2pt.models.create_model(name, "tiny", num_classes=2) for name in ("image", "audio"))
 m2pt.merge_pathways(m2pt.reparameterize_aux_into_target_model(model, aux))
 """
-    run(EXTRAS, code).check_returncode()
+    run_without(EXTRAS, code).check_returncode()
     layer = FusedCrossModalLinear(2, 2, aux_weight=torch.randn(2, 2))
     save_state_dict(layer.state_dict(prefix="blocks.0.mlp.fc1."), tmp_path / "a.safetensors")
     finished = m2pt(EXTRAS, "merge", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"))
@@ -68,7 +57,7 @@ m2pt.merge_pathways(m2pt.reparameterize_aux_into_target_model(model, aux))
 
 
 def test_an_integration_names_its_extra():
-    finished = run(("transformers",), "import m2pt.integrations, m2pt.integrations.transformers")
+    finished = run_without(("transformers",), "import m2pt.integrations, m2pt.integrations.transformers")
     assert finished.stderr.splitlines()[-1].endswith("pip install 'm2pt-triton[integrations]'")
 
 

@@ -44,9 +44,8 @@ SAVED = f"m2pt: interrupted; step {{}} is saved; {RESUMING}"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def runs(folder):
     """An auxiliary checkpoint, and a run from beginning to end."""
-    folder = tmp_path_factory.mktemp("faults")
     torch.manual_seed(1)
     auxiliary = create_model("image", "tiny", num_classes=0, img_size=32, patch_size=8, **MODEL)
     save_state_dict(auxiliary.state_dict(), folder / "aux.safetensors")
@@ -177,15 +176,15 @@ def resumed(arguments, out):
     return [*arguments, "--resume"] if (out / "last.pth").exists() else arguments
 
 
-def test_killed_runs_end_as_if_nothing_had_been(folder, start, repetitions):
+def test_killed_runs_end_as_if_nothing_had_been(runs, start, repetitions):
     """Half of the kills come at any time, the other half while a file is being written."""
     moments = random.Random(0)
     kills = finished = while_writing = 0
     while kills < repetitions or finished == 0:
-        out = folder / f"killed{finished}"
+        out = runs / f"killed{finished}"
         is_finished = False
         while not is_finished:
-            arguments = resumed(command(folder, out.name), out)
+            arguments = resumed(command(runs, out.name), out)
             if kills >= repetitions:
                 process = start(arguments)
             elif kills % 2:
@@ -201,17 +200,17 @@ def test_killed_runs_end_as_if_nothing_had_been(folder, start, repetitions):
             while_writing += bool(list(out.glob("*.partial")))
         finished += 1
         assert finished < repetitions + 10, "runs end before they can be killed"
-        assert_ended_alike(out, folder / "whole")
+        assert_ended_alike(out, runs / "whole")
     assert while_writing >= kills // 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("name, status", STATUSES.items())
-def test_a_signal_finishes_the_step_and_saves(folder, start, name, status, workers, repetitions):
+def test_a_signal_finishes_the_step_and_saves(runs, start, name, status, workers, repetitions):
     moments = random.Random(workers)
     for number in range((repetitions + 1) // 2):
-        out = folder / f"{name}{workers}-{number}"
-        arguments = command(folder, out.name, f"machine.workers={workers}", "run.checkpoint_steps=0")
+        out = runs / f"{name}{workers}-{number}"
+        arguments = command(runs, out.name, f"machine.workers={workers}", "run.checkpoint_steps=0")
         process = start(arguments)
         wait_for(out, moments.randrange(1, STEPS // 2))
         os.killpg(process.pid, signal.Signals[name])  # with its data workers, as a scheduler and a terminal do
@@ -220,13 +219,13 @@ def test_a_signal_finishes_the_step_and_saves(folder, start, name, status, worke
         assert stop["stopped"] == name and state(out)["step"] == stop["step"] < STEPS
         assert said(out) == [SAVED.format(stop["step"])] * (name == "SIGINT")
         assert statuses([start([*arguments, "--resume"])]) == [0]
-        assert_ended_alike(out, folder / "whole")
+        assert_ended_alike(out, runs / "whole")
 
 
-def test_a_signal_to_one_of_two_processes_stops_both(folder, start):
-    whole, out = folder / "whole2", folder / "stopped2"
-    assert statuses(start_two(start, command(folder, whole.name))) == [0, 0]
-    arguments, done = command(folder, out.name), 0
+def test_a_signal_to_one_of_two_processes_stops_both(runs, start):
+    whole, out = runs / "whole2", runs / "stopped2"
+    assert statuses(start_two(start, command(runs, whole.name))) == [0, 0]
+    arguments, done = command(runs, out.name), 0
     for name, status in STATUSES.items():
         processes = start_two(start, arguments)
         wait_for(out, done + 5)
@@ -234,15 +233,15 @@ def test_a_signal_to_one_of_two_processes_stops_both(folder, start):
         assert statuses(processes) == [status, status]
         done = state(out)["step"]
         assert said(out) == [SAVED.format(done)] * (name == "SIGINT")
-        arguments = [*command(folder, out.name), "--resume"]
+        arguments = [*command(runs, out.name), "--resume"]
     assert 10 <= done < STEPS
     assert statuses(start_two(start, arguments)) == [0, 0]
     assert_ended_alike(out, whole)
 
 
-def test_a_second_ctrl_c_ends_at_once(folder, start):
-    out = folder / "twice"
-    process = start(command(folder, out.name, "run.checkpoint_steps=2"), slow=True)
+def test_a_second_ctrl_c_ends_at_once(runs, start):
+    out = runs / "twice"
+    process = start(command(runs, out.name, "run.checkpoint_steps=2"), slow=True)
     wait_for(out, 3)
     for _ in range(2):
         os.kill(process.pid, signal.SIGINT)
@@ -253,14 +252,14 @@ def test_a_second_ctrl_c_ends_at_once(folder, start):
 
 
 @pytest.mark.parametrize("name, status", STATUSES.items())
-def test_a_signal_cuts_an_evaluation_short_and_saves(folder, monkeypatch, capsys, name, status):
-    out, evaluate = folder / f"evaluation-{name}", m2pt.train.run.evaluate
+def test_a_signal_cuts_an_evaluation_short_and_saves(runs, monkeypatch, capsys, name, status):
+    out, evaluate = runs / f"evaluation-{name}", m2pt.train.run.evaluate
 
     def interrupted(*arguments):
         signal.raise_signal(signal.Signals[name])
         return evaluate(*arguments)
 
-    arguments = command(folder, out.name, "run.checkpoint_steps=0")
+    arguments = command(runs, out.name, "run.checkpoint_steps=0")
     with monkeypatch.context() as patch:
         patch.setattr(m2pt.train.run, "evaluate", interrupted)
         if name == "SIGINT":
@@ -271,13 +270,13 @@ def test_a_signal_cuts_an_evaluation_short_and_saves(folder, monkeypatch, capsys
                 main(arguments)
     assert state(out)["step"] == STEPS // 2 and not any("top1" in line for line in read_log(out))
     assert main([*arguments, "--resume"]) == 0
-    assert_ended_alike(out, folder / "whole")
+    assert_ended_alike(out, runs / "whole")
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_lost_process_ends_the_others_with_an_error(folder, start, lost):
-    out = folder / f"lost{lost}"
-    processes = start_two(start, command(folder, out.name))
+def test_a_lost_process_ends_the_others_with_an_error(runs, start, lost):
+    out = runs / f"lost{lost}"
+    processes = start_two(start, command(runs, out.name))
     wait_for(out, 5)
     processes[lost].kill()
     left = statuses(processes)[1 - lost]
@@ -285,37 +284,37 @@ def test_a_lost_process_ends_the_others_with_an_error(folder, start, lost):
     assert state(out)["step"] >= 4
 
 
-def test_a_process_that_hangs_ends_the_others_after_the_timeout(folder, start):
-    out = folder / "hanging"
-    processes = start_two(start, command(folder, out.name), timeout=3)
+def test_a_process_that_hangs_ends_the_others_after_the_timeout(runs, start):
+    out = runs / "hanging"
+    processes = start_two(start, command(runs, out.name), timeout=3)
     wait_for(out, 5)
     os.kill(processes[1].pid, signal.SIGSTOP)
     assert statuses(processes[:1]) not in ([None], [0])
 
 
-def test_signals_outside_of_training_are_left_to_the_caller(folder):
+def test_signals_outside_of_training_are_left_to_the_caller(runs):
     before = [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)]
-    assert main([*command(folder, "whole"), "--resume"]) == 0
+    assert main([*command(runs, "whole"), "--resume"]) == 0
     assert [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_training_in_a_thread(folder):
+def test_training_in_a_thread(runs):
     """Where Python allows nobody to handle signals."""
     done = []
-    thread = threading.Thread(target=lambda: done.append(main([*command(folder, "whole"), "--resume"])))
+    thread = threading.Thread(target=lambda: done.append(main([*command(runs, "whole"), "--resume"])))
     thread.start()
     thread.join()
     assert done == [0]
 
 
-def test_a_log_whose_last_line_is_not_whole_is_continued(folder):
-    out = folder / "log"
+def test_a_log_whose_last_line_is_not_whole_is_continued(runs):
+    out = runs / "log"
     with interrupted(7):
-        assert main(command(folder, out.name)) == 130
+        assert main(command(runs, out.name)) == 130
     with (out / "log.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
-    assert main([*command(folder, out.name), "--resume"]) == 0
-    assert metrics(out) == metrics(folder / "whole")
+    assert main([*command(runs, out.name), "--resume"]) == 0
+    assert metrics(out) == metrics(runs / "whole")
 
 
 def poison_weight(trainer):
@@ -385,9 +384,9 @@ POISONS = {
     ["machine.accumulation=1", "machine.accumulation=2", "machine.step_in_backward=true", "optimizer.name=lars"],
 )
 @pytest.mark.parametrize("poison", POISONS, ids=lambda poison: poison.__name__)
-def test_what_is_not_finite_stops_with_step_and_layer(folder, monkeypatch, capsys, poison, setting, interval):
+def test_what_is_not_finite_stops_with_step_and_layer(runs, monkeypatch, capsys, poison, setting, interval):
     """Also where loss and gradient are read back some steps later."""
-    out = folder / f"{poison.__name__}-{setting}-{interval}"
+    out = runs / f"{poison.__name__}-{setting}-{interval}"
     update = Trainer.update
 
     def poisoned_update(trainer, batches):
@@ -398,7 +397,7 @@ def test_what_is_not_finite_stops_with_step_and_layer(folder, monkeypatch, capsy
 
     monkeypatch.setattr(Trainer, "update", poisoned_update)
     steps = [f"run.checkpoint_steps={interval}", "run.log_steps=1000"]
-    assert main(command(folder, out.name, setting, *steps)) == 2
+    assert main(command(runs, out.name, setting, *steps)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     step = int(re.match(r"m2pt: error: step (\d+): ", error)[1])
     assert any(POISONS[poison].format(norm) in error for norm in ("nan", "inf"))
@@ -408,10 +407,10 @@ def test_what_is_not_finite_stops_with_step_and_layer(folder, monkeypatch, capsy
     assert not (out / "result.json").exists()
 
 
-def test_every_process_stops_at_the_step_that_was_not_finite_in_one(folder, start):
+def test_every_process_stops_at_the_step_that_was_not_finite_in_one(runs, start):
     """Where it is read back some steps later, too."""
-    out = folder / "not_finite_in_one"
-    arguments = command(folder, out.name, "run.checkpoint_steps=4", "run.log_steps=1000")
+    out = runs / "not_finite_in_one"
+    arguments = command(runs, out.name, "run.checkpoint_steps=4", "run.log_steps=1000")
     assert statuses(start_two(start, arguments, poison=(1, 6))) == [2, 2]
     errors = said(out)
     assert len(errors) == 2 and all("m2pt: error: step 6: the loss is nan" in error for error in errors)
@@ -420,8 +419,8 @@ def test_every_process_stops_at_the_step_that_was_not_finite_in_one(folder, star
     assert state(out)["step"] == 4
 
 
-def test_weights_that_are_not_finite_are_not_saved(folder, monkeypatch, capsys):
-    out, update = folder / "not_saved", Trainer.update
+def test_weights_that_are_not_finite_are_not_saved(runs, monkeypatch, capsys):
+    out, update = runs / "not_saved", Trainer.update
 
     def ruinous(trainer, batches):
         metrics = update(trainer, batches)
@@ -430,6 +429,6 @@ def test_weights_that_are_not_finite_are_not_saved(folder, monkeypatch, capsys):
         return metrics
 
     monkeypatch.setattr(Trainer, "update", ruinous)
-    assert main(command(folder, out.name)) == 2
+    assert main(command(runs, out.name)) == 2
     assert "m2pt: error: step 6: blocks.1.norm1.bias is not finite" in capsys.readouterr().err
     assert state(out)["step"] == 5

@@ -8,9 +8,9 @@ from functools import partial
 
 import pytest
 import torch
-from test_ops import assert_as_good_as_torch, operands, outputs
-from test_readbacks import ONCE, batches_of, recipe_of, trainer_of
+from helpers import assert_as_good_as_torch, operands, outputs
 from timm.utils import ModelEmaV3
+from tiny_runs import ONCE, batches_of, recipe_of, trainer_of
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 

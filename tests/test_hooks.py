@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_pathway import PLACES, Readers, X, connected, fused_layers, images, unchanged, vit
+from helpers import PLACES, Readers, X, connected, fused_layers, images, unchanged, vit
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.checkpoint import checkpoint

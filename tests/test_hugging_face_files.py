@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import vit
 from timm.layers import SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -23,9 +24,9 @@ WIDTH, HIDDEN, DEPTH, CLASSES = 32, 64, 2, 5
 SIZE = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2, "mlp_ratio": 2, "img_size": 32, "patch_size": 16}
 
 
-def vit(model=VisionTransformer, eps=1e-12, **settings):
+def small(model=VisionTransformer, eps=1e-12, **settings):
     settings = SIZE | {"num_classes": 0, "norm_layer": partial(nn.LayerNorm, eps=eps)} | settings
-    return model(**settings).eval()
+    return vit(model=model, **settings)
 
 
 def random(shapes):
@@ -402,7 +403,7 @@ def test_weights_of_one_byte_are_refused_without_their_scales(case, tmp_path, dt
     linear = sources_of_linear_weights(entries)
     for name in sorted(linear)[:: len(linear) - 1]:
         path = write(entries | {name: entries[name].to(dtype)}, tmp_path / "w.safetensors")
-        for read in (read_checkpoint, load_auxiliary, partial(load_pretrained, vit())):
+        for read in (read_checkpoint, load_auxiliary, partial(load_pretrained, small())):
             with pytest.raises(ValueError, match=rf"w\.safetensors: .*{re.escape(name)}: expected .* 16 bits.*float8"):
                 read(path)
     _, report = convert_state_dict(entries)
@@ -431,7 +432,7 @@ def test_parts_of_different_dtypes_are_refused():
 
 def test_adapters_in_the_blocks_are_refused_where_blocks_are_loaded(tmp_path, is_new):
     path = write(random(mms(is_new)), tmp_path / "mms.pth")
-    for read in (read_checkpoint, partial(load_pretrained, vit())):
+    for read in (read_checkpoint, partial(load_pretrained, small())):
         message = r"mms\.pth: wav2vec2\.encoder\.layers\.0\.adapter_layer\.linear_1\.weight: the blocks have adapters"
         with pytest.raises(ValueError, match=message):
             read(path)
@@ -600,7 +601,7 @@ def own_dinov2(chunks, gated):
 def test_files_of_dinov2_are_read_as_timm_does(tmp_path, chunks, gated):
     entries = random(own_dinov2(chunks, gated))
     settings = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 4} if gated else {}
-    model = vit(depth=4, init_values=1.0, reg_tokens=4, no_embed_class=True, **settings)
+    model = small(depth=4, init_values=1.0, reg_tokens=4, no_embed_class=True, **settings)
     report = load_pretrained(model, write(entries, tmp_path / "w.pth"))
     assert report.dropped == {"mask_token": "mask token"} and not report.initialised
     found = model.state_dict()
@@ -724,7 +725,7 @@ def test_what_does_not_become_a_timm_model_is_refused(tmp_path, spoilt):
 def test_the_embedding_of_the_model_stays_where_the_file_has_none(tmp_path, make, converted):
     entries = random(make(True))
     tensors, _ = convert_state_dict(entries)
-    model = vit(num_classes=CLASSES)
+    model = small(num_classes=CLASSES)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report = load_pretrained(model, write(tensors if converted else entries, tmp_path / "w.pth"))
     embedding = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
@@ -738,10 +739,10 @@ def lost(make, *parts):
 
 
 LOST = {
-    "DINOv2": (dinov2, ("patch_embeddings",), partial(vit, reg_tokens=4, no_embed_class=True, init_values=1.0)),
-    "a class token alone": (plain, ("patch_embeddings", "position_embeddings"), vit),
-    "positions alone": (plain, ("patch_embeddings", "cls_token"), vit),
-    "CLIP's norm alone": (clip, ("embeddings",), partial(vit, pre_norm=True)),
+    "DINOv2": (dinov2, ("patch_embeddings",), partial(small, reg_tokens=4, no_embed_class=True, init_values=1.0)),
+    "a class token alone": (plain, ("patch_embeddings", "position_embeddings"), small),
+    "positions alone": (plain, ("patch_embeddings", "cls_token"), small),
+    "CLIP's norm alone": (clip, ("embeddings",), partial(small, pre_norm=True)),
 }
 
 
@@ -780,13 +781,13 @@ def test_ast_is_loaded_into_the_audio_model(tmp_path):
 
 def test_a_distillation_token_is_left_out_with_its_position(tmp_path):
     write(random(deit(False)), tmp_path / "deit.pth")
-    entries, model = load_state_dict(tmp_path / "deit.pth"), vit(num_classes=CLASSES)
+    entries, model = load_state_dict(tmp_path / "deit.pth"), small(num_classes=CLASSES)
     report = load_pretrained(model, tmp_path / "deit.pth")
     positions = entries["deit.embeddings.position_embeddings"]
     assert torch.equal(model.pos_embed, positions[:, [0, 2, 3, 4, 5]])
     assert report.changed["pos_embed"] == "without the distillation token's"
     assert "the model has no distillation token" in str(report)
-    larger = vit(num_classes=CLASSES, img_size=64)
+    larger = small(num_classes=CLASSES, img_size=64)
     report = load_pretrained(larger, tmp_path / "deit.pth")
     assert report.changed["pos_embed"] == "resampled from 2 x 2 to 4 x 4"
     assert torch.equal(larger.pos_embed[:, 0], positions[:, 0])
@@ -795,7 +796,7 @@ def test_a_distillation_token_is_left_out_with_its_position(tmp_path):
 def test_a_distilled_model_of_grey_pictures_is_not_taken_for_one_of_spectrograms(tmp_path):
     shapes = deit(True) | {"deit.embeddings.patch_embeddings.projection.weight": (WIDTH, 1, 16, 16)}
     write(random(shapes), tmp_path / "deit.pth")
-    entries, model = load_state_dict(tmp_path / "deit.pth"), vit(num_classes=CLASSES, in_chans=1)
+    entries, model = load_state_dict(tmp_path / "deit.pth"), small(num_classes=CLASSES, in_chans=1)
     report = load_pretrained(model, tmp_path / "deit.pth")
     assert torch.equal(model.patch_embed.proj.weight, entries["deit.embeddings.patch_embeddings.projection.weight"])
     assert torch.equal(model.pos_embed, entries["deit.embeddings.position_embeddings"][:, [0, 2, 3, 4, 5]])
@@ -805,19 +806,19 @@ def test_a_distilled_model_of_grey_pictures_is_not_taken_for_one_of_spectrograms
 def test_the_head_for_distillation_leaves_the_other(tmp_path):
     write(random(deit(True)), tmp_path / "deit.pth")
     entries = load_state_dict(tmp_path / "deit.pth")
-    model = vit(num_classes=CLASSES)
+    model = small(num_classes=CLASSES)
     report = load_pretrained(model, tmp_path / "deit.pth")
     assert torch.equal(model.head.weight, entries["cls_classifier.weight"]) and not report.initialised
     heads = {name: reason for name, reason in report.dropped.items() if "classifier" in name}
     assert heads == dict.fromkeys(
         ("distillation_classifier.weight", "distillation_classifier.bias"), "the model has no such layer"
     )
-    report = load_pretrained(vit(num_classes=3), tmp_path / "deit.pth")
+    report = load_pretrained(small(num_classes=3), tmp_path / "deit.pth")
     assert report.dropped["cls_classifier.bias"] == "the model's head has other shapes"
     assert report.dropped["distillation_classifier.bias"] == "the model has no such layer"
-    report = load_pretrained(vit(), tmp_path / "deit.pth")
+    report = load_pretrained(small(), tmp_path / "deit.pth")
     assert report.dropped["cls_classifier.bias"] == "the model has no such layer"
-    model = vit(VisionTransformerDistilled, num_classes=CLASSES)
+    model = small(VisionTransformerDistilled, num_classes=CLASSES)
     model.head_dist = nn.Linear(WIDTH, 3)
     report = load_pretrained(model, tmp_path / "deit.pth")
     assert report.dropped == dict.fromkeys(heads, "the model's head has other shapes")
@@ -827,7 +828,7 @@ def test_the_head_for_distillation_leaves_the_other(tmp_path):
 @pytest.mark.parametrize("make", [beit, partial(beit, is_shared=True)], ids=["of every block", "shared"])
 def test_relative_positions_leave_the_models_own(tmp_path, make, is_new):
     write(random(make(is_new)), tmp_path / "beit.pth")
-    model = vit(num_classes=CLASSES, init_values=1.0, global_pool="avg")
+    model = small(num_classes=CLASSES, init_values=1.0, global_pool="avg")
     positions = model.pos_embed.clone()
     report = load_pretrained(model, tmp_path / "beit.pth")
     assert report.initialised == ["pos_embed"] and torch.equal(model.pos_embed, positions)
@@ -838,12 +839,12 @@ def test_an_entry_of_another_shape_than_the_models_is_named_as_in_the_file(tmp_p
     name = "vit.layers.0.mlp.fc2.weight" if is_new else "vit.encoder.layer.0.output.dense.weight"
     message = rf"w\.pth: VisionTransformer: blocks\.0\.mlp\.fc2\.weight, {re.escape(name)}: expected shape \(32, 96\)"
     with pytest.raises(ValueError, match=message):
-        load_pretrained(vit(mlp_ratio=3), path)
+        load_pretrained(small(mlp_ratio=3), path)
 
 
 def test_a_block_that_such_a_file_lacks_is_still_missed(tmp_path):
     with pytest.raises(ValueError, match=r"missing in the file: blocks\.2\.norm1\.weight"):
-        load_pretrained(vit(depth=3), write(random(whisper(True)), tmp_path / "w.pth"))
+        load_pretrained(small(depth=3), write(random(whisper(True)), tmp_path / "w.pth"))
 
 
 CONFIG = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 2, "intermediate_size": HIDDEN}
@@ -877,18 +878,18 @@ def both_heads(model, input):
 # The class in transformers and its configuration, what it puts out, its input; a timm model and what it puts out.
 features = VisionTransformer.forward_features
 TWINS = {
-    "ViT": ("ViTModel", "ViTConfig", PICTURES, last, IMAGE, vit, features),
+    "ViT": ("ViTModel", "ViTConfig", PICTURES, last, IMAGE, small, features),
     "ViT, classifier": (
         *("ViTForImageClassification", "ViTConfig", PICTURES, logits, IMAGE),
-        *(partial(vit, num_classes=CLASSES), VisionTransformer.forward),
+        *(partial(small, num_classes=CLASSES), VisionTransformer.forward),
     ),
     "DeiT": (
         *("DeiTForImageClassificationWithTeacher", "DeiTConfig", PICTURES, logits, IMAGE),
-        *(partial(vit, VisionTransformerDistilled, num_classes=CLASSES), both_heads),
+        *(partial(small, VisionTransformerDistilled, num_classes=CLASSES), both_heads),
     ),
     "AST": (
         *("ASTModel", "ASTConfig", SPECTROGRAM, last, FBANK),
-        partial(vit, VisionTransformerDistilled, img_size=(32, 64), in_chans=1),
+        partial(small, VisionTransformerDistilled, img_size=(32, 64), in_chans=1),
         lambda model, input: model.forward_features(input.mT.unsqueeze(1)),
     ),
     "BEiT without relative positions": (
@@ -897,7 +898,7 @@ TWINS = {
         PICTURES | {"use_absolute_position_embeddings": True},
         logits,
         IMAGE,
-        partial(vit, num_classes=CLASSES, global_pool="avg", **SCALED),
+        partial(small, num_classes=CLASSES, global_pool="avg", **SCALED),
         VisionTransformer.forward,
     ),
     "VideoMAE": (
@@ -905,23 +906,23 @@ TWINS = {
         partial(create_model, "video", num_classes=CLASSES, num_frames=4, **SIZE),
         lambda model, input: model(input.transpose(1, 2)),
     ),
-    "DINOv2": ("Dinov2Model", "Dinov2Config", DINO_CONFIG, last, IMAGE, partial(vit, eps=1e-6, **SCALED), features),
+    "DINOv2": ("Dinov2Model", "Dinov2Config", DINO_CONFIG, last, IMAGE, partial(small, eps=1e-6, **SCALED), features),
     "DINOv2, gated": (
         *("Dinov2Model", "Dinov2Config", DINO_CONFIG | {"use_swiglu_ffn": True}, last, IMAGE),
-        partial(vit, eps=1e-6, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, **SCALED | {"mlp_ratio": 2 * 48 / WIDTH}),
+        partial(small, eps=1e-6, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, **SCALED | {"mlp_ratio": 2 * 48 / WIDTH}),
         features,
     ),
     "DINOv2, registers": (
         *("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", DINO_CONFIG, last, IMAGE),
-        *(partial(vit, eps=1e-6, reg_tokens=4, no_embed_class=True, **SCALED), features),
+        *(partial(small, eps=1e-6, reg_tokens=4, no_embed_class=True, **SCALED), features),
     ),
     "SigLIP": (
         *("SiglipVisionModel", "SiglipVisionConfig", PICTURES, pooled, IMAGE),
-        *(partial(vit, eps=1e-6, **MAP), VisionTransformer.forward),
+        *(partial(small, eps=1e-6, **MAP), VisionTransformer.forward),
     ),
     "CLIP": (
         *("CLIPVisionModel", "CLIPVisionConfig", PICTURES, pooled, IMAGE),
-        partial(vit, eps=1e-5, pre_norm=True, act_layer="quick_gelu"),
+        partial(small, eps=1e-5, pre_norm=True, act_layer="quick_gelu"),
         VisionTransformer.forward,
     ),
 }
@@ -982,7 +983,7 @@ SPEECH = {
 @pytest.mark.parametrize("speech", SPEECH)
 def test_blocks_of_speech_compute_the_same_in_timm(tmp_path, speech, how):
     name, config, settings, first, input = SPEECH[speech]
-    theirs, ours = hugging_face(name, config, settings), vit(eps=1e-5)
+    theirs, ours = hugging_face(name, config, settings), small(eps=1e-5)
     load_pretrained(ours, saved(theirs, tmp_path, how))
     seen = []
 
@@ -1063,7 +1064,7 @@ def test_what_transformers_writes_around_the_blocks_is_known(tmp_path, auxiliary
 def test_a_folder_of_transformers_is_connected(tmp_path):
     model = hugging_face("ViTModel", "ViTConfig", PICTURES)
     aux = load_auxiliary(saved(model, tmp_path, "shards"))
-    target = reparameterize_aux_into_target_model(vit(), aux)
+    target = reparameterize_aux_into_target_model(small(), aux)
     expected = load_state_dict(tmp_path)["encoder.layer.1.output.dense.weight"]
     assert torch.equal(target.blocks[1].mlp.fc2.aux_weight, expected)
 

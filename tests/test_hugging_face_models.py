@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from helpers import hugging_face, randomised
 from torch import nn
 from torchvision.models import VisionTransformer
 
@@ -34,25 +35,6 @@ WHISPER |= {
     for what, n in (("layers", DEPTH), ("attention_heads", 2), ("ffn_dim", HIDDEN))
 }
 DINO = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 2, "mlp_ratio": 2} | PICTURE
-
-
-def randomised(model):
-    """Nothing is zero or nearly so, not even the scales of layers."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def hugging_face(name, **settings):
-    """Builds a model of this class and these settings of its configuration."""
-
-    def build(seed):
-        torch.manual_seed(seed)
-        kind = getattr(transformers, name)
-        return randomised(kind(kind.config_class(**settings)).eval())
-
-    return build
 
 
 def timm_vit(seed, **settings):

@@ -6,8 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from test_compilation import needs_compiler
-from test_plans import misaligned
+from helpers import misaligned, needs_compiler
 from triton import knobs
 from triton.runtime import JITFunction
 

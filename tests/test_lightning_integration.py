@@ -12,8 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_extras import run as run_without
-from timm.models.vision_transformer import VisionTransformer
+from helpers import run_without, vit
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -42,20 +41,18 @@ PROGRAM = "import sys; import test_lightning_integration as t; t.{}(sys.argv[1])
 QKV = "model.blocks.0.attn.qkv.aux_weight"
 
 
-def vit(channels=3, seed=0):
-    torch.manual_seed(seed)
-    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-    return VisionTransformer(img_size=16, patch_size=8, in_chans=channels, num_classes=3, **sizes)
+def small(channels=3, seed=0):
+    return vit(seed, img_size=16, in_chans=channels, embed_dim=32, num_heads=2, num_classes=3)
 
 
 def pathway(seed=1, **options):
-    return PathwayCallback(vit(1, seed), **options)
+    return PathwayCallback(small(1, seed), **options)
 
 
 class Classifier(lightning.LightningModule):
     def __init__(self):
         super().__init__()
-        self.model = vit()
+        self.model = small()
         self.optimizers_made = 0
 
     def training_step(self, batch, index):
@@ -80,7 +77,7 @@ class LateClassifier(Classifier):
 
     def configure_model(self):
         if self.model is None:
-            self.model = vit()
+            self.model = small()
 
 
 class Surgical(Classifier):
@@ -88,7 +85,7 @@ class Surgical(Classifier):
 
     def __init__(self):
         super().__init__()
-        reparameterize_aux_into_target_model(self.model, vit(1, 1))
+        reparameterize_aux_into_target_model(self.model, small(1, 1))
 
 
 class ConnectedClassifier(Classifier):
@@ -160,19 +157,19 @@ def test_fit_validate_and_test_connect_once_and_before_the_optimizer(kind, recwa
     own.fit(module, batches())
     own.test(module, batches(), verbose=False)
     assert module.model.blocks[0].attn.qkv is layer and module.optimizers_made == 1
-    assert torch.equal(layer.aux_weight, vit(1, 1).blocks[0].attn.qkv.weight)
+    assert torch.equal(layer.aux_weight, small(1, 1).blocks[0].attn.qkv.weight)
     assert len(cross_modal_scales(module.model)) == 8 and all(cross_modal_scales(module.model).values())
     assert not ours(recwarn)
 
 
 def test_every_epoch_logs_the_mean_absolute_scale_of_every_auxiliary_model():
-    callback = PathwayCallback({"audio": vit(1, 1), "video/2": vit(1, 2)})
+    callback = PathwayCallback({"audio": small(1, 1), "video/2": small(1, 2)})
     module, own = fitted(callback)
     scales = torch.stack([layer.cross_modal_scale for layer in fused_in(module.model)]).detach().abs().mean(0)
     logged = {name: value.item() for name, value in own.callback_metrics.items() if name.startswith("pathway/")}
     assert logged == pytest.approx({"pathway/audio": scales[0].item(), "pathway/video/2": scales[1].item()})
     with pytest.raises(ValueError, match="model: there is no FusedCrossModalLinear"):
-        mean_absolute_scales(vit())
+        mean_absolute_scales(small())
 
 
 def test_every_epoch_logs_the_range_of_the_scales(tmp_path):
@@ -189,13 +186,13 @@ def test_a_compiled_model_is_exported_under_plain_names(tmp_path):
     module = Classifier()
     module.model = torch.compile(module.model, backend="eager")
     fitted(pathway(export_path=tmp_path / "merged.safetensors"), module=module)
-    vit().load_state_dict(load_state_dict(tmp_path / "merged.safetensors"))
+    small().load_state_dict(load_state_dict(tmp_path / "merged.safetensors"))
 
 
 def test_the_merged_model_is_exported_and_training_can_go_on(tmp_path):
     export = tmp_path / "merged.safetensors"
     module, _ = fitted(pathway(export_path=export))
-    plain, images = vit(), batches().dataset.tensors[0]
+    plain, images = small(), batches().dataset.tensors[0]
     plain.load_state_dict(load_state_dict(export))
     torch.testing.assert_close(plain(images), module.model(images))
     before = cross_modal_scales(module.model)
@@ -254,11 +251,11 @@ def requantised(module):
 
 def reconnected(module):
     disconnect_pathways(module.model)
-    reparameterize_aux_into_target_model(module.model, vit(1, 2))
+    reparameterize_aux_into_target_model(module.model, small(1, 2))
 
 
 def connected_to_another(module):
-    reparameterize_aux_into_target_model(module.model, vit(1, 2))
+    reparameterize_aux_into_target_model(module.model, small(1, 2))
 
 
 def with_other_weights(module):
@@ -282,7 +279,7 @@ def test_checkpoints_hold_the_digests_of_the_weights_at_that_time(change):
 
 
 def test_the_digest_of_a_quantised_weight_is_of_its_scales_too():
-    first, second, audio = Classifier(), Classifier(), vit(1, 1)
+    first, second, audio = Classifier(), Classifier(), small(1, 1)
     pathway(save_aux_weights=False, aux_dtype="int8").connect(first)
     with torch.no_grad():
         audio.blocks[0].attn.qkv.weight *= 2
@@ -305,7 +302,7 @@ def test_auxiliary_weights_that_were_left_out_may_have_been_rounded(dtype):
     pathway(save_aux_weights=False).connect(module)
     exact, rounded = module.state_dict(), deepcopy(module).to(dtype)
     module.load_state_dict(rounded.state_dict())
-    assert torch.equal(module.model.blocks[0].attn.qkv.aux_weight, vit(1, 1).blocks[0].attn.qkv.weight)
+    assert torch.equal(module.model.blocks[0].attn.qkv.aux_weight, small(1, 1).blocks[0].attn.qkv.weight)
     if dtype != torch.float64:
         with pytest.raises(ValueError, match="or is stored in another dtype"):
             rounded.load_state_dict(exact)
@@ -328,7 +325,7 @@ def test_the_last_callback_says_whether_auxiliary_weights_are_saved(tmp_path, mo
 
 def test_models_of_one_module_are_saved_each_in_its_way():
     module = Classifier()
-    module.other = vit()
+    module.other = small()
     pathway(save_aux_weights=False).connect(module)
     pathway(name="other").connect(module)
     copy = deepcopy(module)
@@ -340,7 +337,7 @@ def test_models_of_one_module_are_saved_each_in_its_way():
 def test_a_module_that_is_connected_keeps_its_pathway():
     module = Surgical()
     layer = module.model.blocks[0].attn.qkv
-    named = PathwayCallback({"other": vit(1, 2), "same": vit(1, 1)}, aux_dtype="int8")
+    named = PathwayCallback({"other": small(1, 2), "same": small(1, 1)}, aux_dtype="int8")
     for callback in (pathway(), pathway(is_aux_trainable=True), named):
         fitted(callback, module=module, epochs=1)
     assert module.model.blocks[0].attn.qkv is layer and not layer.is_aux_trainable
@@ -352,7 +349,7 @@ def test_a_module_that_is_connected_keeps_its_pathway():
 
 
 def test_trained_auxiliary_weights_may_differ_from_their_model():
-    callback, module = PathwayCallback([vit(1, 1), vit(1, 2)], is_aux_trainable=True), Classifier()
+    callback, module = PathwayCallback([small(1, 1), small(1, 2)], is_aux_trainable=True), Classifier()
     for _ in range(2):
         fitted(callback, module=module, epochs=1)
 
@@ -389,7 +386,7 @@ def test_modules_that_connect_themselves_load_from_a_checkpoint(tmp_path):
     assert {f"model.{name}.cross_modal_scale": scale for name, scale in cross_modal_scales(module.model).items()} == {
         name: value.item() for name, value in saved.items() if name.endswith("cross_modal_scale")
     }
-    assert torch.equal(module.model.blocks[1].mlp.fc1.aux_weight, vit(1, 1).blocks[1].mlp.fc1.weight)
+    assert torch.equal(module.model.blocks[1].mlp.fc1.aux_weight, small(1, 1).blocks[1].mlp.fc1.weight)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         Classifier.load_from_checkpoint(path, map_location="cpu")
 
@@ -420,7 +417,7 @@ def test_averages_of_weights_have_the_pathway(tmp_path, recwarn, kind, module):
     assert all(cross_modal_scales(averaged.model).values())
     for name, value in averaged.model.state_dict().items():
         if name.endswith("aux_weight"):
-            assert torch.equal(value, vit(1, 1).get_parameter(name.replace("aux_weight", "weight")))
+            assert torch.equal(value, small(1, 1).get_parameter(name.replace("aux_weight", "weight")))
     merged = merge_pathways(deepcopy(averaged.model)).state_dict()
     assert all(torch.equal(value, merged[name]) for name, value in load_state_dict(export).items())
     assert not ours(recwarn)
@@ -460,7 +457,7 @@ def test_unfreezing_a_module_leaves_auxiliary_weights_frozen():
     with pytest.warns(UserWarning, match="aux_weight: something has set its requires_grad"):
         module, _ = fitted(pathway(), module=Unfreezing())
     layer = module.model.blocks[0].attn.qkv
-    assert torch.equal(layer.aux_weight, vit(1, 1).blocks[0].attn.qkv.weight) and layer.aux_weight.grad is None
+    assert torch.equal(layer.aux_weight, small(1, 1).blocks[0].attn.qkv.weight) and layer.aux_weight.grad is None
     assert all(cross_modal_scales(module.model).values())
 
 
@@ -477,7 +474,7 @@ def test_pathways_without_effect_are_warned_of():
 def test_a_module_that_replaces_its_model_is_refused():
     class Replacing(Classifier):
         def configure_model(self):
-            self.model = vit()
+            self.model = small()
 
         def training_step(self, batch, index):
             raise AssertionError

@@ -4,17 +4,18 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_ops import (
+from helpers import (
     DTYPES,
     NAMES,
+    assert_an_infinite_scale_gradient_is_infinite,
     assert_as_good_as_torch,
     exact,
     in_torch,
     operands,
     outputs,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from m2pt_kernels import cross_modal_linear, gemm
 from m2pt_kernels.devices import INTERPRETED
@@ -114,17 +115,6 @@ def test_scale_gradient_of_a_million_tokens(device, dtype, request):
     tensors["x"] = tensors["x"].abs()
     grad_output = grad_output.abs()
     assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
-
-
-def assert_an_infinite_scale_gradient_is_infinite(device, name, shape, *dtypes):
-    tensors, grad_output = operands(*shape, *dtypes, device=device, needs_grad=())
-    tensors["grad_output"] = grad_output
-    for operand in ("x", "aux_weight", "grad_output"):
-        tensors[operand] = tensors[operand].abs().clamp_min(0.1)  # zero times infinity is NaN
-    tensors[name][1, 2] = math.inf
-    grad_output = tensors.pop("grad_output")
-    tensors["scale"].requires_grad_()
-    assert outputs(cross_modal_linear, tensors, grad_output)["scale"].tolist() == [math.inf]
 
 
 @pytest.mark.parametrize("name", ["x", "grad_output"])

@@ -8,126 +8,34 @@ from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
+from helpers import (
+    DTYPES,
+    HALF,
+    NAMES,
+    STORAGES,
+    assert_as_good_as_torch,
+    assert_combined_weight_and_output_are_rounded_once_each,
+    assert_gradients_of_weights_are_rounded_once,
+    assert_quantized_as_good_as_torch,
+    assert_small_terms_after_a_large_one_count,
+    every_other,
+    exact,
+    operands,
+    outputs,
+    padded,
+    published,
+    quantized,
+    scale_gradient_bound,
+    transposed,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
-from m2pt_kernels import cross_modal_linear, dequantize, gemm, implementation, quantize
+from m2pt_kernels import cross_modal_linear, gemm, implementation
 from m2pt_kernels.devices import INTERPRETED
 from m2pt_kernels.ops import path_of
-from m2pt_kernels.verification import Bound
 
-HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
-DTYPES = [(torch.float32, torch.float32), *((half, half) for half in HALF), *((half, torch.float32) for half in HALF)]
 SHAPES = [(1, 1, 1), (3, 5, 7), (64, 64, 64), (37, 70, 33), (130, 45, 129), (0, 8, 8)]
-NAMES = ("x", "weight", "aux_weight", "scale", "bias")
-
-
-def operands(m, n, k, dtype=torch.float32, weight_dtype=torch.float32, device="cpu", needs_grad=NAMES, models=1):
-    """x, weight, aux_weight, scale, bias and a gradient for the output, of the sizes a network has."""
-    several = () if models == 1 else (models,)
-    tensors = {
-        "x": torch.randn(m, k, dtype=dtype, device=device),
-        "weight": torch.randn(n, k, dtype=weight_dtype, device=device) / max(k, 1) ** 0.5,
-        "aux_weight": torch.randn(*several, n, k, dtype=weight_dtype, device=device) / max(k, 1) ** 0.5,
-        "scale": 0.3 - 0.5 * torch.arange(models, device=device),
-        "bias": torch.randn(n, dtype=weight_dtype, device=device),
-    }
-    for name in needs_grad:
-        tensors[name].requires_grad_()
-    return tensors, torch.randn(m, n, dtype=dtype, device=device)
-
-
-def changed(product, **operands):
-    """A product of the kernels, with other operands."""
-    own = {name: operands.pop(name) for name in product._fields if name in operands}
-    return product._replace(**own, **({"combined": product.combined._replace(**operands)} if operands else {}))
-
-
-def published(x, weight, aux_weight, scale, bias=None):
-    """The published formulation: the combined weight is materialised, in the dtypes torch gives it."""
-    scaled = scale.to(weight.dtype).view(-1, *(1,) * (aux_weight.dim() - 1)) * aux_weight
-    return F.linear(x, weight + (scaled if aux_weight.dim() == 2 else scaled.sum(0)), bias)
-
-
-def outputs(function, tensors, grad_output):
-    """The output and the gradient of every tensor that asks for one."""
-    leaves = {
-        name: tensor if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
-        for name, tensor in tensors.items()
-    }
-    y = function(**leaves)
-    y.backward(grad_output)
-    return {"y": y.detach()} | {
-        name: leaf.grad for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad
-    }
-
-
-def exact(tensors, grad_output):
-    """The same in float64."""
-    wide = {
-        name: tensor if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
-        for name, tensor in tensors.items()
-    }
-    return outputs(published, wide, grad_output.double())
-
-
-def without_cancellation(tensors, grad_output):
-    """The same of absolute values: what float32 accumulators round, however small their sum is."""
-    absolute = {
-        name: tensor if tensor is None else tensor.detach().abs().requires_grad_(tensor.requires_grad)
-        for name, tensor in tensors.items()
-    }
-    return exact(absolute, grad_output.abs())
-
-
-def moved_by_combined_rounding(tensors, grad_output):
-    """How far a combined weight rounded to the dtype of x moves y and the gradient of x, in units of that dtype's eps:
-    each term of their sums by half of its size at most, independently of others. Infinite where it may overflow."""
-    x, weight, aux_weight, scale = (tensors[name].detach().double() for name in NAMES[:4])
-    combined = weight + (scale.view(-1, 1, 1) * aux_weight).sum(0)
-    limits = torch.finfo(tensors["x"].dtype)
-    combined[combined.abs() > limits.max * (1 - limits.eps)] = math.inf
-    squares = combined.square()
-    return {"y": (x.square() @ squares.t()).sqrt(), "x": (grad_output.double().square() @ squares).sqrt()}
-
-
-def scale_gradient_bound(want, eps, tensors, grad_output):
-    """`eps` of the gradient wanted; on a GPU, where the terms may cancel and cuBLAS is further off too, twice what
-    it moves if each float32 accumulator is off by a rounding of its terms' sum, independently of others."""
-    x, aux_weight = tensors["x"].detach().double(), tensors["aux_weight"].detach().double()
-    if x.device.type == "cpu":
-        return eps * want.abs().max()
-    terms = grad_output.double().abs().t() @ x.abs()
-    return eps * want.abs().max() + 2 * torch.finfo(torch.float32).eps * (terms * aux_weight).norm()
-
-
-def in_torch(tensors, grad_output):
-    """What plain torch makes of the same tensors; float32 weights with a half-precision x need its autocast."""
-    dtype = tensors["x"].dtype
-    if tensors["weight"].dtype == dtype:
-        return outputs(published, tensors, grad_output)
-
-    def autocast(**leaves):
-        with torch.autocast(leaves["x"].device.type, dtype):
-            return published(**leaves)
-
-    return outputs(autocast, tensors, grad_output)
-
-
-def assert_as_good_as_torch(got, tensors, grad_output, torch_got=None):
-    """No error is above what `Bound` accepts, roundings of the combined weight included."""
-    want, terms = exact(tensors, grad_output), without_cancellation(tensors, grad_output)
-    moved = moved_by_combined_rounding(tensors, grad_output)
-    torch_got = in_torch(tensors, grad_output) if torch_got is None else torch_got
-    assert got.keys() == want.keys()
-    for name, expected in want.items():
-        assert got[name].dtype == torch_got[name].dtype and got[name].shape == expected.shape, name
-        if expected.numel():
-            bound = Bound(got[name].dtype, tensors["x"].shape[-1])
-            rounded = torch.finfo(got[name].dtype).eps * moved[name] if name in moved else None
-            bound.add(got[name], torch_got[name], expected, terms[name], rounded)
-            assert bound.error <= bound.accepted, f"{name}: {bound.error:.2e}, torch {bound.plain_error:.2e}"
 
 
 @pytest.mark.parametrize("dtype,weight_dtype", DTYPES, ids=str)
@@ -191,18 +99,6 @@ def test_saves_what_the_gradients_need_and_nothing_else(device, needs_grad):
     if "scale" in needs_grad:
         wanted |= {"x", "aux_weight"}
     assert sorted(saved) == sorted(tensors[name].data_ptr() for name in wanted)
-
-
-def transposed(tensor):
-    return tensor.t().contiguous().t()
-
-
-def padded(tensor):
-    return F.pad(tensor, (3, 2))[:, 3:-2]
-
-
-def every_other(tensor):
-    return tensor.repeat_interleave(2, -1)[:, ::2]
 
 
 def expanded(tensor):
@@ -327,28 +223,6 @@ def test_aux_weight_and_scale_of_another_dtype(device, aux_dtype, scale_dtype):
         assert (got[name].double() - expected).abs().max() <= tolerance, name
 
 
-STORAGES = ("int8", "int4", "float8_e4m3fn")
-
-
-def quantized(tensors, storage):
-    """The operands with W_aux stored so, and the same with what it then stands for."""
-    data, scale = quantize(tensors["aux_weight"], storage)
-    stored = tensors | {"aux_weight": data, "aux_weight_scale": scale}
-    return stored, tensors | {"aux_weight": dequantize(data, scale)}
-
-
-def assert_quantized_as_good_as_torch(
-    tensors, grad_output, storage, layout=torch.Tensor.contiguous, layout_of_scales=torch.Tensor.contiguous
-):
-    """Measured against float64 with the stored value; plain torch's own error is with that in the weight's dtype."""
-    stored, plain = quantized(tensors, storage)
-    stored["aux_weight"] = layout(stored["aux_weight"])
-    stored["aux_weight_scale"] = layout_of_scales(stored["aux_weight_scale"])
-    rounded = plain | {"aux_weight": plain["aux_weight"].to(tensors["weight"].dtype)}
-    got = outputs(cross_modal_linear, stored, grad_output)
-    assert_as_good_as_torch(got, plain, grad_output, in_torch(rounded, grad_output))
-
-
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("dtype,weight_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 5, 64), (37, 70, 192), (130, 45, 128), (0, 8, 64)], ids=str)
@@ -424,45 +298,10 @@ def test_nothing_is_read_past_the_end_of_an_operand(device, storage):
     assert_as_good_as_torch(got, plain, grad_output)
 
 
-def assert_combined_weight_and_output_are_rounded_once_each(device, dtypes, models, features):
-    """Products with the identity show the combined weight.
-
-    Weights on a grid and scales of two bits keep its sum exact in float32, and in no half precision; where weights are
-    zero but one auxiliary model's, its scale may have more bits than half precision holds.
-    """
-    (dtype, weight_dtype), grid = dtypes, 2**13
-    tensors, _ = operands(1, features, features, dtype, weight_dtype, device, needs_grad=(), models=models)
-    weight, aux_weight = ((tensors[name] * grid).round() / grid for name in ("weight", "aux_weight"))
-    bias = tensors["bias"].to(dtype)
-    scale = 1.5 * 0.5 ** torch.arange(1, models + 1, device=device)
-    total = weight.double() + (scale.double().view(-1, 1, 1) * aux_weight.double()).sum(0)
-    combined, eye = total.to(dtype), torch.eye(features, dtype=dtype, device=device)
-    assert torch.equal(torch.ops.m2pt_kernels.grad_input(eye, weight, aux_weight, scale), combined)
-    y = cross_modal_linear(3 * eye, weight, aux_weight, scale, bias)
-    assert torch.equal(y, (3 * combined.double().t() + bias.double()).to(dtype))
-    scale = torch.tensor([0.0] * (models - 1) + [1 + 2**-8 + 2**-11], device=device)
-    scaled = scale[-1].double() * aux_weight.view(models, features, features)[-1].double()
-    scaled_alone = torch.ops.m2pt_kernels.grad_input(eye, torch.zeros_like(weight), aux_weight, scale)
-    assert torch.equal(scaled_alone, scaled.to(dtype))
-
-
 @pytest.mark.parametrize("models", [1, 3])
 @pytest.mark.parametrize("dtypes", DTYPES[1:], ids=str)
 def test_combined_weight_and_output_are_rounded_once_each(device, dtypes, models):
     assert_combined_weight_and_output_are_rounded_once_each(device, dtypes, models, features=70)
-
-
-def assert_gradients_of_weights_are_rounded_once(device, dtype, models, rows):
-    """Sums of integers and scales of two bits are exact in float32, and in no half precision."""
-    asked = ("weight", "aux_weight")
-    tensors, grad_output = operands(rows, 104, 72, dtype, dtype, device, asked, models)
-    tensors["x"], grad_output = (16 * tensors["x"]).round(), (16 * grad_output).round()
-    tensors["scale"] = 1.5 * 0.5 ** torch.arange(models, device=device)
-    got = outputs(cross_modal_linear, tensors, grad_output)
-    total = grad_output.double().t() @ tensors["x"].double()
-    scaled = tensors["scale"].double().view(-1, 1, 1) * total
-    assert torch.equal(got["weight"], total.to(dtype))
-    assert torch.equal(got["aux_weight"], scaled.to(dtype).view_as(got["aux_weight"]))
 
 
 @pytest.mark.parametrize("models", [1, 3])
@@ -547,17 +386,6 @@ def test_an_aux_gradient_takes_both_a_scale_and_a_dtype(device, has_scale):
 def test_long_reduction(device):
     tensors, grad_output = operands(5000, 3, 2, device=device)
     assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
-
-
-def assert_small_terms_after_a_large_one_count(device, dtype, rows):
-    """2048 + 1023 / 64: an accumulator in half precision would stay at 2048."""
-    left = torch.full((rows, 1024), 2.0**-6, dtype=dtype, device=device)
-    left[:, 0] = 2048
-    weight, scale = torch.ones(1024, 8, dtype=dtype, device=device), torch.ones(1, device=device)
-    aux_weight = torch.zeros_like(weight)
-    assert (torch.ops.m2pt_kernels.grad_input(left, weight, aux_weight, scale) == 2064).all()
-    weight, aux_weight = weight.t().contiguous(), aux_weight.t().contiguous()
-    assert (cross_modal_linear(left, weight, aux_weight, scale) == 2064).all()
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_pathway import fused_layers, images, unchanged, vit
+from helpers import fused_layers, images, unchanged, vit
 from timm.layers import GluMlp, SwiGLUPacked
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

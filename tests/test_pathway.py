@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from helpers import LAYERS, PLACES, SIZE, Readers, X, connected, fused_layers, images, unchanged, vit
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
@@ -28,9 +29,6 @@ from m2pt import (
     scale_table,
 )
 
-LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-PLACES = [f"blocks.{block}.{layer}" for block in range(2) for layer in LAYERS]
-
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -41,46 +39,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-SIZE = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
-
-
-def vit(seed=0, **options):
-    torch.manual_seed(seed)
-    model = timm.create_model("vit_tiny_patch16_224", **SIZE | options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def connected(dtype=torch.float32, is_aux_trainable=False, **options):
-    model = reparameterize_aux_into_target_model(
-        vit(0, **options).to(dtype), vit(1, **options).to(dtype), is_aux_trainable=is_aux_trainable
-    )
-    for layer in fused_layers(model).values():
-        nn.init.normal_(layer.cross_modal_scale)
-    return model
-
-
-def fused_layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, FusedCrossModalLinear)}
-
-
-def images(dtype=torch.float32):
-    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
-
-
-class Wrapper(nn.Module):
-    """A layer that calls another, as peft's do."""
-
-    def __init__(self, base_layer):
-        super().__init__()
-        self.base_layer = base_layer
-
-    def forward(self, input):
-        return self.base_layer(input)
-
-
 def published_forward(self, input):
     return F.linear(input, self.weight + self.cross_modal_scale * self.aux_weight, self.bias)
 
@@ -89,26 +47,6 @@ def published_forward(self, input):
 def published(monkeypatch):
     """Switches every fused layer to the published formulation."""
     return lambda: monkeypatch.setattr(FusedCrossModalLinear, "forward", published_forward)
-
-
-@contextmanager
-def unchanged(*models):
-    """Same module objects, same parameter objects, same flags and same bytes afterwards."""
-
-    def snapshot():
-        modules = [(name, module, module.training) for model in models for name, module in model.named_modules()]
-        tensors = [
-            (name, id(tensor), tensor.requires_grad, tensor.detach().flatten().view(torch.uint8).numpy().tobytes())
-            for model in models
-            for name, tensor in model.state_dict(keep_vars=True).items()
-        ]
-        return modules, tensors
-
-    kept_alive = [list(model.parameters()) for model in models]
-    before = snapshot()
-    yield
-    assert snapshot() == before
-    del kept_alive
 
 
 def test_demo_of_the_paper_runs_with_only_the_import_changed(tmp_path, monkeypatch):
@@ -394,38 +332,7 @@ def test_separate_projections_beside_a_bias_for_queries_are_read(layer):
         reparameterize_aux_into_target_model(target, aux, (f"attention.{layer}",), "")
 
 
-class Readers(nn.Module):
-    """Blocks of a layer that is called and, in WavLM's way, of four that are read, with a dropout and a batch norm."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": Attention(), "fc": nn.Linear(8, 8)}) for _ in range(2))
-        self.norm = nn.BatchNorm1d(8)
-
-    def forward(self, x, scale=1.0):
-        x = F.dropout(x * scale, training=self.training) + torch.rand(())
-        for block in self.blocks:
-            x = block["attn"](block["fc"](x))
-        return self.norm(x.flatten(0, 1))
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(8, 8) for _ in range(4))
-
-    def forward(self, x):
-        q, k, v, out = self.q_proj, self.k_proj, self.v_proj, self.out_proj
-        bias = torch.cat([q.bias, k.bias, v.bias])
-        options = {"use_separate_proj_weight": True, "training": self.training}
-        weights = {"q_proj_weight": q.weight, "k_proj_weight": k.weight, "v_proj_weight": v.weight}
-        arguments = x, x, x, 8, 2, torch.empty(0), bias, None, None, False, 0.0, out.weight, out.bias
-        return F.multi_head_attention_forward(*arguments, **options, **weights)[0]
-
-
 READ = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj")
-X = torch.ones(3, 2, 8)
 
 
 @contextmanager

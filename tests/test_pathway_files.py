@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import PLACES, Wrapper, connected, fused_layers, hugging_face, images, unchanged, vit
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_pathway import PLACES, Wrapper, connected, fused_layers, images, unchanged, vit
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
@@ -52,8 +52,8 @@ def wide(seed):
 
 
 def hugging_face_vit(seed):
-    models = pytest.importorskip("test_hugging_face_models", exc_type=ImportError)
-    return models.hugging_face("ViTForImageClassification", **models.SIZE, **models.PICTURE)(seed)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return hugging_face("ViTForImageClassification", image_size=32, patch_size=16, **size)(seed)
 
 
 def timm_of_its_size(seed):
@@ -61,8 +61,7 @@ def timm_of_its_size(seed):
 
 
 def text(seed):
-    models = pytest.importorskip("test_hugging_face_models", exc_type=ImportError)
-    return models.hugging_face("GPT2Model", n_embd=32, n_layer=2, n_head=2, n_inner=64, vocab_size=11)(seed)
+    return hugging_face("GPT2Model", n_embd=32, n_layer=2, n_head=2, n_inner=64, vocab_size=11)(seed)
 
 
 CASES = {

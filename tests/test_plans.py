@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from test_compilation import by_hopper, by_tma, for_target
-from test_ops import changed, operands
+from helpers import by_hopper, by_tma, changed, for_target, misaligned, operands
 from triton.backends.compiler import GPUTarget
 from triton.runtime import _allocation
 
@@ -38,12 +37,6 @@ def matrix(*shape, dtype=HALF, gap=0):
 
 def on_meta(*shape, dtype=HALF):
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def misaligned(tensor):
-    """The same shape and strides, from an address that is no multiple of 16 bytes."""
-    memory = torch.empty(tensor.untyped_storage().nbytes() // tensor.itemsize + 1, dtype=tensor.dtype)
-    return memory[1:].as_strided(tensor.shape, tensor.stride())
 
 
 def models_apart(tensor, gap):

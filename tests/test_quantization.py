@@ -6,6 +6,7 @@ import io
 import pytest
 import timm
 import torch
+from helpers import scaled, vits
 from torch import nn
 
 from m2pt import (
@@ -198,19 +199,6 @@ def test_loading_another_storage_is_refused(here, there, assign):
     with pytest.raises(RuntimeError, match=r"aux_weight: it is stored as torch\..* here and as torch\..*quantize_aux"):
         fused.load_state_dict(saved, assign=assign)
     assert torch.equal(fused.aux_weight.view(torch.uint8), before.view(torch.uint8))
-
-
-def vits(count=2, width=64):
-    options = {"img_size": 32, "patch_size": 16, "embed_dim": width, "depth": 2, "num_heads": 2, "num_classes": 5}
-    torch.manual_seed(0)
-    return [timm.create_model("vit_tiny_patch16_224", **options).eval() for _ in range(count)]
-
-
-def scaled(model):
-    for fused in model.modules():
-        if isinstance(fused, FusedCrossModalLinear):
-            fused.cross_modal_scale.data = torch.linspace(0.3, -0.2, fused.cross_modal_scale.numel())
-    return model
 
 
 @pytest.mark.parametrize("storage", EVERY_STORAGE)

@@ -6,23 +6,15 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from tiny_runs import INPUTS, INTERVAL, ONCE, batches_of, recipe_of, trainer_of
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import m2pt.train.run
-from m2pt.models import MaskedAutoencoder, create_model
-from m2pt.train import load_recipe, parse_assignment
-from m2pt.train.distributed import World
-from m2pt.train.engine import Trainer, classification_objective
 from m2pt.train.log import Log
-from m2pt.train.optimization import create_loss
 
 READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2"}
-STEPS, INTERVAL = 20, 10
-SIZE = {"embed_dim": 16, "depth": 1, "num_heads": 2}
-SETTINGS = [f"model.overrides.{name}={value}" for name, value in SIZE.items()]
-SETTINGS += ["data.batch_size=4", "loss.mixup=0.8", f"run.log_steps={INTERVAL}"]
-SHAPES = {"image": (3, 32, 32), "audio": (1, 32, 128), "point": (64, 3), "video": (3, 8, 32, 32)}
+STEPS = 20
 
 
 class Readbacks(TorchDispatchMode):
@@ -60,29 +52,6 @@ def counted():
         yield mode.counts
 
 
-def recipe_of(modality, *more):
-    return load_recipe(f"tiny_{modality}", dict(map(parse_assignment, [*SETTINGS, *more])))
-
-
-def trainer_of(recipe, device="cpu", pretraining=False):
-    model = recipe.model
-    module = create_model(model.modality, model.size, num_classes=0 if pretraining else 5, **model.overrides)
-    if recipe.machine.checkpoint_activations:
-        module.set_grad_checkpointing()
-    world = World(0, 1, torch.device(device))
-    if pretraining:
-        module = MaskedAutoencoder(module, 0.5, 48, 1, 3)
-        return Trainer(module.to(device), lambda model, batch: model(batch[0]), recipe, world, 1000, True)
-    objective = classification_objective(recipe, 5, 1, create_loss(recipe.loss))
-    return Trainer(module.to(device), objective, recipe, world, 1000)
-
-
-def batches_of(recipe, steps):
-    micro_batches = recipe.machine.accumulation
-    shape = (recipe.data.batch_size // micro_batches, *SHAPES[recipe.model.modality])
-    return [(torch.randn(shape), torch.randint(5, shape[:1])) for _ in range(steps * micro_batches)]
-
-
 @pytest.fixture
 def readbacks(tmp_path, monkeypatch):
     """A function that trains for `STEPS` steps and counts."""
@@ -99,16 +68,6 @@ def readbacks(tmp_path, monkeypatch):
     return count
 
 
-ONCE = {
-    "plain": [],
-    "clipping": ["optimizer.clip_grad=1.0"],
-    "accumulation": ["machine.accumulation=2"],
-    "step in backward": ["machine.step_in_backward=true"],
-    "float16": ["machine.precision=float16"],
-    "moving average": ["run.ema_decay=0.9"],
-}
-
-
 @pytest.mark.parametrize("setting", ONCE)
 def test_training_reads_back_once_per_log_interval(readbacks, setting):
     assert readbacks("image", *ONCE[setting]).total() == STEPS // INTERVAL
@@ -120,7 +79,7 @@ def test_every_modality_does(readbacks, modality):
     assert readbacks(modality, *mixing).total() == STEPS // INTERVAL
 
 
-@pytest.mark.parametrize("modality", SHAPES)
+@pytest.mark.parametrize("modality", INPUTS)
 def test_pretraining_does(readbacks, modality):
     assert readbacks(modality, pretraining=True).total() == STEPS // INTERVAL
 

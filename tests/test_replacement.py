@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from test_pathway import Wrapper, connected, fused_layers, images, unchanged, vit
+from helpers import Wrapper, connected, fused_layers, images, unchanged, vit
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

@@ -4,9 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_ops import (
+from helpers import (
     DTYPES,
     NAMES,
     STORAGES,
@@ -16,9 +14,12 @@ from test_ops import (
     operands,
     outputs,
     padded,
+    scaled,
     transposed,
+    vits,
 )
-from test_quantization import scaled, vits
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 

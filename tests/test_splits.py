@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_ops import (
+from helpers import (
     DTYPES,
     HALF,
     NAMES,
@@ -19,6 +17,8 @@ from test_ops import (
     scale_gradient_bound,
     transposed,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from m2pt_kernels import cross_modal_linear, estimates, gemm, split_sums
 from m2pt_kernels.ops import path_of

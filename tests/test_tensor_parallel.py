@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_ops import operands, outputs, published
-from test_pathway import fused_layers, images, vit
+from helpers import fused_layers, images, operands, outputs, published, vit
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode

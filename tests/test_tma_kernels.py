@@ -7,10 +7,10 @@ tiles, and with the kernels in `gemm_hopper` and `gemm_hopper_gradients`, which 
 
 import pytest
 import torch
-from test_numerics import assert_an_infinite_scale_gradient_is_infinite
-from test_ops import (
+from helpers import (
     DTYPES,
     HALF,
+    assert_an_infinite_scale_gradient_is_infinite,
     assert_as_good_as_torch,
     assert_combined_weight_and_output_are_rounded_once_each,
     assert_gradients_of_weights_are_rounded_once,

@@ -7,8 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_ops import operands, outputs, published
-from test_pathway import connected, images
+from helpers import connected, images, operands, outputs, published
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts

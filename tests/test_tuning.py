@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from test_compilation import by_tma
-from test_ops import operands
+from helpers import by_tma, operands
 from torch import nn
 
 from benchmarks.offline import TARGETS, compiling_for

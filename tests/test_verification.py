@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_ops import changed
+from helpers import changed
 from torch.utils._pytree import tree_map
 
 from benchmarks.offline import TARGETS, compiling_for

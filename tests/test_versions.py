@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from test_compilation import by_tma, for_target
+from helpers import by_tma, for_target
 
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt_kernels import cross_modal_linear

@@ -1,5 +1,5 @@
 """Data sets of a few generated samples in the layouts of the recipes, models that learn them in seconds, and runs
-without figures or cut short."""
+without plots or cut short."""
 
 import csv
 import json
@@ -12,8 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from m2pt.models import create_model
-from m2pt.train.engine import Trainer
+from m2pt.models import MaskedAutoencoder, create_model
+from m2pt.train import load_recipe, parse_assignment
+from m2pt.train.distributed import World
+from m2pt.train.engine import Trainer, classification_objective
+from m2pt.train.optimization import create_loss
 
 WIDTH = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 SIZES = {
@@ -62,7 +65,7 @@ def assignments(modality):
 
 def tiny_model(modality, num_classes, **settings):
     """The model of these assignments."""
-    return create_model(modality, num_classes=num_classes, **WIDTH, **SIZES[modality], **settings)
+    return create_model(modality, num_classes=num_classes, **WIDTH | SIZES[modality] | settings)
 
 
 def no_plots(monkeypatch):
@@ -198,3 +201,43 @@ def parts(root, counts):
 
 
 MAKERS = {"image": images, "audio": sounds, "point": clouds, "video": videos, "parts": parts}
+
+INTERVAL = 10
+INPUTS = {"image": (3, 32, 32), "audio": (1, 32, 128), "point": (64, 3), "video": (3, 8, 32, 32)}
+ONCE = {
+    "plain": [],
+    "clipping": ["optimizer.clip_grad=1.0"],
+    "accumulation": ["machine.accumulation=2"],
+    "step in backward": ["machine.step_in_backward=true"],
+    "float16": ["machine.precision=float16"],
+    "moving average": ["run.ema_decay=0.9"],
+}
+"""Settings with which training reads back from the device once per line of the log."""
+
+
+def recipe_of(modality, *more):
+    """A recipe of generated or embedded data, smaller still."""
+    size = [f"model.overrides.{name}={value}" for name, value in {"embed_dim": 16, "depth": 1, "num_heads": 2}.items()]
+    settings = [*size, "data.batch_size=4", "loss.mixup=0.8", f"run.log_steps={INTERVAL}", *more]
+    return load_recipe(f"tiny_{modality}", dict(map(parse_assignment, settings)))
+
+
+def trainer_of(recipe, device="cpu", pretraining=False):
+    """Trains the recipe's model."""
+    model = recipe.model
+    module = create_model(model.modality, model.size, num_classes=0 if pretraining else 5, **model.overrides)
+    if recipe.machine.checkpoint_activations:
+        module.set_grad_checkpointing()
+    world = World(0, 1, torch.device(device))
+    if pretraining:
+        module = MaskedAutoencoder(module, 0.5, 48, 1, 3)
+        return Trainer(module.to(device), lambda model, batch: model(batch[0]), recipe, world, 1000, True)
+    objective = classification_objective(recipe, 5, 1, create_loss(recipe.loss))
+    return Trainer(module.to(device), objective, recipe, world, 1000)
+
+
+def batches_of(recipe, steps):
+    """Noise, one batch for each pass of each step."""
+    micro_batches = recipe.machine.accumulation
+    shape = (recipe.data.batch_size // micro_batches, *INPUTS[recipe.model.modality])
+    return [(torch.randn(shape), torch.randint(5, shape[:1])) for _ in range(steps * micro_batches)]
