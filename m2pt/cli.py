@@ -94,9 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train and compare a small pathway model on real data, without a download",
-        description="Connect a transformer of handwritten digits to one of speech, fine-tune it with few labels along "
-        "with a plain and a shuffled one, merge it, and write a report. Takes about two minutes on two CPU cores. "
-        "Finished runs are not trained again.",
+        description="Connect a transformer of handwritten digits to one of speech, fine-tune it on few labels beside a "
+        "plain model and one with shuffled digit weights, merge it, and write a report. Takes about two minutes on two "
+        "CPU cores. Finished runs are not trained again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for report, figure and runs")
