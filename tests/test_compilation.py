@@ -33,14 +33,15 @@ if gemm_hopper is not None:
 
 each_target = pytest.mark.parametrize("target", [for_target(target) for target in TARGETS])
 ALL = ("weight", "aux_weight", "scale")
-CASES = [
-    ((257, 131, 77), ALL),  # not aligned
-    ((100, 272, 208), ALL),  # small
-    ((100, 272, 208), ("scale",)),
-    ((600, 3088, 1040), ALL),  # large and ragged
-    ((1024, 3072, 1024), ("scale",)),  # large and even
+LARGE = [
+    ((600, 3088, 1040), ALL),  # ragged
+    ((1024, 3072, 1024), ("scale",)),  # even
 ]
 """(M, N, K), and what is trained."""
+SMALL = [
+    ((257, 131, 77), ALL),  # not aligned
+    ((100, 272, 208), ("scale",)),
+]
 
 
 @pytest.fixture
@@ -67,14 +68,16 @@ def test_every_architecture_is_compiled_for():
 def test_no_spills_no_atomics_and_within_shared_memory(target, kind, matmul_precision):
     dtype, weight_dtype, aux_dtype, precision = KINDS[kind]
     matmul_precision(precision)
+    is_like_another = target in ("sm_86", "sm_120") or kind == "half, W_aux float32"  # in small tiles: sm_80, mixed
+    cases = LARGE if is_like_another else LARGE + SMALL
     with compiling_for(TARGETS[target]) as compiled:
-        for sizes, trained in CASES:
+        for sizes, trained in cases:
             tensors, grad_output = operands(*sizes, dtype, weight_dtype, needs_grad=())
             tensors["aux_weight"] = tensors["aux_weight"].to(aux_dtype)
             for name in ("x", *trained):
                 tensors[name].requires_grad_()
             cross_modal_linear(**tensors).backward(grad_output)
-    assert len(compiled) >= 2 * len(CASES)
+    assert len(compiled) >= 2 * len(cases)
     for kernel in compiled:
         used = resources(kernel)
         assert used.spilled == 0, (kernel.src.constants, used)
@@ -175,14 +178,23 @@ def test_more_rows_than_32_bits_count(first_tiles, target):
     assert all(resources(kernel).spilled == 0 for kernel in compiled)
 
 
+def assert_compiles(target, *sizes, models):
+    tensors, grad_output = operands(*sizes, HALF, HALF, models=models)
+    with compiling_for(TARGETS[target]) as compiled:
+        cross_modal_linear(**tensors).backward(grad_output)
+    assert len(compiled) == 3
+
+
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("sizes", [(1, 100, 100), (100, 1, 100), (100, 100, 1)], ids=str)
+@pytest.mark.parametrize("target", ["sm_90", for_target("gfx942")])
+def test_one_size_of_one_compiles(target, sizes, models):
+    assert_compiles(target, *sizes, models=models)
+
+
 @each_target
 def test_sizes_of_one_compile(target):
-    for sizes in ((1, 100, 100), (100, 1, 100), (100, 100, 1), (1, 1, 1)):
-        for models in (1, 2):
-            tensors, grad_output = operands(*sizes, HALF, HALF, models=models)
-            with compiling_for(TARGETS[target]) as compiled:
-                cross_modal_linear(**tensors).backward(grad_output)
-            assert len(compiled) == 3
+    assert_compiles(target, 1, 1, 1, models=2)
 
 
 TYPES = {"aux_ptr": HALF, "cross_modal_scale_ptr": FLOAT, "aux_weight_scale_ptr": None, "partial_ptr": FLOAT}
@@ -231,17 +243,15 @@ if gemm_hopper is not None:
     )
 
 
-@pytest.mark.parametrize(
-    "launch, argument",
-    [
-        pytest.param(launch, param.name, marks=by_tma if kernel.fn.__name__.endswith("tma_kernel") else ())
-        for launch, (kernel, *_) in LAUNCHES.items()
-        for param in kernel.params
-        if not param.is_constexpr and not param.name.endswith(("_ptr", "_map"))
-    ],
-)
-def test_every_integer_may_be_one_odd_or_beyond_32_bits(launch, argument):
-    """The others are multiples of 16; Triton compiles 1, multiples of 16, other integers and long ones differently."""
+def integers(launch):
+    """The arguments that are integers and no constants."""
+    kernel = LAUNCHES[launch][0]
+    names = [param.name for param in kernel.params if not param.is_constexpr]
+    return [name for name in names if not name.endswith(("_ptr", "_map"))]
+
+
+def compile_launch(launch, values):
+    """With these arguments; the other integers are multiples of 16."""
     kernel, types, constants = LAUNCHES[launch]
     arguments = {}
     for param in kernel.params:
@@ -250,16 +260,38 @@ def test_every_integer_may_be_one_odd_or_beyond_32_bits(launch, argument):
             arguments[param.name] = None if dtype is None else torch.empty(16, dtype=dtype)
         else:
             arguments[param.name] = (constants | {"GROUP": 8, "MODELS": 2}).get(param.name, 4096)
-    values = [1, 17, 2**31 + 16]
+    with compiling_for(TARGETS["sm_90"]) as compiled:
+        kernel[(1,)](**arguments | values, num_warps=4, num_stages=constants["num_stages"])
+    assert len(compiled) == 1
+
+
+def of_launch(launch, *others):
+    is_by_tma = LAUNCHES[launch][0].fn.__name__.endswith("tma_kernel")
+    return pytest.param(launch, *others, marks=by_tma if is_by_tma else ())
+
+
+@pytest.mark.parametrize(
+    "launch, one, long",
+    [
+        of_launch(launch, one, long)
+        for launch in LAUNCHES
+        for one, long in zip(integers(launch), integers(launch)[1:] + integers(launch)[:1], strict=True)
+    ],
+)
+def test_every_integer_may_be_one_or_beyond_32_bits(launch, one, long):
+    """Triton compiles 1, multiples of 16, other integers and long ones differently."""
+    values = {one: 1, long: 2**31 + 16}
     if "TMA" in launch:  # some are refused: see `test_plans.py`
-        if argument in ("rows", "columns", "depth", "share", "splits"):
-            values.remove(2**31 + 16)
-        if argument == "columns" or argument.startswith("stride"):
-            values.remove(1)
-    for value in values:
-        with compiling_for(TARGETS["sm_90"]) as compiled:
-            kernel[(1,)](**arguments | {argument: value}, num_warps=4, num_stages=constants["num_stages"])
-        assert len(compiled) == 1
+        if long in ("rows", "columns", "depth", "share", "splits"):
+            del values[long]
+        if one == "columns" or one.startswith("stride"):
+            del values[one]
+    compile_launch(launch, values)
+
+
+@pytest.mark.parametrize("launch", [of_launch(launch) for launch in LAUNCHES])
+def test_all_integers_may_be_odd(launch):
+    compile_launch(launch, dict.fromkeys(integers(launch), 17))
 
 
 def quantized(tensors, storage):
