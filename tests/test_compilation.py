@@ -202,7 +202,7 @@ INT8 = {"aux_ptr": torch.int8, "aux_weight_scale_ptr": FLOAT, "grad_aux_ptr": No
 INT4 = INT8 | {"aux_ptr": torch.uint8}
 POINTERS = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "EVEN_K": False, "INPUT_PRECISION": "ieee"}
 POINTERS |= {"COMBINE_IN_WARPS": False, "SCALED_BY_DEPTH": False, "num_stages": 2}
-TMA = {"BLOCK_M": 256, "MORE_M": 0, "BLOCK_N": 128, "BLOCK_K": 32, "DEPTH_FIRST": False, "PANEL": 32, "num_stages": 4}
+TMA = {"BLOCK_M": 64, "MORE_M": 0, "BLOCK_N": 128, "BLOCK_K": 32, "DEPTH_FIRST": False, "PANEL": 32, "num_stages": 4}
 LAUNCHES = {
     "combined_matmul": (combined_matmul_kernel, TYPES, POINTERS),
     "combined_matmul, int8 by depth": (combined_matmul_kernel, TYPES | INT8, POINTERS | {"SCALED_BY_DEPTH": True}),
@@ -211,7 +211,7 @@ LAUNCHES = {
     "grad_parameters, int4": (grad_parameters_kernel, TYPES | INT4, POINTERS),
     "combined_matmul by TMA": (gemm_tma.combined_matmul_tma_kernel, TYPES, TMA),
     "combined_matmul by TMA, int8": (gemm_tma.combined_matmul_tma_kernel, TYPES | INT8, TMA | {"DEPTH_FIRST": True}),
-    "grad_parameters by TMA": (gemm_tma.grad_parameters_tma_kernel, TYPES, TMA | {"BLOCK_M": 128, "BLOCK_K": 64}),
+    "grad_parameters by TMA": (gemm_tma.grad_parameters_tma_kernel, TYPES, TMA | {"BLOCK_N": 64, "BLOCK_K": 64}),
     "sums of splits": (split_sums_kernel, TYPES | {"splits_ptr": FLOAT}, {"BLOCK": 64, "SPLITS": 2, "num_stages": 1}),
     "sums of splits, int4": (split_sums_kernel, TYPES | INT4, {"BLOCK": 64, "SPLITS": 2, "num_stages": 1}),
 }
@@ -221,9 +221,9 @@ if gemm_hopper is not None:
     def tiles_of(dtype, *tile):
         return tensor_map(torch.empty(4096, 4096, dtype=dtype), (4096, 4096), 4096, tile)
 
-    HOPPER = {"BLOCK_M": 256, "MORE_M": 32, "BLOCK_K": 32, "STAGES": 4, "num_stages": 1}
-    MAPS = {"left_map": tiles_of(HALF, 256, 32), "more_left_map": tiles_of(HALF, 32, 32)}
-    MAPS |= {"output_map": tiles_of(HALF, 128, 64), "more_output_map": tiles_of(HALF, 32, 64)}
+    HOPPER = {"BLOCK_M": 64, "MORE_M": 32, "BLOCK_K": 32, "STAGES": 4, "num_stages": 1}
+    MAPS = {"left_map": tiles_of(HALF, 64, 32), "more_left_map": tiles_of(HALF, 32, 32)}
+    MAPS |= {"output_map": tiles_of(HALF, 32, 64), "more_output_map": tiles_of(HALF, 32, 64)}
     for depth_first in (False, True):
         of_weights = tiles_of(HALF, 32, 128) if depth_first else tiles_of(HALF, 128, 32)
         LAUNCHES[f"combined_matmul by TMA for sm_90, depth first {depth_first}"] = (
