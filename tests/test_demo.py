@@ -130,7 +130,7 @@ def test_report_says_what_is_demonstrated_before_the_accuracies(results):
         "Merged into a plain timm model, logits differ by",
         "| float32 |",
         "| bfloat16 autocast |",
-        "16 scales have been learned",
+        "16 scales were learned",
         "| speech | digits | top1 | 85.00 | 86.50 | +1.50 | 0.71 | 0.50 | 2 |",
         "| speech | digits, shuffled | top1 |",
         "logistic regression on a frozen random transformer already reaches 85.0 % on this task",

@@ -1,6 +1,6 @@
-"""The experiment: what does a frozen digit transformer, connected by a pathway, change where speakers are told apart?
+"""The experiment: how a pathway from a frozen digit transformer changes a model that tells speakers apart.
 
-The data are those of `m2pt.data.embedded`, and every training is a run of `m2pt.train` in a folder of its own.
+It uses the data of `m2pt.data.embedded`, and every model is trained by `m2pt.train` in a folder of its own.
 """
 
 import io
@@ -38,9 +38,9 @@ FINE_TUNING: dict[str, Any] = {
     "schedule.warmup_epochs": 3,
     "run.eval_epochs": 30,
 }
-"""What replaces values of the recipe tiny_audio. The learning rate, 3e-3 for the batch of 12, was chosen by the
-baseline's accuracy on training utterances without labels, with seeds that the experiment does not use. The scales have
-a higher one: a step of AdamW is about as long as the learning rate, and a scale has a range of order 1."""
+"""Overrides of the recipe tiny_audio. The learning rate, 3e-3 for a batch of 12, was chosen by the baseline's accuracy
+on unlabelled training utterances, with seeds that the experiment does not use. It is higher for the scales: a step of
+AdamW is about as long as the learning rate, and a scale has a range of order 1."""
 MERGE_TOLERANCE = 1e-4
 
 Result = TypeVar("Result")
@@ -51,13 +51,13 @@ class Results:
     """Everything that was measured.
 
     Attributes:
-        merge_difference: the largest between logits of a connected model and of the plain timm model that has its
-            merged checkpoint, over all runs and test utterances.
-        saved_bytes: what the forward of one batch saves for backward, by precision and formulation.
-        quantization_error: the largest relative one of an auxiliary weight; None where they are stored as they are.
-        scales: of every layer, by variant and seed.
-        digits, shuffled: what the digit transformer changes, and what it changes with its entries shuffled.
-        digits_over_shuffled: the gain of the one over the other.
+        merge_difference: the largest difference between the logits of a connected model and those of a plain timm model
+            with its merged checkpoint, over all runs and test utterances.
+        saved_bytes: bytes that the forward pass of one batch saves for backward, by precision and formulation.
+        quantization_error: the largest relative error of an auxiliary weight; None if they are not quantised.
+        scales: the scale of every layer, by variant and seed.
+        digits, shuffled: the gain from the digit transformer, and from the same with its entries shuffled.
+        digits_over_shuffled: the gain of the first over the second.
         random_features: test accuracy in percent of logistic regression on a frozen random transformer, by seed.
     """
 
@@ -75,18 +75,18 @@ class Results:
 def run_demo(out: Path, seeds: int, aux_dtype: str = "", overrides: dict[str, Any] | None = None) -> Results:
     """Pretrain both transformers, fine-tune every variant with every seed, check that they merge, and measure.
 
-    The variants of a seed have the same pretrained start, head and batches. What an earlier call has finished in `out`
-    is not trained again, and an interrupted run goes on.
+    The variants of a seed share the pretrained start, the head and the batches. Runs that an earlier call finished in
+    `out` are not trained again, and an interrupted one is resumed.
 
     Args:
-        out: folder to write to, made if it is missing: a folder for every run, see `m2pt.train.train`.
+        out: folder to write to, made if it is missing, with a folder for every run, see `m2pt.train.train`.
         seeds: runs of each variant.
-        aux_dtype: how the auxiliary weights are stored, as `m2pt.quantize_aux` takes it; as they are if empty.
-        overrides: of values of all recipes, by dotted key.
+        aux_dtype: how the auxiliary weights are stored, as in `m2pt.quantize_aux`; unchanged if empty.
+        overrides: values of all recipes to override, by dotted key.
 
     Raises:
-        ValueError: less than two seeds, or `out` holds runs of other recipes.
-        ArithmeticError: a merged model does not compute what the connected one did.
+        ValueError: fewer than two seeds, or `out` holds runs of other recipes.
+        ArithmeticError: a merged model does not compute what the connected one does.
         OSError: `out` cannot be written to.
     """
     if seeds < 2:
@@ -130,7 +130,7 @@ def run_demo(out: Path, seeds: int, aux_dtype: str = "", overrides: dict[str, An
 
 
 def _quietly(what: str, run: Callable[[], Result]) -> Result:
-    """Say what runs, and not what it prints, which its log holds; on a terminal there is a progress bar."""
+    """Print what runs, but not its own output, which its log holds; a terminal shows a progress bar."""
     print(what, flush=True)
     with redirect_stdout(io.StringIO()):
         return run()
@@ -141,7 +141,7 @@ def _pretrain(recipe: Recipe, folder: Path) -> None:
 
 
 def _shuffled(path: str, seed: int, out: Path) -> str:
-    """A checkpoint with the entries of every tensor shuffled: the same values, nothing of what was learned."""
+    """A checkpoint with the entries of every tensor shuffled: the same values, but nothing that was learned."""
     generator = torch.Generator().manual_seed(seed)
 
     def shuffle(tensor: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def _connected(recipe: Recipe) -> nn.Module:
 
 
 def plain_transformer(recipe: Recipe) -> nn.Module:
-    """timm's model of the recipe's sizes, which knows nothing of pathways."""
+    """timm's own model in the recipe's sizes, without pathways."""
     sizes = recipe.model.overrides | {"in_chans": 1, "num_classes": SPEAKERS, "global_pool": "avg"}
     return timm.create_model("vit_tiny_patch16_224", **sizes)
 
@@ -184,8 +184,7 @@ def _saved_bytes(models: Mapping[str, nn.Module], batch: Tensor) -> dict[str, di
 
 @torch.inference_mode()
 def random_features_accuracy(recipe: Recipe) -> float:
-    """Test accuracy in percent of logistic regression, from the recipe's training data, on what its model gives its
-    head, randomly initialised and frozen."""
+    """Test accuracy in percent of logistic regression on the features of the recipe's model, random and frozen."""
     train, test = (spoken_vowels(None, split, False, **recipe.data.settings) for split in ("train", "test"))
     random_seed(recipe.run.seed)
     model = created(recipe, num_classes=0).eval()

@@ -1,4 +1,4 @@
-"""The results in words, tables and a picture: first what they demonstrate, then accuracies."""
+"""The report of the results, with a table and a plot: first what they demonstrate, then the accuracies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,11 +22,11 @@ ATTRIBUTION = (
 )
 KIB = 1024
 Scales = Mapping[str, Sequence[Mapping[str, float]]]
-"""Of every layer, by variant and seed."""
+"""The scale of every layer, by variant and seed."""
 
 
 def markdown(results: Results) -> str:
-    """The report without its picture."""
+    """The report without its plot."""
     seeds = len(results.random_features)
     stored = ""
     if results.quantization_error is not None:
@@ -42,8 +42,8 @@ def markdown(results: Results) -> str:
         [
             "# Multimodal pathway from handwritten digits to speech",
             "",
-            "A transformer tells nine speakers apart, with the frozen weights of a digit transformer in its layers. The"
-            f" control has the same weights with their entries shuffled.{stored}",
+            "A transformer tells nine speakers apart, with the frozen weights of a digit transformer added to its"
+            f" layers. The control has the same weights with their entries shuffled.{stored}",
             "",
             f"1. Merged into a plain timm model, logits differ by {results.merge_difference:.1e} at most.",
             "2. KiB that the forward of a training batch saves for backward:",
@@ -52,16 +52,16 @@ def markdown(results: Results) -> str:
             "   |---|---:|---:|---:|",
             *(f"   {row}" for row in saved),
             "",
-            f"3. {len(results.scales['pathway'][0])} scales have been learned, from 0 to an absolute value of"
-            f" {learned['pathway']:.3f} on average, the control's to {learned['control']:.3f}.",
+            f"3. {len(results.scales['pathway'][0])} scales were learned, from 0 to an absolute value of"
+            f" {learned['pathway']:.3f} on average; the control's to {learned['control']:.3f}.",
             "",
             f"Test accuracy with {LABELLED} labelled utterances per speaker, over {seeds} seeds:",
             "",
             table_of([results.digits, results.shuffled]),
             "",
-            "Standard deviation and error are the gain's; without an auxiliary model the accuracy itself has a standard"
-            f" deviation of {stdev(results.digits.alone):.2f} points. The digits' weights as they are gain"
-            f" {over.mean:+.2f} points over shuffled ones, with a standard error of {over.standard_error:.2f}.",
+            "Standard deviation and standard error are those of the gain; the accuracy without an auxiliary model has a"
+            f" standard deviation of {stdev(results.digits.alone):.2f} points. The digit weights gain {over.mean:+.2f}"
+            f" points over shuffled ones, with a standard error of {over.standard_error:.2f}.",
             "",
             "What these accuracies are worth: logistic regression on a frozen random transformer already reaches"
             f" {fmean(results.random_features):.1f} % on this task.",
