@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help="compare every kernel with float64 on this GPU, and time it",
         description="Compute every product with every kernel on this GPU, compare it with float64 and time it. What is "
-        "faulty is no longer used on such a GPU. Without a GPU, Triton's interpreter runs the kernels.",
+        "faulty is no longer used on such a GPU. Without a GPU, Triton's interpreter runs the portable kernels.",
     )
     check.add_argument("--model", metavar="NAME", help="check the linear layers of this timm model instead")
     check.add_argument("--batch", type=int, default=64, help="batch size for that model (default: 64)")

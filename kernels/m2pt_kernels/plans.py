@@ -1,10 +1,7 @@
 """Choose a product's kernel and tiles by the GPU, the operands, and what was timed or found faulty.
 
 This file has the kernels and tiles by architecture; devices.py and quantization.py say which dtypes a device reads,
-estimates.py which tiles are tried first. To add an architecture, name it in `architecture` and give it a row in
-POINTER_TILES and POINTER_GRAD_TILES, in the TMA tables if these kernels compile for it, and in `estimates.FLOPS`. Add
-its target and memory to `benchmarks/offline.py`, and `tests/test_compilation.py` checks that the tiles fit without
-spills; add its rates to `benchmarks/cost.py`, and `benchmarks/compile_report.py` shows what they compile to.
+estimates.py which tiles are tried first. docs/kernels.md says how to add an architecture.
 """
 
 import warnings
