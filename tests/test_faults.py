@@ -378,12 +378,17 @@ POISONS = {
 }
 
 
-@pytest.mark.parametrize("interval", [1, 4])
+UPDATES = ["machine.accumulation=1", "machine.accumulation=2", "machine.step_in_backward=true", "optimizer.name=lars"]
+
+
 @pytest.mark.parametrize(
-    "setting",
-    ["machine.accumulation=1", "machine.accumulation=2", "machine.step_in_backward=true", "optimizer.name=lars"],
+    "poison, setting, interval",
+    [
+        pytest.param(poison, setting, (1, 4)[(first + second) % 2], id=f"{poison.__name__}-{setting}")
+        for first, poison in enumerate(POISONS)
+        for second, setting in enumerate(UPDATES)
+    ],
 )
-@pytest.mark.parametrize("poison", POISONS, ids=lambda poison: poison.__name__)
 def test_what_is_not_finite_stops_with_step_and_layer(runs, monkeypatch, capsys, poison, setting, interval):
     """Also where loss and gradient are read back some steps later."""
     out = runs / f"{poison.__name__}-{setting}-{interval}"

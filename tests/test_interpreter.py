@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["test_ops.py", "test_several_models.py", "test_numerics.py", "test_tma_kernels.py", "test_splits.py"]
+    "names",
+    [("test_ops.py", "test_tma_kernels.py"), ("test_several_models.py", "test_numerics.py", "test_splits.py")],
+    ids=" ".join,
 )
-def test_operators_in_the_interpreter(name):
+def test_operators_in_the_interpreter(names):
     options = ["-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, Path(__file__).with_name(name)]
+    command = [sys.executable, "-m", "pytest", *options, *(Path(__file__).with_name(name) for name in names)]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     if run.returncode:  # the summary names the tests that failed; a crash says on stderr which test it was
         pytest.fail(f"in the interpreter:\n{run.stdout[-5000:]}{run.stderr[:2000]}", pytrace=False)

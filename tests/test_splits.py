@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m2pt_kernels import cross_modal_linear, estimates, gemm, split_sums
+from m2pt_kernels.devices import INTERPRETED
 from m2pt_kernels.ops import path_of
 from m2pt_kernels.plans import UNTUNED
 from m2pt_kernels.tiles import ceil_div
@@ -53,7 +54,7 @@ def runs_kernels(device):
     return path_of(torch.empty(0, device=device)) is gemm
 
 
-@settings(max_examples=60)
+@settings(max_examples=25 if INTERPRETED else 60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     splits=st.integers(2, 9),
@@ -112,10 +113,10 @@ def test_the_scale_gradient_is_exact_and_reproducible(device, split, features):
     want = exact(tensors, grad_output)["scale"]
     for splits in (2, 5):
         made = split(splits)
-        runs = [outputs(cross_modal_linear, tensors, grad_output)["scale"] for _ in range(3)]
+        runs = [outputs(cross_modal_linear, tensors, grad_output)["scale"] for _ in range(2)]
         assert (runs[0].double() - want).abs() <= scale_gradient_bound(want, 1e-5, tensors, grad_output)
-        assert all(torch.equal(run, runs[0]) for run in runs)
-        assert len(made) == (3 if runs_kernels(device) else 0)
+        assert torch.equal(*runs)
+        assert len(made) == (2 if runs_kernels(device) else 0)
 
 
 @pytest.mark.parametrize("name", ["x", "grad_output"])
