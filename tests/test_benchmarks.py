@@ -295,6 +295,7 @@ raise SystemExit(pytest.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_benchmarks_of_a_gpu_run(tmp_path):
     """On the CPU, with made-up times and memory: everything but the measuring."""
     smi = tmp_path / "nvidia-smi"

@@ -17,6 +17,8 @@ from m2pt.train import load_recipe
 from m2pt.train.creation import created
 from m2pt.train.files import CHECKPOINT, load_trained, read_json
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"schedule.epochs": 1}
 
 

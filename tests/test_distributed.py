@@ -21,6 +21,8 @@ from m2pt.train.distributed import World, distribute
 from m2pt.train.log import read_log
 from m2pt.train.recipe import Machine
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import json, sys
 import m2pt.train.run as run

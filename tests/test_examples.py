@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SMALL = r"\d(\.\d+)?e-0[5-9]|0\.0"
 LAST_LINE = {

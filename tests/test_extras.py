@@ -13,6 +13,8 @@ from helpers import run_without
 from m2pt import FusedCrossModalLinear, cli
 from m2pt.checkpoints import save_state_dict
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXTRAS = (
     "sklearn",

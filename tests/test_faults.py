@@ -27,6 +27,8 @@ from m2pt.models import create_model
 from m2pt.train.engine import Trainer
 from m2pt.train.log import read_log
 
+pytestmark = pytest.mark.slow
+
 MODEL = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 SETTINGS = [f"model.overrides.{name}={value}" for name, value in MODEL.items()]
 SETTINGS += [

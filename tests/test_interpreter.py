@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 @pytest.mark.parametrize(
     "names",
     [("test_ops.py", "test_tma_kernels.py"), ("test_several_models.py", "test_numerics.py", "test_splits.py")],

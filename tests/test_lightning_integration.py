@@ -568,6 +568,7 @@ def two_processes(folder):
     os._exit(0)  # Lightning leaves the group open, and its threads may not outlive Python's own end
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     run = in_subprocess(torchrun, "two_processes", tmp_path)

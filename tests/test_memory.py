@@ -24,8 +24,26 @@ from m2pt.train import load_recipe, memory, one_step, preview, shipped_recipes
 from m2pt.train.engine import Trainer
 from m2pt.train.levers import ADAM, CHECKPOINTING, IN_BACKWARD, INT8, LEVERS, ON_HOST, cheapest_first, further_levers
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 MIB = 2**20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def each_recipe_is_simulated_once():
+    """The tests ask for the same recipes again and again."""
+    known, simulate = {}, memory.simulated_peak
+
+    def once(*arguments, **keywords):
+        key = repr((arguments, keywords))
+        if key not in known:
+            known[key] = simulate(*arguments, **keywords)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "simulated_peak", once)
+        yield
 
 
 def total(parts):
