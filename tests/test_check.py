@@ -22,7 +22,7 @@ from m2pt_kernels.devices import INTERPRETED
 from m2pt_kernels.plans import KERNELS, TUNED, UNTUNED, gemm_hopper
 from m2pt_kernels.products import CombinedMatmul
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="it starts the interpreter itself")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="it starts the interpreter itself")]
 
 SHAPES = (Shape(48, 64, 80), Shape(37, 23, 29))
 

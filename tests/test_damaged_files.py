@@ -45,6 +45,8 @@ from m2pt.train.engine import evaluate
 from m2pt.train.files import load_trained
 from m2pt.train.log import Log, plot_curves, plot_scales
 
+pytestmark = pytest.mark.slow
+
 ALONE = World(0, 1, torch.device("cpu"))
 
 RECIPE = ["tiny_image", "model.overrides.depth=1", "model.overrides.embed_dim=16", "model.overrides.num_heads=2"]

@@ -17,6 +17,8 @@ from m2pt.data.embedded import load_utterances
 from m2pt.models import create_model
 from m2pt.train import load_recipe
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = {
     "image": (1200, 597, (3, 32, 32), 10),
     "audio": (270, 370, (1, 32, 128), 9),

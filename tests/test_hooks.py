@@ -24,6 +24,8 @@ from m2pt import (
 from m2pt.hooks import KINDS
 from m2pt.saved_bytes import published_formulation
 
+pytestmark = pytest.mark.slow
+
 LAST = "blocks.1.mlp.fc2"
 
 

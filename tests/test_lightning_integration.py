@@ -37,6 +37,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 from m2pt.integrations.lightning import PathwayCallback  # noqa: E402
 from m2pt.pathway import mean_absolute_scales  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = "import sys; import test_lightning_integration as t; t.{}(sys.argv[1])"
 QKV = "model.blocks.0.attn.qkv.aux_weight"
 
@@ -568,7 +570,6 @@ def two_processes(folder):
     os._exit(0)  # Lightning leaves the group open, and its threads may not outlive Python's own end
 
 
-@pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     run = in_subprocess(torchrun, "two_processes", tmp_path)

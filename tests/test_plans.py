@@ -554,6 +554,7 @@ def test_descriptors_lie_in_memory_of_torch_on_the_current_device(target, produc
     assert size > 0 and options == {"dtype": torch.int8, "device": "cuda"}
 
 
+@pytest.mark.slow
 @by_hopper
 def test_gluon_needs_no_memory_but_the_output():
     product = hopper()

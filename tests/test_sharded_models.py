@@ -34,6 +34,8 @@ from m2pt.checkpoints import merge_state_dict, save_state_dict
 from m2pt.tensor_parallel import ColwiseParallel, RowwiseParallel
 from m2pt_kernels import combined_weight, dequantize, quantize
 
+pytestmark = pytest.mark.slow
+
 FIRST = "blocks.0.attn.qkv"
 PLAN = {
     "attn.qkv": ColwiseParallel(output_layouts=Replicate()),

@@ -9,6 +9,8 @@ import pytest
 import m2pt
 import m2pt.train
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = ("train", "pretrain", "eval", "matrix", "merge", "convert", "check", "demo", "recipes", "memory")
 LIGHT = """
 import sys

@@ -15,6 +15,8 @@ from m2pt import FusedCrossModalLinear, quantize_aux, reparameterize_aux_into_ta
 from m2pt.tensor_parallel import ColwiseParallel, RowwiseParallel
 from m2pt_kernels import cross_modal_linear, dequantize, quantize
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = {
     "columns": {"weight": Shard(0), "aux_weight": Shard(-2), "aux_weight_scale": Shard(-2), "bias": Shard(0)},
     "rows": {"x": Shard(2), "weight": Shard(1), "aux_weight": Shard(-1)},

@@ -17,6 +17,8 @@ from m2pt import FusedCrossModalLinear, merge_pathways, quantize_aux
 from m2pt_kernels import cross_modal_linear, implementation, quantize
 from m2pt_kernels.devices import INTERPRETED
 
+pytestmark = pytest.mark.slow
+
 OPS = torch.ops.m2pt_kernels
 
 

@@ -46,6 +46,8 @@ from m2pt.train.metrics import Metric, mean_average_precision, mious, part_ious,
 from m2pt.train.optimization import create_loss, create_mixing, create_optimizer, create_scheduler, scaled_groups
 from m2pt.train.recipe import Machine
 
+pytestmark = pytest.mark.slow
+
 OTHER = {"image": "audio", "audio": "point", "point": "video", "video": "image"}
 ALONE = World(0, 1, torch.device("cpu"))
 

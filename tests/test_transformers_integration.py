@@ -40,6 +40,8 @@ from m2pt.integrations.transformers import (  # noqa: E402
     keep_pathway,
 )
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 PICTURE = {"image_size": 32, "patch_size": 16}
 FAMILIES = {

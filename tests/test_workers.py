@@ -24,6 +24,8 @@ from m2pt.train.log import read_log
 from m2pt.train.recipe import Machine
 from m2pt.train.workers import received
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ["model.overrides.embed_dim=16", "model.overrides.depth=1", "model.overrides.num_heads=2"]
 SETTINGS += ["data.batch_size=120", "schedule.epochs=2", "run.log_steps=1", "run.checkpoint_steps=1"]
 LOST = "m2pt: error: data: a process that reads samples (machine.workers) was lost: "
