@@ -33,6 +33,14 @@ def pytest_addoption(parser):
     parser.addoption("--repetitions", type=int, default=2, help="how often the tests of faults and load repeat")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n 2`, a worker that has run out of tests takes some of the other's: the slow ones come in whole files."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
 @pytest.fixture(scope="session")
 def repetitions(request):
     """So many kills; half as many terminations; 40 times as many steps and flipped bits; 20 times as many cycles of
