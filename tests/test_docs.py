@@ -115,7 +115,10 @@ def documented():
                 yield module[1], name, parameters
 
 
-@pytest.mark.parametrize(("module", "name", "parameters"), list(documented()), ids=str)
+@pytest.mark.parametrize(
+    ("module", "name", "parameters"),
+    [pytest.param(*entry, id=".".join(entry[:2])) for entry in documented()],
+)
 def test_signatures_are_the_code(module, name, parameters):
     if "integrations" in module:
         pytest.importorskip(module.rpartition(".")[2])
