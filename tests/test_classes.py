@@ -17,6 +17,8 @@ from m2pt.cli import main
 from m2pt.data import create_dataset
 from m2pt.data.common import missing, read_text
 
+pytestmark = pytest.mark.slow
+
 COLOURS = {"apple": (255, 0, 0), "banana": (0, 255, 0), "cherry": (0, 0, 255)}
 SETTINGS = ["data.layout=folder", "data.test_split=val", "data.batch_size=30", "schedule.epochs=8", "machine.workers=0"]
 SETTINGS += ["schedule.warmup_epochs=1", "optimizer.base_lr=1e-2", "run.eval_epochs=8"]

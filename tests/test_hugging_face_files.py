@@ -20,6 +20,8 @@ from m2pt.checkpoints import load_state_dict, save_state_dict
 from m2pt.families import LAYER_NAMES
 from m2pt.models import create_model
 
+pytestmark = pytest.mark.slow
+
 WIDTH, HIDDEN, DEPTH, CLASSES = 32, 64, 2, 5
 SIZE = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2, "mlp_ratio": 2, "img_size": 32, "patch_size": 16}
 

@@ -19,6 +19,8 @@ from m2pt_kernels.plans import TUNED, UNTUNED, gemm_hopper
 from m2pt_kernels.products import CombinedMatmul
 from m2pt_kernels.verification import Finding
 
+pytestmark = pytest.mark.slow
+
 EAGER = "eager"
 
 

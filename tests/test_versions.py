@@ -14,6 +14,8 @@ from m2pt_kernels import cross_modal_linear
 from m2pt_kernels.plans import POINTER_GRAD_TILES, POINTER_TILES, gemm_hopper, gemm_hopper_gradients
 from m2pt_kernels.versions import NEWEST, OLDEST, RELEASE
 
+pytestmark = pytest.mark.slow
+
 COMPILE = """
 import sys, triton
 triton.__version__ = sys.argv[1]
