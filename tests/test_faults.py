@@ -128,7 +128,7 @@ def run(arguments, fsyncs=None, rank=None, port=None, timeout=None, poison=None,
 def start():
     """Start `run` in a process that has imported everything already; whatever is still running ends with the tests."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["m2pt.cli", "m2pt.train", "torch._dynamo", "pytest", "av", "soundfile"])
+    context.set_forkserver_preload(["m2pt.train.run", "torch._dynamo", "pytest", "av", "soundfile"])
     processes = []
 
     def start(*arguments, **settings):

@@ -103,7 +103,7 @@ def run(arguments, log, failure, sample, milliseconds=None):
 @pytest.fixture(scope="module")
 def start():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["m2pt.cli", "m2pt.train", "torch._dynamo", "pytest", "matplotlib.figure"])
+    context.set_forkserver_preload(["m2pt.train.run", "sklearn.datasets", "torch._dynamo", "pytest", "matplotlib.figure"])
     processes = []
 
     def start(arguments, log, failure="", sample=0, milliseconds=None):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
-multiprocessing.set_forkserver_preload(["m2pt.train"])  # imports it once for all, where no thread has started yet
+multiprocessing.set_forkserver_preload(["m2pt.train.run"])  # imports it once for all, where no thread has started yet
 
 
 def in_two_processes(function, *arguments):
