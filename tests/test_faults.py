@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from tiny_runs import assert_equal, interrupted, no_plots
 from torch import nn
+from two_processes import FORKSERVER
 
 import m2pt.train.run
 from m2pt.checkpoints import save_state_dict
@@ -127,12 +128,10 @@ def run(arguments, fsyncs=None, rank=None, port=None, timeout=None, poison=None,
 @pytest.fixture(scope="module")
 def start():
     """Start `run` in a process that has imported everything already; whatever is still running ends with the tests."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["m2pt.train.run", "torch._dynamo", "pytest", "av", "soundfile"])
     processes = []
 
     def start(*arguments, **settings):
-        process = context.Process(target=run, args=arguments, kwargs=settings)
+        process = FORKSERVER.Process(target=run, args=arguments, kwargs=settings)
         process.start()
         processes.append(process)
         return process
@@ -193,7 +192,7 @@ def test_killed_runs_end_as_if_nothing_had_been(runs, start, repetitions):
                 process = start(arguments, fsyncs=moments.randrange(1, STEPS))
             else:
                 process = start(arguments)
-                process.join(moments.uniform(0, 2))
+                process.join(moments.uniform(0, 1))
                 process.kill()
             process.join()
             assert process.exitcode in (0, -signal.SIGKILL)

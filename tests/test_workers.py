@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny_runs import assert_equal, no_plots
 from torch.utils.data import DataLoader, IterableDataset
+from two_processes import FORKSERVER
 
 from m2pt.cli import RESUMING, main
 from m2pt.data.embedded import TensorSamples
@@ -102,12 +103,10 @@ def run(arguments, log, failure, sample, milliseconds=None):
 
 @pytest.fixture(scope="module")
 def start():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["m2pt.train.run", "sklearn.datasets", "torch._dynamo", "pytest", "matplotlib.figure"])
     processes = []
 
     def start(arguments, log, failure="", sample=0, milliseconds=None):
-        process = context.Process(target=run, args=(arguments, log, failure, sample, milliseconds))
+        process = FORKSERVER.Process(target=run, args=(arguments, log, failure, sample, milliseconds))
         process.start()
         processes.append(process)
         return process
@@ -227,7 +226,7 @@ def test_ctrl_c_at_any_moment(tmp_path, start, workers, repetitions):
         process = start(command(out, f"machine.workers={workers}"), log)
         while not log.exists():
             time.sleep(0.001)
-        process.join(moments.uniform(0.05, 2))
+        process.join(moments.uniform(0.05, 1))
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)
         process.join(10)

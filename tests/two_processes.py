@@ -1,4 +1,4 @@
-"""Run a function in two processes that can communicate, on the CPU."""
+"""Processes that start in a moment, and a function in two of them that can communicate, on the CPU."""
 
 import multiprocessing
 from datetime import timedelta
@@ -9,7 +9,12 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
-multiprocessing.set_forkserver_preload(["m2pt.train.run"])  # imports it once for all, where no thread has started yet
+FORKSERVER = multiprocessing.get_context("forkserver")
+"""Imports what they need once for all, where no thread has started yet. Every file of tests has the same one."""
+NEEDED = ("m2pt.cli", "m2pt.train.run", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel")
+FORKSERVER.set_forkserver_preload(
+    ["helpers", "tiny_runs", *NEEDED, "sklearn.datasets", "matplotlib.figure", "av", "soundfile"]
+)
 
 
 def in_two_processes(function, *arguments):
