@@ -65,16 +65,6 @@ def main_loop(compiled: CompiledKernel) -> Loop | None:
     )
 
 
-def serialised_wgmma(compiled: CompiledKernel) -> list[str]:
-    """The assembler's warnings that it made asynchronous wgmma wait (C75xx)."""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        command = [assembler(90), "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return re.findall(r".*\bC75\d\d\b.*", log)
-
-
 def assembler(architecture: int) -> str:
     """The path of Triton's assembler; before 3.6 it is the same for every architecture."""
     return get_ptxas(*[architecture][: len(signature(get_ptxas).parameters)]).path

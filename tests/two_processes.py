@@ -11,10 +11,9 @@ from torch.multiprocessing import start_processes
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 """Imports what they need once for all, where no thread has started yet. Every file of tests has the same one."""
-NEEDED = ("m2pt.cli", "m2pt.train.run", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel")
-FORKSERVER.set_forkserver_preload(
-    ["helpers", "tiny_runs", *NEEDED, "sklearn.datasets", "matplotlib.figure", "av", "soundfile"]
-)
+TORCH = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel")
+OTHERS = ("sklearn.datasets", "matplotlib.figure", "av", "soundfile", "pytest")
+FORKSERVER.set_forkserver_preload(["m2pt.cli", "m2pt.train.run", *TORCH, *OTHERS])
 
 
 def in_two_processes(function, *arguments):
