@@ -394,7 +394,7 @@ def test_hopper_combines_the_next_step_while_it_multiplies(product, dtype, weigh
     compiled = compile_by_hopper(CombinedMatmul(x if is_forward else grad_output, combined), tiles)
     assert len(compiled) == tiles
     for kernel in compiled:
-        assert resources(kernel).spilled == 0
+        assert resources(kernel).spilled == 0 and kernel.metadata.global_scratch_size == 0
         loop = main_loop(kernel)
         assert loop.instructions["tensor"] == 4 * 4 and loop.stores_to_shared == 0
 
@@ -461,7 +461,7 @@ def test_hoppers_gradients_begin_a_steps_products_before_the_last_ones_are_done(
     compiled = compile_gradients_by_hopper(gradients(**wanted), splits)
     assert len(compiled) == 2
     for kernel in compiled:
-        assert resources(kernel).spilled == 0
+        assert resources(kernel).spilled == 0 and kernel.metadata.global_scratch_size == 0
         loop = main_loop(kernel)
         assert loop.instructions["tensor"] == 4 and loop.stores_to_shared == 0
 

@@ -554,18 +554,6 @@ def test_descriptors_lie_in_memory_of_torch_on_the_current_device(target, produc
     assert size > 0 and options == {"dtype": torch.int8, "device": "cuda"}
 
 
-@pytest.mark.slow
-@by_hopper
-def test_gluon_needs_no_memory_but_the_output():
-    product = hopper()
-    with compiling_for(TARGETS["sm_90"]) as compiled:
-        for tile in plans.hopper_tiles(HOPPER, product.combined):
-            gemm.compute(Plan("hopper", tile), product)
-        for tile in plans.hopper_grad_tiles(HOPPER, grad_parameters()):
-            gemm.compute(Plan("hopper", tile), grad_parameters())
-    assert all(kernel.metadata.global_scratch_size == 0 for kernel in compiled)
-
-
 def test_what_does_not_compile_is_left_out_with_one_warning(monkeypatch):
     monkeypatch.setattr(plans, "active_target", lambda: AMPERE)
     product, tried = forward(), []
