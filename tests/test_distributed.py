@@ -185,7 +185,6 @@ def every_wrapped_model():
                 model_with(auxiliary),
                 Machine(precision="float32", sharding=sharding),
                 world,
-                has_unused_parameters=False,
             ),
             mine,
         )

@@ -231,7 +231,7 @@ def trainer_of(recipe, device="cpu", pretraining=False):
     world = World(0, 1, torch.device(device))
     if pretraining:
         module = MaskedAutoencoder(module, 0.5, 48, 1, 3)
-        return Trainer(module.to(device), lambda model, batch: model(batch[0]), recipe, world, 1000, True)
+        return Trainer(module.to(device), lambda model, batch: model(batch[0]), recipe, world, 1000)
     objective = classification_objective(recipe, 5, 1, create_loss(recipe.loss))
     return Trainer(module.to(device), objective, recipe, world, 1000)
 

@@ -117,7 +117,7 @@ def processes() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def distribute(module: nn.Module, machine: Machine, world: World, has_unused_parameters: bool) -> nn.Module:
+def distribute(module: nn.Module, machine: Machine, world: World) -> nn.Module:
     """What to call instead of `module`, so that the processes train one model.
 
     DDP wraps the module; FSDP2 divides every block's parameters, and the rest's, in place. Its parameters stay float32
@@ -146,7 +146,7 @@ def distribute(module: nn.Module, machine: Machine, world: World, has_unused_par
     ]
     # every process read them from the same file; DDP would send them before every forward, and gloo cannot send float8
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, quantised)
-    return DistributedDataParallel(module, devices, find_unused_parameters=has_unused_parameters)
+    return DistributedDataParallel(module, devices)
 
 
 def shard(module: nn.Module, machine: Machine) -> nn.Module:

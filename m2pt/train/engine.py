@@ -81,7 +81,6 @@ class Trainer:
         recipe: of the run.
         world: this process among all.
         updates_per_epoch: steps of an epoch.
-        has_unused_parameters: whether some trainable parameters get no gradient.
 
     Attributes:
         evaluated: the model to evaluate: `module`, or the moving average of its weights.
@@ -95,7 +94,6 @@ class Trainer:
         recipe: Recipe,
         world: World,
         updates_per_epoch: int,
-        has_unused_parameters: bool = False,
     ) -> None:
         self.module, self.objective, self.recipe, self.world = module, objective, recipe, world
         sharded = recipe.machine.sharding == "fsdp"
@@ -115,7 +113,7 @@ class Trainer:
         self.without: set[str] = set()
         if recipe.auxiliary.path and not recipe.auxiliary.in_checkpoints:
             self.without, self.digests = frozen_entries(module), digests(places(module))
-        self.model = distribute(module, recipe.machine, world, has_unused_parameters)
+        self.model = distribute(module, recipe.machine, world)
         if self.ema is not None and sharded:
             shard(self.ema.module, recipe.machine)
         self.optimizer = create_optimizer(module, recipe)

@@ -148,7 +148,7 @@ def pretrain(recipe: Recipe, out: str | os.PathLike, resume: bool = False) -> No
             return model(input.flatten(0, 1) if views > 1 else input)
 
         with explained(recipe, autoencoder, world.size):
-            trainer = Trainer(autoencoder.to(world.device), objective, recipe, world, steps, has_unused_parameters=True)
+            trainer = Trainer(autoencoder.to(world.device), objective, recipe, world, steps)
         with _log_of(trainer, out, train_set.class_names, resume, steps) as log:
             _fit(trainer, train_set, out, log, steps, None)
         weights = trainer.weights()
