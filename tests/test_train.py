@@ -796,7 +796,7 @@ def test_lars_adapts_matrices_only(files):
 
 def test_ddp_refuses_steps_inside_backward():
     with pytest.raises(ValueError, match=r"machine.step_in_backward: DDP .*machine.sharding=fsdp"):
-        distribute(nn.Linear(2, 2), Machine(step_in_backward=True), World(0, 2, torch.device("cpu")), False)
+        distribute(nn.Linear(2, 2), Machine(step_in_backward=True), World(0, 2, torch.device("cpu")))
 
 
 def test_optimizers_of_bitsandbytes_need_whole_parameters_a_gpu_and_their_package(files, monkeypatch):
