@@ -5,6 +5,8 @@ import subprocess
 import tempfile
 from collections import Counter
 from inspect import signature
+from itertools import accumulate
+from operator import itemgetter
 from typing import NamedTuple
 
 import triton
@@ -43,17 +45,18 @@ def main_loop(compiled: CompiledKernel) -> Loop | None:
     if "cubin" not in compiled.asm:
         return None
     instructions, labels = _disassemble(compiled.asm["cubin"])
-    loops = []
-    for end, (name, operands) in enumerate(instructions):
+    tensor_before = [0, *accumulate(_pipe(name) == "tensor" for name, _ in instructions)]
+    multiplying, others = [], []
+    for end, (name, operands) in enumerate(instructions, 1):
         target = re.search(r"\.L_x_\d+", operands) if name.startswith("BRA") else None
-        if target and labels.get(target[0], end + 1) <= end:
-            loops.append(instructions[labels[target[0]] : end + 1])
-    multiplying = [loop for loop in loops if _tensor_instructions(loop)]
+        if target and (start := labels.get(target[0], end)) < end:
+            tensor = tensor_before[end] - tensor_before[start]
+            (multiplying if tensor else others).append((tensor / (end - start), instructions[start:end]))
     if not multiplying:
         return None
     # Blocks that wait for a barrier stand at the end and jump back, which looks like longer loops.
-    loop = max(multiplying, key=lambda loop: _tensor_instructions(loop) / len(loop))
-    forming = [loop for loop in loops if not _tensor_instructions(loop) and _stores_to_tensor_memory(loop)]
+    _, loop = max(multiplying, key=itemgetter(0))
+    forming = [loop for _, loop in others if _stores_to_tensor_memory(loop)]
     loop = loop + min(forming, key=len, default=[])
     counts = Counter(_pipe(name) for name, _ in loop)
     shared = [name for name, _ in loop if _pipe(name) == "shared"]
@@ -74,7 +77,7 @@ def _disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name]  # no analysis of data flow
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     instructions: list[tuple[str, str]] = []
     labels = {}
@@ -84,10 +87,6 @@ def _disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int]]:
         elif instruction := INSTRUCTION.match(line):
             instructions.append((instruction[1], instruction[2]))
     return instructions, labels
-
-
-def _tensor_instructions(loop: list[tuple[str, str]]) -> int:
-    return sum(_pipe(name) == "tensor" for name, _ in loop)
 
 
 def _stores_to_tensor_memory(loop: list[tuple[str, str]]) -> bool:
