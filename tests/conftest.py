@@ -2,6 +2,7 @@
 where Triton's interpreter is on (TRITON_INTERPRET=1), which `test_interpreter.py` starts."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts: the tests themselves run side by side
 
@@ -19,6 +20,8 @@ elif torch.cuda.is_available():
     PATHS = [("eager", "cpu"), ("eager", "cuda"), ("triton", "cuda")]
 else:
     PATHS = [("eager", "cpu")]
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where a shell runs tests in the background
 
 pytest.register_assert_rewrite("helpers", "tiny_runs")
 
