@@ -192,7 +192,7 @@ def assert_combined_weight_and_output_are_rounded_once_each(device, dtypes, mode
 def assert_gradients_of_weights_are_rounded_once(device, dtype, models, rows):
     """Sums of integers and scales of two bits are exact in float32, and in no half precision."""
     asked = ("weight", "aux_weight")
-    tensors, grad_output = operands(rows, 104, 72, dtype, dtype, device, asked, models)
+    tensors, grad_output = operands(rows, 88, 72, dtype, dtype, device, asked, models)
     tensors["x"], grad_output = (16 * tensors["x"]).round(), (16 * grad_output).round()
     tensors["scale"] = 1.5 * 0.5 ** torch.arange(models, device=device)
     got = outputs(cross_modal_linear, tensors, grad_output)

@@ -9,15 +9,12 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
+NAMES = ("test_ops.py", "test_tma_kernels.py", "test_several_models.py", "test_numerics.py", "test_splits.py")
 
-@pytest.mark.parametrize(
-    "names",
-    [("test_ops.py", "test_tma_kernels.py"), ("test_several_models.py", "test_numerics.py", "test_splits.py")],
-    ids=" ".join,
-)
-def test_operators_in_the_interpreter(names):
+
+def test_operators_in_the_interpreter():
     options = ["-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, *(Path(__file__).with_name(name) for name in names)]
+    command = [sys.executable, "-m", "pytest", *options, *(Path(__file__).with_name(name) for name in NAMES)]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     if run.returncode:  # the summary names the tests that failed; a crash says on stderr which test it was
         pytest.fail(f"in the interpreter:\n{run.stdout[-5000:]}{run.stderr[:2000]}", pytrace=False)

@@ -96,9 +96,9 @@ def test_nan_and_infinity_spread_as_in_torch(device, seed, shape, dtypes, name, 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_every_run_gives_the_same_bits(device, dtypes):
-    sizes = (70, 45, 80) if INTERPRETED else (300, 192, 768)
+    sizes, runs = ((70, 45, 80), 2) if INTERPRETED else ((300, 192, 768), 5)
     tensors, grad_output = operands(*sizes, *dtypes, device, models=2)
-    first, *others = (outputs(cross_modal_linear, tensors, grad_output) for _ in range(5))
+    first, *others = (outputs(cross_modal_linear, tensors, grad_output) for _ in range(runs))
     assert first.keys() == {"y", *NAMES}
     for other in others:
         assert all(torch.equal(other[name], first[name]) for name in first)

@@ -223,13 +223,13 @@ def test_aux_weight_and_scale_of_another_dtype(device, aux_dtype, scale_dtype):
         assert (got[name].double() - expected).abs().max() <= tolerance, name
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("dtype,weight_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 5, 64), (37, 70, 192), (130, 45, 128), (0, 8, 64)], ids=str)
-def test_quantized_aux_weight(device, shape, dtype, weight_dtype, storage):
+@pytest.mark.parametrize("one, dtypes", enumerate(DTYPES), ids=str)
+@pytest.mark.parametrize("other, shape", enumerate([(3, 5, 64), (37, 70, 192), (130, 45, 128), (0, 8, 64)]), ids=str)
+def test_quantized_aux_weight(device, other, shape, one, dtypes):
+    """With each dtype, and with each shape, every storage."""
     needs_grad = ("x", "weight", "scale", "bias")
-    tensors, grad_output = operands(*shape, dtype, weight_dtype, device, needs_grad)
-    assert_quantized_as_good_as_torch(tensors, grad_output, storage)
+    tensors, grad_output = operands(*shape, *dtypes, device, needs_grad)
+    assert_quantized_as_good_as_torch(tensors, grad_output, STORAGES[(one + other) % 3])
 
 
 @pytest.mark.parametrize("storage", ["int8", "float8_e4m3fn"])
@@ -263,7 +263,7 @@ def test_quantized_saves_what_is_stored(device, storage):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("storage", STORAGES)
 def test_quantized_scale_gradient_is_exact_and_reproducible(device, storage, dtype):
-    sizes = (70, 96, 128) if INTERPRETED else (394, 768, 768)
+    sizes = (70, 45, 128) if INTERPRETED else (394, 768, 768)
     tensors, grad_output = operands(*sizes, dtype, dtype, device, needs_grad=("scale",))
     stored, plain = quantized(tensors, storage)
     want = exact(plain, grad_output)["scale"]
@@ -354,10 +354,10 @@ def test_backward_inside_autocast_is_not_rounded(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(1 if INTERPRETED else 3))
 def test_scale_gradient_is_exact_and_reproducible(device, dtype, seed):
     torch.manual_seed(seed)
-    sizes = (70, 96, 80) if INTERPRETED else (394, 768, 768)
+    sizes = (70, 45, 80) if INTERPRETED else (394, 768, 768)
     tensors, grad_output = operands(*sizes, dtype, dtype, device, needs_grad=("scale",))
     want = exact(tensors, grad_output)["scale"]
     runs = [outputs(cross_modal_linear, tensors, grad_output)["scale"] for _ in range(3)]
@@ -384,7 +384,7 @@ def test_an_aux_gradient_takes_both_a_scale_and_a_dtype(device, has_scale):
 
 
 def test_long_reduction(device):
-    tensors, grad_output = operands(5000, 3, 2, device=device)
+    tensors, grad_output = operands(1000 if INTERPRETED else 5000, 3, 2, device=device)
     assert_as_good_as_torch(outputs(cross_modal_linear, tensors, grad_output), tensors, grad_output)
 
 

@@ -54,7 +54,7 @@ def runs_kernels(device):
     return path_of(torch.empty(0, device=device)) is gemm
 
 
-@settings(max_examples=25 if INTERPRETED else 60)
+@settings(max_examples=15 if INTERPRETED else 60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     splits=st.integers(2, 9),
@@ -96,20 +96,20 @@ def test_shares_of_the_tokens(device, split, splits, tokens, expected):
         assert made == (expected if runs_kernels(device) else [])
 
 
-@pytest.mark.parametrize("features", [(1, 64), (33, 64), (5, 1088)], ids=str)
-@pytest.mark.parametrize("models", [1, 2])
-@pytest.mark.parametrize("storage", STORAGES)
-def test_quantized_aux_weight(device, split, storage, models, features):
+@pytest.mark.parametrize("one, features", enumerate([(1, 64), (33, 64), (5, 1088)]), ids=str)
+@pytest.mark.parametrize("other, storage", enumerate(STORAGES), ids=str)
+def test_quantized_aux_weight(device, split, other, storage, one, features):
+    models = 1 + (one + other) % 2
     made = split(3)
     needs_grad = ("weight", "scale")
-    tensors, grad_output = operands(201, *features, *DTYPES[-1], device, needs_grad, models=models)
+    tensors, grad_output = operands(137, *features, *DTYPES[-1], device, needs_grad, models=models)
     assert_quantized_as_good_as_torch(tensors, grad_output, storage)
     assert bool(made) == runs_kernels(device)
 
 
-@pytest.mark.parametrize("features", [(70, 96), (3, 2100)], ids=str)
-def test_the_scale_gradient_is_exact_and_reproducible(device, split, features):
-    tensors, grad_output = operands(257, *features, HALF[0], HALF[0], device, needs_grad=("scale",))
+@pytest.mark.parametrize("shape", [(257, 70, 45), (97, 3, 1060)], ids=str)
+def test_the_scale_gradient_is_exact_and_reproducible(device, split, shape):
+    tensors, grad_output = operands(*shape, HALF[0], HALF[0], device, needs_grad=("scale",))
     want = exact(tensors, grad_output)["scale"]
     for splits in (2, 5):
         made = split(splits)
