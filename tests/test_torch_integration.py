@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import connected, images, operands, outputs, published
+from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -96,21 +97,30 @@ def test_compile_without_graph_breaks_and_with_one_recompilation(autocast):
     assert len(graphs) == 2
 
 
+def trained(width):
+    return FusedCrossModalLinear(width, 6, aux_weight=[*torch.randn(2, 6, width)], is_aux_trainable=True)
+
+
 COMPILED = {
-    "layer, two trained auxiliaries": (
-        lambda: FusedCrossModalLinear(8, 6, aux_weight=[*torch.randn(2, 6, 8)], is_aux_trainable=True),
-        (5, 8),
-    ),
+    "layer, two trained auxiliaries": (lambda: trained(8), (5, 8)),
     "model, int8 auxiliary": (lambda: quantize_aux(connected(depth=1), "int8"), (3, 32, 32)),
+    "both": (lambda: nn.Sequential(quantize_aux(connected(depth=1), "int8").blocks[0].mlp, trained(48)), (5, 48)),
 }
 
 
 no_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++ on a CPU")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=no_compiler)])
-@pytest.mark.parametrize("make,shape", COMPILED.values(), ids=COMPILED.keys())
-def test_compiled_module_is_traced_again_for_another_batch_size_once_and_for_another_scale_never(make, shape, backend):
+@pytest.mark.parametrize(
+    "what, backend",
+    [
+        ("layer, two trained auxiliaries", "aot_eager"),
+        ("model, int8 auxiliary", "aot_eager"),
+        pytest.param("both", "inductor", marks=no_compiler),
+    ],
+)
+def test_compiled_module_is_traced_again_for_another_batch_size_once_and_for_another_scale_never(what, backend):
+    make, shape = COMPILED[what]
     torch._dynamo.reset()
     graphs = []
 
