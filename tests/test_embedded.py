@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from tiny_runs import assert_equal, interrupted, no_plots
+from tiny_runs import WIDTH, assert_equal, interrupted, no_plots
 from torch.nn import functional as F
 
 from m2pt.checkpoints import load_state_dict
@@ -25,6 +25,7 @@ SAMPLES = {
     "point": (1200, 597, (64, 3), 10),
     "video": (600, 300, (3, 8, 32, 32), 5),
 }
+SMALL = {"point": {"num_groups": 4, "group_size": 4}}
 OTHER = {"image": "audio", "audio": "point", "point": "video", "video": "image"}
 
 
@@ -153,7 +154,14 @@ def test_recipes_without_data_say_what_is_missing(tmp_path, capsys):
 @pytest.mark.parametrize("modality", SAMPLES)
 def test_resumed_pretraining_is_the_same_bit_for_bit(modality, tmp_path, monkeypatch):
     no_plots(monkeypatch)
-    settings = ["data.batch_size=90", "schedule.epochs=2", "schedule.warmup_epochs=0", "run.checkpoint_steps=1"]
+    batch_size = SAMPLES[modality][0] // 3
+    settings = [
+        f"data.batch_size={batch_size}",
+        "schedule.epochs=2",
+        "schedule.warmup_epochs=0",
+        "run.checkpoint_steps=1",
+    ]
+    settings += [f"model.overrides.{name}={value}" for name, value in (WIDTH | SMALL.get(modality, {})).items()]
     command = ["pretrain", f"pretrain_tiny_{modality}", *settings, "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     with interrupted(2):
