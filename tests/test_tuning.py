@@ -19,8 +19,6 @@ from m2pt_kernels.plans import TUNED, UNTUNED, gemm_hopper
 from m2pt_kernels.products import CombinedMatmul
 from m2pt_kernels.verification import Finding
 
-pytestmark = pytest.mark.slow
-
 EAGER = "eager"
 
 
@@ -113,11 +111,14 @@ def test_the_fastest_plan_is_used(model, sample, times):
 STORAGES = (None, "int8", "int4")
 
 
-@pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("models", [1, 2])
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("frozen", ["nothing", "scale", "weight", "aux_weight", "all but scale", "all but x"])
-def test_what_was_timed_is_what_runs(times, monkeypatch, frozen, storage, models, strided):
+FROZEN = ("nothing", "scale", "weight", "aux_weight", "all but scale", "all but x")
+
+
+@pytest.mark.parametrize("one, storage", enumerate(STORAGES))
+@pytest.mark.parametrize("other, frozen", enumerate(FROZEN))
+def test_what_was_timed_is_what_runs(times, monkeypatch, other, frozen, one, storage):
+    """Every pair of what is frozen, how W_aux is stored, one model or two, and strided vectors or not."""
+    models, strided = 1 + (one + other) % 2, (one + other // 2) % 2
     tensors, _ = operands(1024, 512, 256, *2 * [torch.bfloat16], needs_grad=(), models=models)
     if storage:
         tensors["aux_weight"], tensors["aux_weight_scale"] = quantize(tensors["aux_weight"], storage)
