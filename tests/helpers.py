@@ -2,6 +2,7 @@
 and what is looked at in them; programs in which packages are missing."""
 
 import math
+import json
 import os
 import subprocess
 import sys
@@ -379,3 +380,33 @@ def run_without(missing, code, *arguments, **options):
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, "-c", LIGHT + code, ",".join(missing), *arguments]
     return subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, **options)
+
+
+FORKS = """
+import json, os, sys
+folder = sys.argv.pop()
+exec(sys.argv.pop())
+for place, (code, arguments, environment) in enumerate(json.load(sys.stdin)):
+    if not os.fork():
+        for stream in (1, 2):
+            os.dup2(os.open(f"{folder}/{place}.{stream}", os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv += arguments
+        os.environ |= environment
+        exec(code, {})
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def run_in_forks(folder, preparation, *runs):
+    """How each run of code with arguments and more of an environment ends, in a fork of one new interpreter, which has
+    run the `preparation` once for all."""
+    command = [sys.executable, "-c", FORKS, preparation, str(folder)]
+    finished = subprocess.run(command, input=json.dumps(runs), capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return [
+        subprocess.CompletedProcess(
+            run, int(status), *((folder / f"{place}.{stream}").read_text() for stream in (1, 2))
+        )
+        for place, (run, status) in enumerate(zip(runs, finished.stdout.split(), strict=True))
+    ]

@@ -1,5 +1,6 @@
 """What a light installation does: it imports, and names the extra that brings what is missing."""
 
+import json
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_without
+from helpers import run_in_forks, run_without
 
 from m2pt import FusedCrossModalLinear, cli
 from m2pt.checkpoints import save_state_dict
@@ -30,10 +31,6 @@ EXTRAS = (
 )
 
 
-def m2pt(missing, *arguments):
-    return run_without(missing, "from m2pt.cli import main; sys.exit(main())", *arguments)
-
-
 def test_kernels_need_torch_and_triton_alone():
     others = ("timm", "torchvision", "safetensors", "tqdm", "PIL", "m2pt")
     code = """
@@ -46,41 +43,66 @@ m2pt_kernels.cross_modal_linear(x, weight.requires_grad_(), data, torch.ones(1),
 
 
 def test_what_needs_no_extra_imports_and_runs_without_any(tmp_path):
+    """And an integration names the extra that brings its library."""
     code = """
-import m2pt, m2pt.checkpoint_formats, m2pt.data, m2pt.models, m2pt.tensor_parallel, m2pt_kernels.tuning
+import importlib
+import m2pt, m2pt.checkpoint_formats, m2pt.cli, m2pt.data, m2pt.integrations, m2pt.models, m2pt.tensor_parallel
+import m2pt_kernels.tuning
 model, aux = (m2pt.models.create_model(name, "tiny", num_classes=2) for name in ("image", "audio"))
 m2pt.merge_pathways(m2pt.reparameterize_aux_into_target_model(model, aux))
+for name in ("transformers", "lightning"):
+    try:
+        importlib.import_module(f"m2pt.integrations.{name}")
+    except ImportError as error:
+        print(error)
+sys.exit(m2pt.cli.main(["merge", *sys.argv[1:]]))
 """
-    run_without(EXTRAS, code).check_returncode()
     layer = FusedCrossModalLinear(2, 2, aux_weight=torch.randn(2, 2))
     save_state_dict(layer.state_dict(prefix="blocks.0.mlp.fc1."), tmp_path / "a.safetensors")
-    finished = m2pt(EXTRAS, "merge", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"))
+    paths = (str(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
+    finished = run_without((*EXTRAS, "transformers", "lightning"), code, *paths)
     assert (finished.returncode, finished.stderr) == (0, "")
+    for_transformers, for_lightning, *_ = finished.stdout.splitlines()
+    assert "transformers" in for_transformers and "lightning" in for_lightning
+    assert all(line.endswith("pip install 'm2pt-triton[integrations]'") for line in (for_transformers, for_lightning))
 
 
-def test_an_integration_names_its_extra():
-    finished = run_without(("transformers",), "import m2pt.integrations, m2pt.integrations.transformers")
-    assert finished.stderr.splitlines()[-1].endswith("pip install 'm2pt-triton[integrations]'")
+MISSING = """
+import json, sys
+module, *commands = map(json.loads, sys.argv[1:])
+sys.modules[module] = None  # what makes its import fail
+from m2pt.cli import main
+for command in commands:
+    if main(command) != 2:
+        sys.exit(f"{command} is not refused")
+"""
+COMMANDS = {
+    "sklearn": (
+        ("demo", "--out"),
+        ("train", "tiny_image", "--out"),
+        ("eval", "a.safetensors", "--recipe", "tiny_image", "--data"),
+    ),
+    "matplotlib": (
+        ("demo", "--out"),
+        ("pretrain", "pretrain_tiny_audio", "--out"),
+        ("matrix", str(ROOT / "benchmarks" / "tiny_matrix.toml"), "--out"),
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    "module, command",
-    [
-        ("sklearn", ("demo", "--out")),
-        ("matplotlib", ("demo", "--out")),
-        ("sklearn", ("train", "tiny_image", "--out")),
-        ("matplotlib", ("pretrain", "pretrain_tiny_audio", "--out")),
-        ("matplotlib", ("matrix", str(ROOT / "benchmarks" / "tiny_matrix.toml"), "--out")),
-        ("sklearn", ("eval", "a.safetensors", "--recipe", "tiny_image", "--data")),
-    ],
-    ids=lambda entry: entry if isinstance(entry, str) else entry[0],
-)
-def test_the_command_line_names_the_extra_that_is_missing(tmp_path, module, command):
-    finished = m2pt((module,), *command, str(tmp_path / "out"))
-    assert finished.returncode == 2
-    (line,) = finished.stderr.splitlines()
-    assert line.startswith(f"m2pt: error: {module}") and line.endswith("pip install 'm2pt-triton[train]'")
-    assert not list((tmp_path / "out").glob("*"))
+def test_the_command_line_names_the_extra_that_is_missing(tmp_path):
+    """In one process for each that is missing, with torch from before, as each command needs it."""
+    out = tmp_path / "out"
+    runs = [
+        (MISSING, [json.dumps(module), *(json.dumps([*command, str(out)]) for command in commands)], {})
+        for module, commands in COMMANDS.items()
+    ]
+    for module, finished in zip(COMMANDS, run_in_forks(tmp_path, "import timm, torch", *runs), strict=True):
+        lines = finished.stderr.splitlines()
+        assert (finished.returncode, len(lines)) == (0, 3), finished.stderr
+        for line in lines:
+            assert line.startswith(f"m2pt: error: {module}") and line.endswith("pip install 'm2pt-triton[train]'")
+    assert not list(out.glob("*"))
 
 
 def test_the_command_line_runs_from_a_checkout():

@@ -1,15 +1,12 @@
 """How the package starts: what is imported when, and the version."""
 
 import pickle
-import subprocess
-import sys
 
 import pytest
+from helpers import run_in_forks
 
 import m2pt
 import m2pt.train
-
-pytestmark = pytest.mark.slow
 
 COMMANDS = ("train", "pretrain", "eval", "matrix", "merge", "convert", "check", "demo", "recipes", "memory")
 LIGHT = """
@@ -24,37 +21,40 @@ sys.exit(f"imported: {loaded}" if loaded else status)
 """
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["--version"],
-        *([command, "--help"] for command in COMMANDS),
-        ["recipes"],
-        ["recipes", "tiny_image", "schedule.epochs=3"],
-    ],
-    ids=" ".join,
-)
-def test_what_needs_no_model_imports_no_torch(arguments):
-    finished = subprocess.run([sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True)
-    assert (finished.returncode, finished.stderr) == (0, "") and finished.stdout
+HELP = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
 
 
-@pytest.mark.parametrize("package", [m2pt, m2pt.train], ids=lambda package: package.__name__)
-def test_names_of_a_package_are_imported_when_asked_for(package):
-    names = package.__all__
-    assert names == sorted(names) and set(names) <= set(dir(package))
-    code = f"import sys, {package.__name__} as p; before = 'torch' in sys.modules\n"
-    code += f"[getattr(p, name) for name in {names}]; from {package.__name__} import *\n"
-    code += f"{names[-1]}; sys.exit(before)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    for value in (getattr(package, name) for name in names):
-        assert pickle.loads(pickle.dumps(value)) is value
+def test_what_needs_no_model_imports_no_torch(tmp_path):
+    commands = [*HELP, ["recipes"], ["recipes", "tiny_image", "schedule.epochs=3"]]
+    for finished in run_in_forks(tmp_path, "import m2pt.cli", *((LIGHT, command, {}) for command in commands)):
+        assert (finished.returncode, finished.stderr) == (0, "") and finished.stdout, finished.args
 
 
-def test_submodules_are_attributes_and_other_names_are_refused():
-    code = "import m2pt; m2pt.pathway.merge_pathways; m2pt.checkpoints.merge_state_dict; m2pt.train.recipe"
-    subprocess.run([sys.executable, "-c", code], check=True)
+IMPORTED = "import sys, {name}; sys.exit('torch' in sys.modules)"
+NAMES = "import {name} as p\n[getattr(p, name) for name in {names}]; from {name} import *\n{last}"
+SUBMODULES = "import m2pt; m2pt.pathway.merge_pathways; m2pt.checkpoints.merge_state_dict; m2pt.train.recipe"
+
+
+def test_names_of_a_package_are_imported_when_asked_for(tmp_path):
+    """Submodules are attributes, too."""
+    packages = (m2pt, m2pt.train)
+    for package in packages:
+        names = package.__all__
+        assert names == sorted(names) and set(names) <= set(dir(package))
+        for value in (getattr(package, name) for name in names):
+            assert pickle.loads(pickle.dumps(value)) is value
+    for preparation, codes in {
+        "": [IMPORTED.format(name=package.__name__) for package in packages],
+        "import timm, torch": [
+            *(NAMES.format(name=each.__name__, names=each.__all__, last=each.__all__[-1]) for each in packages),
+            SUBMODULES,
+        ],
+    }.items():
+        for finished in run_in_forks(tmp_path, preparation, *((code, [], {}) for code in codes)):
+            finished.check_returncode()
+
+
+def test_other_names_are_refused():
     with pytest.raises(AttributeError, match="module 'm2pt' has no attribute 'merge_pathway'"):
         _ = m2pt.merge_pathway
     with pytest.raises(ImportError, match="cannot import name 'merge_pathway'"):

@@ -1,13 +1,10 @@
-"""Releases of Triton and numpy that are pretended in a process of its own, and what the installed Triton is told."""
+"""Releases of Triton and numpy that are pretended, each in a process of its own, and what the installed Triton is told."""
 
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
-from helpers import by_tma, for_target
+from helpers import by_tma, for_target, run_in_forks
 
 from benchmarks.offline import TARGETS, compiling_for
 from m2pt_kernels import cross_modal_linear
@@ -38,14 +35,22 @@ with m2pt_kernels.implementation("triton"):
 """
 
 
-def run(code, *arguments, **environment):
-    command = [sys.executable, "-W", "always::UserWarning", "-c", code, *arguments]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+RELEASES = ["3.4.0", f"{NEWEST[0]}.{NEWEST[1] + 1}.0+git1234", "4.0"]
 
 
-@pytest.mark.parametrize("release", ["3.4.0", f"{NEWEST[0]}.{NEWEST[1] + 1}.0+git1234", "4.0"])
-def test_an_unknown_triton_gets_portable_kernels_and_one_warning(release):
-    finished = run(COMPILE, release)
+@pytest.fixture(scope="module")
+def pretended(folder):
+    """How a process ends for each of these releases, one that trusts them, and one of Triton's interpreter."""
+    runs = {release: (COMPILE, [release], {}) for release in RELEASES}
+    runs["trusted"] = COMPILE, ["4.0"], {"M2PT_TRUST_TRITON": "1"}
+    runs["interpreted"] = INTERPRET, [], {"TRITON_INTERPRET": "1"}
+    preparation = "import torch, triton, warnings; warnings.simplefilter('always', UserWarning)"
+    return dict(zip(runs, run_in_forks(folder, preparation, *runs.values()), strict=True))
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_an_unknown_triton_gets_portable_kernels_and_one_warning(pretended, release):
+    finished = pretended[release]
     tables = POINTER_TILES["portable"], POINTER_GRAD_TILES["portable"]
     warps = {tile.num_warps for table in tables for (tile,) in table.values()}
     assert warps == {4}
@@ -54,11 +59,10 @@ def test_an_unknown_triton_gets_portable_kernels_and_one_warning(release):
 
 
 @by_tma
-def test_an_unknown_triton_is_trusted_on_demand():
-    finished = run(COMPILE, "4.0", M2PT_TRUST_TRITON="1")
-    by_pointers, by_tma = finished.stdout.splitlines()
+def test_an_unknown_triton_is_trusted_on_demand(pretended):
+    by_pointers, by_tma = pretended["trusted"].stdout.splitlines()
     assert by_pointers.count("8") == 2 and by_tma == "combined_matmul_tma_kernel 12 grad_parameters_hopper_kernel 12"
-    assert "portable" not in finished.stderr
+    assert "portable" not in pretended["trusted"].stderr
 
 
 def test_the_installed_triton_is_known():
@@ -70,9 +74,9 @@ def test_the_kernels_in_gluon_are_there_from_triton_3_7_on():
     assert (gemm_hopper is not None) == (gemm_hopper_gradients is not None) == expected
 
 
-def test_an_interpreter_that_does_not_work_with_numpy_is_refused():
-    finished = run(INTERPRET, TRITON_INTERPRET="1")
-    assert finished.stderr.endswith("RuntimeError: TRITON_INTERPRET: Triton 3.6.0 needs numpy < 2.4, got 2.4.1\n")
+def test_an_interpreter_that_does_not_work_with_numpy_is_refused(pretended):
+    error = "RuntimeError: TRITON_INTERPRET: Triton 3.6.0 needs numpy < 2.4, got 2.4.1\n"
+    assert pretended["interpreted"].stderr.endswith(error)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", for_target("gfx942")])
