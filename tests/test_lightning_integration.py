@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import run_without, vit
+from helpers import vit
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -31,6 +32,7 @@ from m2pt.linear import fused_in
 
 lightning = pytest.importorskip("lightning.pytorch")
 
+from lightning.fabric.plugins.environments.lightning import find_free_network_port  # noqa: E402
 from lightning.pytorch import callbacks  # noqa: E402
 from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 
@@ -39,7 +41,7 @@ from m2pt.pathway import mean_absolute_scales  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = "import sys; import test_lightning_integration as t; t.{}(sys.argv[1])"
+PROGRAM = "import sys; import test_lightning_integration as t; t.all_forks(sys.argv[1])"
 QKV = "model.blocks.0.attn.qkv.aux_weight"
 
 
@@ -499,11 +501,6 @@ def test_bad_arguments(tmp_path):
         fitted(pathway(name="backbone"))
 
 
-def test_the_extra_is_named_that_brings_lightning():
-    finished = run_without(["lightning"], "import m2pt.integrations.lightning")
-    assert finished.returncode and "pip install 'm2pt-triton[integrations]'" in finished.stderr
-
-
 def one_fork(folder):
     """A strategy that forks, of one process."""
     for kind in (Classifier, LateClassifier, ConnectedClassifier):
@@ -511,17 +508,17 @@ def one_fork(folder):
             fitted(pathway(), module=kind(), strategy="ddp_fork")
     callback, module = pathway(save_aux_weights=False), Classifier()
     callback.connect(module)
-    fitted(callback, saving(folder), module=module, strategy="ddp_fork", enable_checkpointing=True)
+    fitted(callback, saving(f"{folder}/fork"), module=module, strategy="ddp_fork", enable_checkpointing=True)
     undisturbed, _ = fitted(pathway())
     assert_equal(module, undisturbed)
-    assert saved_in(Path(folder, "last.ckpt"))[QKV].shape == (32,)
+    assert saved_in(Path(folder, "fork", "last.ckpt"))[QKV].shape == (32,)
     own = trainer(pathway(), strategy="ddp_fork")
     own.validate(Classifier(), batches(), verbose=False)
 
 
-def test_strategies_that_fork_want_a_module_that_is_connected(tmp_path):
-    run = in_subprocess([], "one_fork", tmp_path)
-    assert run.returncode == 0, run.stderr
+def test_strategies_that_fork_want_a_module_that_is_connected(forks):
+    status, stderr = forks["one_fork"]
+    assert status == 0, stderr
 
 
 def test_a_run_inside_another_process_is_none_of_these():
@@ -537,13 +534,6 @@ def sharding(callback, **settings):
 def slow_save(state_dict, path):
     time.sleep(1)
     save_state_dict(state_dict, path)
-
-
-def in_subprocess(launcher, program, folder):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    command = [*launcher, sys.executable, "-c", PROGRAM.format(program), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
 
 
 def two_processes(folder):
@@ -570,15 +560,44 @@ def two_processes(folder):
     os._exit(0)  # Lightning leaves the group open, and its threads may not outlive Python's own end
 
 
-def test_two_processes_train_what_one_trains(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    run = in_subprocess(torchrun, "two_processes", tmp_path)
-    assert run.returncode == 0 and "sync_dist" not in run.stderr, run.stderr
-    scales, writes = zip(*(json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)), strict=True)
+def fork(function, folder, **environment):
+    """The number of a process that has imported what this one has, as torch cannot do once this one has trained."""
+    if number := os.fork():
+        return number
+    signal.alarm(100)  # it may wait for one that is lost
+    os.dup2(os.open(f"{folder}/{function.__name__}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.environ |= environment
+    function(folder)
+    sys.exit()
+
+
+def all_forks(folder):
+    """`one_fork`, and `two_processes` with what torchrun tells them."""
+    together = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1"}
+    together |= {"MASTER_PORT": str(find_free_network_port())}
+    ranks = [fork(two_processes, folder, RANK=rank, LOCAL_RANK=rank, **together) for rank in "01"]
+    one, *two = (os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in (fork(one_fork, folder), *ranks))
+    Path(folder, "statuses.json").write_text(json.dumps({"one_fork": one, "two_processes": two}))
+
+
+@pytest.fixture(scope="module")
+def forks(folder):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", PROGRAM, str(folder)]
+    subprocess.run(command, env=environment, timeout=200, check=True)
+    statuses = json.loads((folder / "statuses.json").read_text())
+    return {name: (status, (folder / f"{name}.err").read_text()) for name, status in statuses.items()}
+
+
+def test_two_processes_train_what_one_trains(forks, folder):
+    statuses, stderr = forks["two_processes"]
+    assert statuses == [0, 0] and "sync_dist" not in stderr, stderr
+    scales, writes = zip(*(json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)), strict=True)
     module, _ = fitted(pathway())
     assert scales[0] == scales[1]
     for found in scales[0].values():
         assert found == pytest.approx(cross_modal_scales(module.model), rel=1e-4, abs=1e-6)
     merged = merge_pathways(module.model).state_dict()
-    torch.testing.assert_close(load_state_dict(tmp_path / "merged.safetensors"), merged, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(load_state_dict(folder / "merged.safetensors"), merged, rtol=1e-4, atol=1e-6)
     assert sorted(writes) == [0, 1]
