@@ -35,7 +35,7 @@ def received(loader: DataLoader) -> Iterator[Iterator[Any]]:
             handler = _without_handler_of_dead_children()
         yield batches
     except (EOFError, OSError, RuntimeError) as error:  # workers send their own errors as values
-        if not wait([worker.sentinel for worker in workers], timeout=1):
+        if not workers or not wait([worker.sentinel for worker in workers], timeout=1):
             raise
         raise ChildProcessError(f"{LOST}: {error}") from None
     finally:
