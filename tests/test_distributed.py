@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
 
 import pytest
@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from helpers import connected, images
 from tiny_runs import assignments, interrupted, make_data, no_plots, tiny_model
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
-from two_processes import in_two_processes
+from two_processes import FORKSERVER, in_two_processes
 
 from m2pt import quantize_aux
 from m2pt.checkpoints import load_state_dict, save_state_dict
@@ -22,16 +23,6 @@ from m2pt.train.log import read_log
 from m2pt.train.recipe import Machine
 
 pytestmark = pytest.mark.slow
-
-PROGRAM = """
-import json, sys
-import m2pt.train.run as run
-from m2pt.cli import main
-run.plot_curves = run.plot_scales = lambda *arguments: None
-for arguments in json.loads(sys.argv[1]):
-    if code := main(arguments):
-        sys.exit(code)
-"""
 
 # plain steps along the gradient: equal weights after them are equal gradients
 STEPS = [
@@ -91,12 +82,24 @@ def runs(folder):
 
 
 def together(*commands):
-    """Run commands one after the other in two processes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
-    run = subprocess.run([*torchrun, *program], capture_output=True, text=True, env=environment, timeout=200)
-    assert run.returncode == 0, run.stderr
+    """Run commands one after the other in two processes, which torchrun starts from the server of processes."""
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers = {number: signal.getsignal(number) for number in signals}
+    settings = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "max_restarts": 0}
+    try:
+        elastic_launch(LaunchConfig(1, 1, 2, start_method=FORKSERVER.get_start_method(), **settings), run)(commands)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run(commands):
+    """What each of the two does."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    no_plots(pytest.MonkeyPatch())
+    for arguments in commands:
+        if code := main(arguments):
+            sys.exit(code)
 
 
 def checkpoint(out):
