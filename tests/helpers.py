@@ -1,8 +1,8 @@
 """What several test files share: operands, and how their products are judged; marks for what compiles; small models
 and what is looked at in them; programs in which packages are missing."""
 
-import math
 import json
+import math
 import os
 import subprocess
 import sys

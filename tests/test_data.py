@@ -19,6 +19,7 @@ from m2pt.data import LAYOUTS, create_dataset
 from m2pt.data.audio import read_wave
 from m2pt.data.frames import read_frames
 from m2pt.data.point import ArrayClouds
+from m2pt.train.workers import received
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -198,8 +199,9 @@ def test_a_label_out_of_range_in_a_shard_is_refused_by_the_name_of_its_sample(tm
     split = {"name": "train", "num_samples": 4, "filenames": ["train-0000.tar"], "shard_lengths": [4]}
     (tmp_path / "info.json").write_text(json.dumps({"splits": {"train": split}}))
     dataset = create_dataset("image", "webdataset", tmp_path, "train", training, size=32, num_classes=3)
-    with pytest.raises(ValueError, match=f"sample sample2: expected a label from 0 to 2, got {label}"):
-        list(DataLoader(dataset, num_workers=workers))
+    error = f"sample sample2: expected a label from 0 to 2, got {label}"
+    with pytest.raises(ValueError, match=error), received(DataLoader(dataset, num_workers=workers)) as batches:
+        list(batches)
 
 
 @pytest.mark.parametrize("label", ["dog", "1.0", "", None, "9" * 5000])

@@ -1,4 +1,4 @@
-"""Releases of Triton and numpy that are pretended, each in a process of its own, and what the installed Triton is told."""
+"""Releases of Triton and numpy that are pretended in processes of their own, and what the installed Triton is told."""
 
 import warnings
 
