@@ -385,13 +385,15 @@ UPDATES = ["machine.accumulation=1", "machine.accumulation=2", "machine.step_in_
 @pytest.mark.parametrize(
     "poison, setting, interval",
     [
-        pytest.param(poison, setting, (1, 4)[(first + second) % 2], id=f"{poison.__name__}-{setting}")
+        pytest.param(poison, setting, (1, 4)[(first // 2 + second // 2) % 2], id=f"{poison.__name__}-{setting}")
         for first, poison in enumerate(POISONS)
         for second, setting in enumerate(UPDATES)
+        if poison in (poison_at_random, poison_gradient) or (first + second) % 2 == 0
     ],
 )
 def test_what_is_not_finite_stops_with_step_and_layer(runs, monkeypatch, capsys, poison, setting, interval):
-    """Also where loss and gradient are read back some steps later."""
+    """Also where loss and gradient are read back some steps later. What depends on how weights are updated meets every
+    setting, the rest every other one."""
     out = runs / f"{poison.__name__}-{setting}-{interval}"
     update = Trainer.update
 
