@@ -568,7 +568,7 @@ def fork(function, folder, **environment):
     os.dup2(os.open(f"{folder}/{function.__name__}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.environ |= environment
     function(folder)
-    sys.exit()
+    os._exit(0)
 
 
 def all_forks(folder):
