@@ -233,7 +233,6 @@ def test_float8_is_checked_where_the_gpu_has_it(on_gpu, monkeypatch, capsys, sup
 
 def check_without_end():
     processes.WORKER = ["sleep", "600"]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background ignores
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     sys.exit(main(["check"]))
 

@@ -105,7 +105,6 @@ def run(arguments, fsyncs=None, rank=None, port=None, timeout=None, poison=None,
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     multiprocessing.set_start_method("fork", force=True)  # for its data workers, as in a run from the command line
     no_plots(pytest.MonkeyPatch())
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where the tests run in the background
     fsync, done = os.fsync, []
 
     def fsync_or_die(descriptor):

@@ -101,7 +101,6 @@ def run(arguments, log, failure, sample, milliseconds=None):
             return init(loader)
 
         DataLoader.__iter__ = interrupted
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(arguments))
 
 
