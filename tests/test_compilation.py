@@ -92,10 +92,10 @@ def test_no_spills_no_atomics_and_within_shared_memory(target, kind, matmul_prec
     dtype, weight_dtype, aux_dtype, precision = KINDS[kind]
     matmul_precision(precision)
     cases = RAGGED  # which takes the most registers
-    if kind == "half" or (kind in ("mixed", "tf32") and target in ("sm_80", "sm_90", "sm_100")):
+    if kind == "half" or (kind in ("mixed", "tf32") and target == "sm_80"):
         cases = cases + EVEN
-    if (kind == "half" and target not in LIKE_SM_80) or (kind == "ieee" and target in ("sm_80", "gfx942")):
-        cases = cases + SMALL
+    if (kind == "half" and target not in LIKE_SM_80) or (kind == "ieee" and target == "sm_80"):
+        cases = cases + (SMALL if target in ("sm_80", "sm_90") else SMALL[:1])
     with compiling_for(TARGETS[target]) as compiled:
         for sizes, trained in cases:
             tensors, grad_output = operands(*sizes, dtype, weight_dtype, needs_grad=())
@@ -113,16 +113,18 @@ def test_no_spills_no_atomics_and_within_shared_memory(target, kind, matmul_prec
 @each_target
 def test_several_models_without_spills_and_within_shared_memory(target):
     with compiling_for(TARGETS[target]) as compiled:
-        for models, weight_dtype in ((2, HALF), (3, FLOAT)):
-            tensors, grad_output = operands(600, 1040, 576, HALF, weight_dtype, models=models)
-            cross_modal_linear(**tensors).backward(grad_output)
+        tensors, grad_output = operands(600, 1040, 576, HALF, FLOAT, models=3)
+        cross_modal_linear(**tensors).backward(grad_output)
         tensors, grad_output = operands(600, 1040, 576, HALF, HALF, models=2, needs_grad=("x", "weight", "scale"))
         cross_modal_linear(**quantized(tensors, "int8")).backward(grad_output)
         if target not in LIKE_SM_80:
             tensors, grad_output = operands(600, 3088, 1040, HALF, HALF, models=3)
             tensors["aux_weight"] = tensors["aux_weight"].detach().float().requires_grad_()
             cross_modal_linear(**tensors).backward(grad_output)
-    assert len(compiled) == (9 if target in LIKE_SM_80 else 12)
+        if target in ("sm_90", "sm_100"):  # whose tiles depend on the bytes of all weights
+            tensors, grad_output = operands(600, 1040, 576, HALF, HALF, models=2)
+            cross_modal_linear(**tensors).backward(grad_output)
+    assert len(compiled) == (6 if target in LIKE_SM_80 else 12 if target in ("sm_90", "sm_100") else 9)
     for kernel in compiled:
         assert resources(kernel).spilled == 0, (kernel.metadata.name, kernel.src.constants, resources(kernel))
 
@@ -219,7 +221,7 @@ def assert_compiles(target, *sizes, models):
 
 
 @pytest.mark.parametrize("sizes", [(1, 100, 100), (100, 1, 100), (100, 100, 1)], ids=str)
-@pytest.mark.parametrize("target, models", [("sm_90", 1), ("sm_90", 2), for_target("gfx942", 1)])
+@pytest.mark.parametrize("target, models", [("sm_90", 1), for_target("gfx942", 2)])
 def test_one_size_of_one_compiles(target, models, sizes):
     assert_compiles(target, *sizes, models=models)
 
@@ -304,19 +306,14 @@ def of_launch(launch):
 
 @pytest.mark.parametrize("turn", range(3))
 @pytest.mark.parametrize("launch", [of_launch(launch) for launch in LAUNCHES])
-def test_every_integer_may_be_one_or_beyond_32_bits(launch, turn):
+def test_every_integer_may_be_one_odd_or_beyond_32_bits(launch, turn):
     """Triton compiles 1, multiples of 16, other integers and long ones differently. Each takes its turn."""
     names = integers(launch)
-    ones, long = set(names[turn::3]), set(names[(turn + 1) % 3 :: 3])
+    ones, long, odd = (set(names[(turn + step) % 3 :: 3]) for step in range(3))
     if "TMA" in launch:  # some are refused: see `test_plans.py`
         ones = {name for name in ones if name != "columns" and not name.startswith("stride")}
         long -= {"rows", "columns", "depth", "share", "splits"}
-    compile_launch(launch, dict.fromkeys(ones, 1) | dict.fromkeys(long, 2**31 + 16))
-
-
-@pytest.mark.parametrize("launch", [of_launch(launch) for launch in LAUNCHES])
-def test_all_integers_may_be_odd(launch):
-    compile_launch(launch, dict.fromkeys(integers(launch), 17))
+    compile_launch(launch, dict.fromkeys(ones, 1) | dict.fromkeys(long, 2**31 + 16) | dict.fromkeys(odd, 17))
 
 
 def quantized(tensors, storage):
@@ -576,10 +573,11 @@ def test_blackwell_multiplies_from_tensor_memory(first_tiles, weight_dtype, aux_
 @pytest.mark.parametrize(
     "target, position, weight_dtype, aux_dtype",
     [
-        *(("sm_90", position, HALF, HALF) for position in (1, 2, 3)),
-        *(("sm_90", position, FLOAT, FLOAT) for position in (1, 3)),
-        *(for_target("sm_100", position, HALF, HALF) for position in (1, 2)),
-        for_target("sm_100", 1, FLOAT, FLOAT),
+        ("sm_90", 1, FLOAT, FLOAT),
+        ("sm_90", 2, HALF, HALF),
+        ("sm_90", 3, FLOAT, FLOAT),
+        for_target("sm_100", 1, HALF, HALF),
+        for_target("sm_100", 2, FLOAT, FLOAT),
     ],
     ids=str,
 )
