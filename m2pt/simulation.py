@@ -33,10 +33,12 @@ Splits = Callable[[int, int, int], int]
 
 
 class Timeline(TorchDispatchMode):
-    """Records what is allocated and freed inside the block, which part it belongs to, and the marks of moments."""
+    """Records what is allocated and freed inside the block, which part it belongs to, and the marks of moments; while a
+    layer's gradients are computed, holds what a GPU's kernels allocate for their splits."""
 
-    def __init__(self) -> None:
+    def __init__(self, splits: Splits) -> None:
         super().__init__()
+        self.splits = splits
         self.sizes: list[int] = []
         self.parts: list[str] = []
         self.events: list[int | Moment] = []  # n: a storage is allocated; ~n: it is freed; or a mark
@@ -45,9 +47,21 @@ class Timeline(TorchDispatchMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, arguments: tuple = (), named: Mapping[str, Any] | None = None
     ) -> Any:
+        if operator is torch.ops.prim.device.default:  # four of five calls, and slow otherwise
+            return arguments[0].fake_device
+        sums = None
+        if operator is torch.ops.m2pt_kernels.grad_parameters.default:
+            sums = self._split_sums(*arguments[:2])
+            self.hold("transient", [sums])
         result = operator(*arguments, **(named or {}))
         self.hold("transient", [result] if isinstance(result, Tensor) else tree_leaves(result))
+        del sums
         return result
+
+    def _split_sums(self, grad_output: Tensor, x: Tensor) -> Tensor:
+        size = grad_output.shape[-1], x.shape[-1]
+        splits = self.splits(*size, x.shape[:-1].numel())
+        return x.new_empty(splits if splits > 1 else 0, *size, dtype=torch.float32)
 
     def hold(self, part: str, values: Iterable[Any]) -> None:
         """Record the tensors that are new, and the part they belong to unless it is known."""
@@ -92,27 +106,6 @@ class Timeline(TorchDispatchMode):
             if moment is not None and (total := sum(now.values())) > most:
                 most, found[moment] = total, now.copy()
         return found
-
-
-class SplitSums(TorchDispatchMode):
-    """While a layer's gradients are computed, holds what a GPU's kernels allocate for their splits."""
-
-    def __init__(self, splits: Splits) -> None:
-        super().__init__()
-        self.splits = splits
-
-    def __torch_dispatch__(
-        self, operator: Any, types: Any, arguments: tuple = (), named: Mapping[str, Any] | None = None
-    ) -> Any:
-        if operator is not torch.ops.m2pt_kernels.grad_parameters.default:
-            return operator(*arguments, **(named or {}))
-        grad_output, x = (operand.flatten(0, -2) for operand in arguments[:2])
-        size = grad_output.shape[1], x.shape[1]
-        splits = self.splits(*size, len(x))
-        sums = x.new_empty(splits if splits > 1 else 0, *size, dtype=torch.float32)
-        gradients = operator(*arguments, **(named or {}))
-        del sums
-        return gradients
 
 
 def most_splits(rows: int, columns: int, tokens: int) -> int:
@@ -164,7 +157,7 @@ def simulate(
         buckets: whether the gradients are there a second time, as DDP sends them.
         splits: how the GPU's kernels split gradients.
     """
-    timeline = Timeline()
+    timeline = Timeline(splits)
     timeline.hold("W_aux", auxiliary_tensors(model))
     for module in (model, *([] if average is None else [average])):
         timeline.hold("weights", [*module.parameters(), *module.buffers()])
@@ -172,7 +165,7 @@ def simulate(
     timeline.hold("activations", tree_leaves(batch))
     sent = [torch.empty_like(p) for p in model.parameters() if p.requires_grad and buckets]
     timeline.hold("gradients", sent)
-    with _noted(model, timeline), timeline, SplitSums(splits):
+    with _noted(model, timeline), timeline:
         for _ in range(min(micro_batches, 2)):
             timeline.mark("start", 0)
             with saved_tensors_hooks(to_host, from_host) if on_host else nullcontext():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from ..models import MaskedAutoencoder
 from ..optimizer_in_backward import step_in_backward
@@ -24,9 +25,20 @@ from .recipe import Recipe
 SIMULATED_BLOCKS = (3, 4)
 """The depths that are simulated: a step's moments are linear in the depth, a block's in its place."""
 
+INITIALISE = {
+    getattr(Tensor, name) for name in ("add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_")
+}
+
 EIGHT_BIT = ("bnbadam8bit", "bnbadamw8bit")
 SIMULATED = ("adam", "adamw", "lamb", "lars", "lion", "momentum", "nadamw", "sgd", *EIGHT_BIT)
 """Optimizers whose states are their own, and which compute everything they need on the device."""
+
+
+class Uninitialised(TorchFunctionMode):
+    """Inside the block nothing is written to tensors, which takes time even on "meta"."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: tuple = (), named: Any = None) -> Any:
+        return arguments[0] if function in INITIALISE else function(*arguments, **(named or {}))
 
 
 def simulated_peak(recipe: Recipe, num_classes: int, processes: int = 1, views: int | None = None) -> Bytes:
@@ -51,7 +63,7 @@ def equal_blocks(recipe: Recipe) -> int | None:
 
 
 def _count_equal_blocks(recipe: Recipe) -> int | None:
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         blocks = blocks_of(_created(recipe, 0))
         shapes = [[parameter.shape for parameter in block.parameters()] for block in blocks]
         if len(blocks) <= max(SIMULATED_BLOCKS) or any(shape != shapes[0] for shape in shapes):
@@ -88,9 +100,9 @@ def _moments(
 ) -> dict[Moment, Bytes]:
     """The peaks of a step's moments, with the model at a depth."""
     recipe = _with_depth(recipe, depth)
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         module = built(recipe, num_classes).train()
-        average = built(recipe, num_classes) if recipe.run.ema_decay else None
+        average = copy.deepcopy(module) if recipe.run.ema_decay else None
     with fake():
         for each in (module, *([] if average is None else [average])):
             each.to_empty(device="cpu")
@@ -110,7 +122,7 @@ def _moments(
 
 def aux_bytes(recipe: Recipe) -> int:
     """Bytes of the auxiliary weights and their scales."""
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         return sum(tensor.nbytes for tensor in auxiliary_tensors(built(recipe, 0)))
 
 
