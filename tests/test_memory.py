@@ -1,6 +1,7 @@
 """Simulated memory of training steps: against all blocks, against tensors that are there, and what is said of it."""
 
 import inspect
+import math
 from functools import partial
 
 import pytest
@@ -20,7 +21,7 @@ from m2pt import (
 )
 from m2pt.cli import main
 from m2pt.models import SIZES, create_model
-from m2pt.simulation import PARTS
+from m2pt.simulation import PARTS, most_splits
 from m2pt.train import load_recipe, memory, one_step, preview, shipped_recipes
 from m2pt.train.engine import Trainer
 from m2pt.train.levers import ADAM, CHECKPOINTING, IN_BACKWARD, INT8, LEVERS, ON_HOST, cheapest_first, further_levers
@@ -88,6 +89,13 @@ def test_parts_of_a_small_batch_are_those_of_the_parameters():
     assert peak["gradients"] == pytest.approx(parameters, rel=0.05)
     assert peak["optimizer"] == pytest.approx(2 * parameters, rel=1e-3)
     assert tuple(peak) == PARTS
+
+
+def test_sums_of_split_gradients_are_transient():
+    peak = memory.simulated_peak(memory.with_pathway("vit_small_patch16_224", {"data.batch_size": 2} | SHALLOW), 1000)
+    size = 1536, 384
+    sums = most_splits(*size, 2 * 197) * 4 * math.prod(size)
+    assert 20 * MIB < sums < peak["transient"] < sums + 4 * MIB
 
 
 def test_every_further_lever_lowers_the_peak():
