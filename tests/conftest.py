@@ -1,6 +1,7 @@
 """The paths one test body runs on: plain torch on the CPU; on a GPU the kernels too; the kernels alone in a process
 where Triton's interpreter is on (TRITON_INTERPRET=1), which `test_interpreter.py` starts."""
 
+import gc
 import os
 import signal
 
@@ -42,6 +43,12 @@ def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+def pytest_collection_finish():
+    """What the imports made stays: accelerate and others collect garbage on and on, and took 0.5 s each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
