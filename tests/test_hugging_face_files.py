@@ -339,8 +339,9 @@ def test_every_entry_is_accounted_for(case, wrapper):
     assert all(torch.equal(again[name], value) for name, value in tensors.items())
 
 
-@pytest.mark.parametrize("wrapper", ["", "model.", "net.encoder_a."])
-@pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors"])
+@pytest.mark.parametrize(
+    "wrapper, suffix", [("", ".safetensors"), ("model.", ".pth.tar"), ("net.encoder_a.", ".safetensors")]
+)
 def test_the_linear_layers_of_any_file_are_an_auxiliary_model(case, tmp_path, wrapper, suffix):
     entries, _ = case
     tensors, _ = convert_state_dict(entries)
@@ -368,11 +369,13 @@ def test_a_linear_weight_that_is_no_floating_matrix_is_named(case, spoilt):
                 read(entries | {name: spoilt})
 
 
-@pytest.mark.parametrize("spoilt", [*map(torch.ones, SHAPES)], ids=str)
-def test_an_entry_of_another_shape_is_refused_or_kept_as_it_is(case, spoilt):
+@pytest.mark.parametrize("spoilt, other_block", [*zip(map(torch.ones, SHAPES), (0, 1, 0), strict=True)], ids=str)
+def test_an_entry_of_another_shape_is_refused_or_kept_as_it_is(case, spoilt, other_block):
     entries, _ = case
     expected = linear_weights(entries)
     for name in entries.keys() - sources_of_linear_weights(entries):
+        if f".{other_block}." in name:
+            continue
         changed = entries | {name: spoilt}
         found = linear_weights(changed)
         assert all(torch.equal(found[i][layer], expected[i][layer]) for i in range(DEPTH) for layer in LAYER_NAMES)
@@ -388,7 +391,7 @@ def test_an_entry_of_another_shape_is_refused_or_kept_as_it_is(case, spoilt):
             assert not kept or torch.equal(tensors[target].flatten(), spoilt.flatten())
 
 
-@pytest.mark.parametrize("shape", [(WIDTH, 16), (16, WIDTH), (5, WIDTH), (WIDTH, 5), (0, WIDTH)], ids=str)
+@pytest.mark.parametrize("shape", [(WIDTH, 16), (5, WIDTH), (0, WIDTH)], ids=str)
 def test_the_weight_of_an_attention_that_is_spoilt_is_the_one_that_is_named(case, shape):
     entries, _ = case
     names = sources_of_linear_weights(entries, ("attn.qkv", "attn.proj"))
@@ -399,9 +402,9 @@ def test_the_weight_of_an_attention_that_is_spoilt_is_the_one_that_is_named(case
                 read(entries | {name: torch.ones(shape)})
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_weights_of_one_byte_are_refused_without_their_scales(case, tmp_path, dtype):
+def test_weights_of_one_byte_are_refused_without_their_scales(case, tmp_path, is_new):
     entries, _ = case
+    dtype = torch.float8_e5m2 if is_new else torch.float8_e4m3fn
     linear = sources_of_linear_weights(entries)
     for name in sorted(linear)[:: len(linear) - 1]:
         path = write(entries | {name: entries[name].to(dtype)}, tmp_path / "w.safetensors")
@@ -471,7 +474,7 @@ def test_a_name_of_very_many_numbers_is_looked_at_in_moderation():
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("wrapper", ["model.", "backbone.", "model.backbone."])
+@pytest.mark.parametrize("wrapper", ["model.", "model.backbone."])
 def test_checkpoints_of_lightning_are_read(case, tmp_path, wrapper):
     entries, expected = case
     content = {
