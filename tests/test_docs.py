@@ -79,7 +79,7 @@ def test_the_readme_is_short_and_shows_the_program_at_once():
 def test_the_readme_program_trains_and_merges(monkeypatch, tmp_path):
     transformers = pytest.importorskip("transformers")
     [program] = [code for language, code in FENCE.findall(README) if language == "python"]
-    config = transformers.ASTConfig()
+    config = transformers.ASTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768)
     monkeypatch.setattr(transformers.ASTModel, "from_pretrained", lambda name: transformers.ASTModel(config))
     connect = m2pt.reparameterize_aux_into_target_model
     connected = []
@@ -90,10 +90,11 @@ def test_the_readme_program_trains_and_merges(monkeypatch, tmp_path):
 
     monkeypatch.setattr(m2pt, "reparameterize_aux_into_target_model", counted)
     scope = {"loader": [(torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))]}
-    (tmp_path / "program.py").write_text(program.replace("pretrained=True", "pretrained=False"))
+    program = program.replace("vit_base", "vit_tiny").replace("pretrained=True", "pretrained=False")
+    (tmp_path / "program.py").write_text(program)
     model = runpy.run_path(tmp_path / "program.py", scope)["model"]
     assert len(connected) == 48 and all(layer.cross_modal_scale.item() for layer in connected)
-    timm.create_model("vit_base_patch16_224").load_state_dict(model.state_dict())
+    timm.create_model("vit_tiny_patch16_224").load_state_dict(model.state_dict())
 
 
 def signature(value):
