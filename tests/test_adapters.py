@@ -44,11 +44,13 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize(
+    "ask, is_compiled",
+    [*((how, False) for how in ASKED), *((how, True) for how in ("requires_grad_", "one by one", "in a copy"))],
+)
 def test_a_frozen_auxiliary_weight_stays_frozen(ask, is_compiled):
     model = connected(depth=1)
-    model = ask(model) or model
+    model = ASKED[ask](model) or model
     if is_compiled:
         torch._dynamo.reset()
         model.compile(backend="aot_eager", fullgraph=True)
