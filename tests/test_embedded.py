@@ -157,14 +157,14 @@ def test_resumed_pretraining_is_the_same_bit_for_bit(modality, tmp_path, monkeyp
     batch_size = SAMPLES[modality][0] // 3
     settings = [
         f"data.batch_size={batch_size}",
-        "schedule.epochs=2",
+        "schedule.epochs=1",
         "schedule.warmup_epochs=0",
         "run.checkpoint_steps=1",
     ]
     settings += [f"model.overrides.{name}={value}" for name, value in (WIDTH | SMALL.get(modality, {})).items()]
     command = ["pretrain", f"pretrain_tiny_{modality}", *settings, "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
-    with interrupted(2):
+    with interrupted(1):
         assert main([*command, str(tmp_path / "parts")]) == 130
     assert main([*command, str(tmp_path / "parts"), "--resume"]) == 0
     assert_equal(*(load_state_dict(tmp_path / name / "pretrained.safetensors") for name in ("whole", "parts")))
@@ -179,6 +179,7 @@ def test_tiny_recipes_train_with_a_converted_auxiliary_model(modality, tmp_path,
     assert main(["convert", str(tmp_path / "auxiliary.pth"), str(tmp_path / "auxiliary.safetensors")]) == 0
     out = tmp_path / "run"
     command = ["train", f"tiny_{modality}", "--aux", str(tmp_path / "auxiliary.safetensors"), "--out", str(out)]
+    command += [f"model.overrides.{name}={value}" for name, value in SMALL.get(modality, {}).items()]
     assert main([*command, "data.batch_size=90", "schedule.epochs=1", "schedule.warmup_epochs=0"]) == 0
     result = json.loads((out / "result.json").read_text())
     assert result["trained"] == result["merged"] and 0 < result["merged"]["top1"] <= 100
