@@ -60,7 +60,8 @@ def test_training_does_not_grow(tmp_path, monkeypatch, repetitions):
     save_state_dict(auxiliary.state_dict(), tmp_path / "aux.safetensors")
     command = ["train", "tiny_image", *(f"model.overrides.{name}={value}" for name, value in MODEL.items())]
     command += ["data.batch_size=30", f"schedule.epochs={repetitions}", "run.eval_epochs=1", "run.log_steps=1"]
-    command += ["run.checkpoint_steps=10", "run.ema_decay=0.9", "--aux", str(tmp_path / "aux.safetensors"), "--out", str(tmp_path / "run")]
+    command += ["run.checkpoint_steps=10", "run.ema_decay=0.9"]
+    command += ["--aux", str(tmp_path / "aux.safetensors"), "--out", str(tmp_path / "run")]
     assert main(command) == 0
     memory.assert_constant(mib=16)
 
