@@ -75,7 +75,6 @@ def test_the_readme_is_short_and_shows_the_program_at_once():
     assert all(name in first for name in ("reparameterize_aux_into_target_model(", ".backward()", "merge_pathways("))
 
 
-@pytest.mark.slow
 def test_the_readme_program_trains_and_merges(monkeypatch, tmp_path):
     transformers = pytest.importorskip("transformers")
     [program] = [code for language, code in FENCE.findall(README) if language == "python"]

@@ -16,8 +16,6 @@ from m2pt.cli import main
 from m2pt.models import create_model
 from m2pt.train.engine import Trainer
 
-pytestmark = pytest.mark.slow
-
 MODEL = {"embed_dim": 16, "depth": 2, "num_heads": 2}
 MIB = 2**20
 STATM = Path("/proc/self/statm")
