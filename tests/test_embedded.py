@@ -179,7 +179,6 @@ def test_tiny_recipes_train_with_a_converted_auxiliary_model(modality, tmp_path,
     assert main(["convert", str(tmp_path / "auxiliary.pth"), str(tmp_path / "auxiliary.safetensors")]) == 0
     out = tmp_path / "run"
     command = ["train", f"tiny_{modality}", "--aux", str(tmp_path / "auxiliary.safetensors"), "--out", str(out)]
-    command += [f"model.overrides.{name}={value}" for name, value in SMALL.get(modality, {}).items()]
     assert main([*command, "data.batch_size=90", "schedule.epochs=1", "schedule.warmup_epochs=0"]) == 0
     result = json.loads((out / "result.json").read_text())
     assert result["trained"] == result["merged"] and 0 < result["merged"]["top1"] <= 100
