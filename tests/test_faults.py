@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tiny_runs import assert_equal, interrupted, no_plots
 from torch import nn
-from two_processes import FORKSERVER
+from two_processes import FORKSERVER, free_port
 
 import m2pt.train.run
 from m2pt.checkpoints import save_state_dict
@@ -154,9 +153,7 @@ def start():
 
 def start_two(start, arguments, **settings):
     """Two processes that train one model, without a launcher that would look after them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [start(arguments, rank=rank, port=port, **settings) for rank in range(2)]
 
 

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from two_processes import free_port
 
 from m2pt import (
     cross_modal_scales,
@@ -32,7 +33,6 @@ from m2pt.linear import fused_in
 
 lightning = pytest.importorskip("lightning.pytorch")
 
-from lightning.fabric.plugins.environments.lightning import find_free_network_port  # noqa: E402
 from lightning.pytorch import callbacks  # noqa: E402
 from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 
@@ -574,7 +574,7 @@ def fork(function, folder, **environment):
 def all_forks(folder):
     """`one_fork`, and `two_processes` with what torchrun tells them."""
     together = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1"}
-    together |= {"MASTER_PORT": str(find_free_network_port())}
+    together |= {"MASTER_PORT": str(free_port())}
     ranks = [fork(two_processes, folder, RANK=rank, LOCAL_RANK=rank, **together) for rank in "01"]
     one, *two = (os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in (fork(one_fork, folder), *ranks))
     Path(folder, "statuses.json").write_text(json.dumps({"one_fork": one, "two_processes": two}))

@@ -1,6 +1,7 @@
 """Processes that start in a moment, and a function in two of them that can communicate, on the CPU."""
 
 import multiprocessing
+import socket
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,13 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 TORCH = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel")
 OTHERS = ("sklearn.datasets", "matplotlib.figure", "av", "soundfile", "pytest")
 FORKSERVER.set_forkserver_preload(["m2pt.cli", "m2pt.train.run", *TORCH, *OTHERS])
+
+
+def free_port():
+    """A port of this machine that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def in_two_processes(function, *arguments):
